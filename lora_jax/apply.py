@@ -1,0 +1,134 @@
+"""adapt: run an unchanged function as though its adapted parameters were `W + Σ scale·a·b`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, get_args
+
+import jax
+
+from lora_jax.adapter import Adapter
+from lora_jax.engine import Context, Log, Strategy, dense, interpret
+from lora_jax.engine.calls import Call, trace_call
+from lora_jax.engine.weight import RANK, Labelled, Term, Weight
+from lora_jax.errors import ConfigError, ParameterError, nearest
+from lora_jax.updates import Replace, Update
+
+
+def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..., Any]:
+    """Make a function that takes adapters beside its parameters.
+
+    `fn` stays as it is: nothing is wrapped, patched or registered. Each call traces it and runs the
+    program with every adapted parameter held as `W + scale·a·b`, a sum that is not formed where the
+    program uses the parameter linearly. All of it is ordinary JAX, so the result works under `jit`,
+    `grad`, `vmap`, `scan`, `remat` and on sharded arrays. Put it under `jax.jit`.
+
+    Args:
+      fn: a function `fn(params, *args, **kwargs)`: a Flax `model.apply`, an NNX model split into
+        functions, a Haiku `apply`, or any other. The parameters are a tree; the arguments are anything.
+      strategy: how products are carried out: `"factored"` as `x·W + (x·a)·b`, `"merged"` as
+        `x·(W + ab)` with factored gradients, `"auto"` whichever takes fewer operations for the shapes
+        (merged only in float32 and without dropout). Neither ever forms a gradient of the weight's size.
+
+    Returns:
+      `adapted(params, adapter, *args, lora_key=None, **kwargs)`. `adapter` is an `Adapter`, or a tuple of
+      them, which add up; an empty tuple is the base model. `lora_key` turns the adapters' dropout on;
+      without it the call is deterministic. The base receives no gradient: what trains is in the adapter.
+
+    Raises:
+      ParameterError: on call, if an adapter names a parameter that is missing or shaped differently.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> params = {"w": jnp.arange(12.0).reshape(4, 3)}
+      >>> fn = lambda params, x: jnp.tanh(x @ params["w"])
+      >>> x = jnp.ones((2, 4))
+      >>> sites = lora.find_sites(fn, params, x)
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
+      >>> adapted = jax.jit(lora.adapt(fn))
+      >>> bool((adapted(params, adapter, x) == fn(params, x)).all())  # B is zero: the base, bit for bit
+      True
+
+    References:
+      Hu et al., LoRA, arXiv 2106.09685. Cherniuk et al., RunLoRA, arXiv 2312.03415 (choosing the form).
+    """
+    if strategy not in get_args(Strategy):
+        raise ConfigError(f"strategy={strategy!r}; choose one of {', '.join(get_args(Strategy))}")
+
+    @wraps(fn)
+    def adapted(params: Any, adapter: Adapter | Sequence[Adapter], *args: Any, lora_key: Any = None, **kwargs: Any) -> Any:
+        adapters = adapter_list(adapter)
+        if not adapters:
+            return fn(jax.lax.stop_gradient(params), *args, **kwargs)
+        call = trace_call(fn, params, args, kwargs)
+        return run_adapted(call, adapters, Context(Log(), strategy=strategy, key=lora_key))
+
+    return adapted
+
+
+def adapter_list(adapter: Any) -> list[Adapter]:
+    """The adapters of a call, which may be one or a sequence."""
+    adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter) if isinstance(adapter, Sequence) else None
+    if adapters is None or not all(isinstance(each, Adapter) for each in adapters):
+        raise TypeError(f"the second argument is an Adapter or a tuple of them, not {type(adapter).__name__}")
+    return adapters
+
+
+def run_adapted(call: Call, adapters: Sequence[Adapter], ctx: Context) -> Any:
+    """Evaluate a traced call with its adapted parameters symbolic."""
+    updates = gather(call.arrays, adapters)
+    inputs = [
+        _weight(ctx, path, jax.lax.stop_gradient(leaf), updates[path]) if path in updates else jax.lax.stop_gradient(leaf)
+        for path, leaf in call.arrays.items()
+    ]
+    outputs = interpret(ctx, call.program, [*inputs, *call.given])
+    return call.result([returned(ctx, call, output) for output in outputs])
+
+
+def returned(ctx: Context, call: Call, output: Any) -> Any:
+    """An output of the program; a weight that is returned is formed."""
+    return dense(ctx, None, output, "returned by the function")
+
+
+def gather(arrays: Mapping[str, Any], adapters: Sequence[Adapter]) -> dict[str, list[tuple[int, Update]]]:
+    """All updates by path with the position of their adapter, checked against the parameters."""
+    updates: dict[str, list[tuple[int, Update]]] = {}
+    for slot, adapter in enumerate(adapters):
+        for path, update in adapter.items():
+            _check(arrays, path, update)
+            updates.setdefault(path, []).append((slot, update))
+    for path, entries in updates.items():
+        if sum(isinstance(update, Replace) for _, update in entries) > 1:
+            raise ParameterError(f"{path} is trained in full by more than one of the adapters; keep one of them")
+    return updates
+
+
+def _check(arrays: Mapping[str, Any], path: str, update: Update) -> None:
+    if path not in arrays:
+        raise ParameterError(
+            f"The adapter updates {path!r}, which is not among the parameters. Nearest: {nearest(path, arrays)}. "
+            "Pass the same tree that find_sites saw."
+        )
+    if tuple(arrays[path].shape) != update.site.shape:
+        raise ParameterError(
+            f"{path} has shape {tuple(arrays[path].shape)}, but the adapter was made for {update.site.shape}. "
+            "It belongs to another base model."
+        )
+
+
+def _weight(ctx: Context, path: str, leaf: Any, updates: list[tuple[int, Update]]) -> Weight | Any:
+    """The parameter with its updates: replaced first, then low-rank terms on top."""
+    for _, update in updates:
+        leaf = update.base(leaf)
+    weight = ctx.weight(path, leaf)
+    terms = [term for slot, update in updates if (term := _term(weight, slot, update)) is not None]
+    return Weight(leaf, tuple(terms), weight.axes, path) if terms else leaf
+
+
+def _term(weight: Weight, slot: int, update: Update) -> Term | None:
+    pair = update.factors()
+    if pair is None:
+        return None
+    site = update.site
+    batch, into, out = ([weight.axes[i] for i in axes] for axes in (site.batch_axes, site.in_axes, site.out_axes))
+    a, b = (Labelled(factor, (*batch, RANK, *axes)) for factor, axes in zip(pair, (into, out), strict=True))
+    return Term(a, b, getattr(update, "dropout", 0.0), slot)

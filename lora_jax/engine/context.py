@@ -1,0 +1,127 @@
+"""Context: what the rules share while a program is lifted - dropout keys, axis identities, and the log of uses."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, Literal
+from zlib import crc32
+
+import jax
+
+from lora_jax.engine.weight import Weight
+
+Strategy = Literal["auto", "factored", "merged"]
+Route = Literal["factored", "merged", "look-up", "materialised"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """One use of a parameter by the program.
+
+    Attributes:
+      path: the parameter.
+      primitive: the operation that used it.
+      route: `factored` (two thin products), `merged` (`x·(W + ab)` with factored gradients), `look-up`
+        (rows of A, then B), or `materialised` (`W + ab` formed on the spot).
+      kind: `dense`, `conv`, `embedding` or `ragged` for a linear use; None otherwise.
+      in_axes, out_axes, batch_axes: original axes of the parameter by their role in a linear use.
+      flops: floating-point operations the adapter adds to one forward evaluation of this use.
+      nbytes: bytes of the arrays the adapter adds: rank-sized activations, or the formed weight.
+      reason: why it was materialised, else empty.
+      equation: identity of the equation, to recognise it again.
+    """
+
+    path: str
+    primitive: str
+    route: Route
+    kind: str | None = None
+    in_axes: tuple[int, ...] = ()
+    out_axes: tuple[int, ...] = ()
+    batch_axes: tuple[int, ...] = ()
+    flops: int = 0
+    nbytes: int = 0
+    reason: str = ""
+    equation: int = 0
+
+
+@dataclass
+class Log:
+    """Everything that outlives one region of the program; filled in the same way however often it is traced."""
+
+    uses: dict[tuple[Any, ...], Use] = field(default_factory=dict)
+    origins: dict[int, frozenset[int]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    looked_up: set[int] = field(default_factory=set)
+    order: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict)
+    ids: Iterator[int] = field(default_factory=count)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rule may ask and tell.
+
+    Attributes:
+      log: shared record of uses and axis identities.
+      strategy: how contractions are carried out.
+      key: dropout key of this region (each scan step has its own), or None for a deterministic run.
+      trail: positions of the equations around this point, outermost first.
+      inside: name of the opaque operation we only look into for discovery, else empty.
+      look_inside: whether opaque operations are searched for uses.
+    """
+
+    log: Log
+    strategy: Strategy = "auto"
+    key: Any = None
+    trail: tuple[int, ...] = ()
+    inside: str = ""
+    look_inside: bool = False
+
+    def at(self, position: int) -> "Context":
+        """The context of the equation at a position of the current program."""
+        return replace(self, trail=(*self.trail, position))
+
+    def with_key(self, key: Any) -> "Context":
+        """The context with another dropout key."""
+        return replace(self, key=key)
+
+    def fresh(self, origin: frozenset[int] = frozenset()) -> int:
+        """A new axis id that stems from the given original axes of its parameter."""
+        axis = next(self.log.ids)
+        self.log.origins[axis] = origin
+        return axis
+
+    def weight(self, path: str, base: Any) -> Weight:
+        """A weight without terms, with a fresh id for every axis."""
+        axes = tuple(self.fresh(frozenset([axis])) for axis in range(base.ndim))
+        self.log.ranks[path] = base.ndim
+        return Weight(base, (), axes, path)
+
+    def record(self, weight: Weight, eqn: Any, route: Route, **facts: Any) -> None:
+        """Log a use of a weight by an equation."""
+        route = "materialised" if self.inside else route
+        reason = facts.pop("reason", "") or (f"inside {self.inside}, which is opaque" if self.inside else "")
+        self.log.uses[weight.path, self.trail, weight.axes] = Use(
+            path=weight.path,
+            primitive=eqn.primitive.name if eqn is not None else "return",
+            route=route,
+            reason=reason,
+            equation=id(eqn),
+            **facts,
+        )
+
+    def roles(self, path: str, into: Sequence[int], out: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Original axes by role, given the ids contracted and the ids left over; all others are stacked axes."""
+        in_axes = frozenset().union(*(self.log.origins[axis] for axis in into))
+        out_axes = frozenset().union(*(self.log.origins[axis] for axis in out)) - in_axes
+        rest = set(range(self.log.ranks[path])) - in_axes - out_axes
+        names = ("in_axes", "out_axes", "batch_axes")
+        return {name: tuple(sorted(axes)) for name, axes in zip(names, (in_axes, out_axes, rest), strict=True)}
+
+    def dropout_key(self, path: str, slot: int) -> Any:
+        """The key of this use: folded from the region's key by parameter path, use and adapter."""
+        uses = sum(1 for known, _ in self.log.order if known == path)
+        index = self.log.order.setdefault((path, self.trail), uses)
+        key = self.key
+        for part in (crc32(path.encode()), index, slot):
+            key = jax.random.fold_in(key, part)
+        return key

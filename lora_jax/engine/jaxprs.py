@@ -1,0 +1,80 @@
+"""The one place that knows how jaxprs differ between JAX releases; everything else sees these helpers.
+
+Parameters of control-flow primitives are renamed from release to release, so a loop's split between
+constants, carries and scanned inputs is read off the shapes: a scanned input has one more axis outside
+the loop than inside.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jec
+
+_DEBUG_INFO = jec.DebugInfo("lora_jax", "one equation", None, None)
+
+
+class Program(NamedTuple):
+    """A jaxpr with the values of its constants."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+
+
+class Loop(NamedTuple):
+    """A scan: its body, and how many of its inputs are constants, carries and scanned arrays."""
+
+    body: Program
+    consts: int
+    carries: int
+    scanned: int
+
+
+def trace(fn: Callable[..., Any], *leaves: Any) -> tuple[Program, Any]:
+    """Trace `fn` of array leaves to a program; also returns the shapes of its output tree."""
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*leaves)
+    return Program(closed.jaxpr, closed.consts), shapes
+
+
+def program(sub: Any) -> Program:
+    """A sub-jaxpr from an equation's parameters: open, closed, or (jax >= 0.12) both in one class."""
+    return Program(getattr(sub, "jaxpr", sub), getattr(sub, "consts", ()))
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an operand is written out in the equation."""
+    return isinstance(atom, jec.Literal)
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Evaluate one equation on ordinary values, whatever its primitive and its parameters are."""
+    operands = {v: value for v, value in zip(eqn.invars, values, strict=True) if not is_literal(v)}
+    single = jec.Jaxpr((), list(operands), eqn.outvars, [eqn], eqn.effects, _DEBUG_INFO)
+    return list(jec.jaxpr_as_fun(jec.ClosedJaxpr(single, ()))(*operands.values()))
+
+
+def bind_as(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Evaluate an equation's primitive on operands whose shapes may differ from those it was traced with."""
+    results = eqn.primitive.bind(*values, **eqn.params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def loop(eqn: Any) -> Loop:
+    """Read the layout of a scan equation off the shapes inside and outside its body."""
+    body = program(eqn.params["jaxpr"])
+    inner, outer = body.jaxpr.invars, eqn.invars
+    scanned = sum(len(o.aval.shape) == len(i.aval.shape) + 1 for i, o in zip(inner, outer, strict=True))
+    carries = sum(
+        len(o.aval.shape) == len(i.aval.shape) for i, o in zip(body.jaxpr.outvars, eqn.outvars, strict=True)
+    )
+    return Loop(body, len(outer) - carries - scanned, carries, scanned)
+
+
+def sub_programs(eqn: Any) -> list[Program]:
+    """Every program an equation carries in its parameters."""
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(getattr(item, "jaxpr", item), "eqns"):
+                found.append(program(item))
+    return found

@@ -1,0 +1,71 @@
+"""The loop: evaluates a program equation by equation, with some of its inputs symbolic weights.
+
+An equation without symbolic operands is evaluated as it stands. One with symbolic operands goes to the
+rule of its primitive, looked up by name; where there is no rule, or the rule declines, the operands
+are materialised and the equation is evaluated on `W + Σ a·b`: always correct, and logged.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from lora_jax.engine import jaxprs
+from lora_jax.engine.context import Context
+from lora_jax.engine.jaxprs import Program
+from lora_jax.engine.weight import Weight
+
+Rule: TypeAlias = Callable[[Context, Any, Sequence[Any]], "list[Any] | None"]
+
+RULES: dict[str, Rule] = {}
+"""Rules by primitive name. A rule gets the context, the equation and the operands; None means it declines."""
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for the primitives of the given names."""
+
+    def register(fn: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, fn))
+        return fn
+
+    return register
+
+
+def interpret(ctx: Context, program: Program, args: Sequence[Any]) -> list[Any]:
+    """Evaluate a program; the results may be symbolic where the program returns (views of) its weights."""
+    jaxpr = program.jaxpr
+    env = dict(zip(jaxpr.constvars, program.consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if jaxprs.is_literal(atom) else env[atom]
+
+    for position, eqn in enumerate(jaxpr.eqns):
+        operands = [read(atom) for atom in eqn.invars]
+        env.update(zip(eqn.outvars, evaluate(ctx.at(position), eqn, operands), strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def evaluate(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Evaluate one equation, by rule where an operand is symbolic."""
+    if not any(isinstance(operand, Weight) for operand in operands):
+        return jaxprs.bind(eqn, operands)
+    name = eqn.primitive.name
+    results = RULES[name](ctx, eqn, operands) if name in RULES else None
+    if results is not None:
+        return results
+    return jaxprs.bind(eqn, [dense(ctx, eqn, operand) for operand in operands])
+
+
+def dense(ctx: Context, eqn: Any, value: Any, reason: str = "") -> Any:
+    """The value of an operand (of an equation, or of the program's end): a weight is materialised, and logged."""
+    if not isinstance(value, Weight):
+        return value
+    rows = [axis for axis in value.axes if axis in ctx.log.looked_up]
+    flops = 2 * value.base.size * sum(term.rank for term in value.terms)
+    if rows:
+        roles = ctx.roles(value.path, into=rows, out=[axis for axis in value.axes if axis not in rows])
+        ctx.record(value, eqn, "look-up", kind="embedding", flops=flops, **roles)
+    else:
+        nbytes = value.base.size * value.base.dtype.itemsize if value.terms else 0
+        reason = reason or f"{eqn.primitive.name} has no low-rank form"
+        ctx.record(value, eqn, "materialised", reason=reason, flops=flops, nbytes=nbytes)
+    return value.dense()

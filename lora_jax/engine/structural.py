@@ -1,0 +1,283 @@
+"""Structural rules: operations that move, cut or cast a weight and leave it symbolic."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.engine import jaxprs
+from lora_jax.engine.context import Context
+from lora_jax.engine.lift import dense, rule
+from lora_jax.engine.weight import Labelled, Term, Weight, reshaped
+
+
+@rule("convert_element_type")
+def _convert(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+        return None
+    return _on_base(ctx, eqn, operands)
+
+
+@rule("copy", "copy_p", "sharding_constraint", "optimization_barrier", "pvary", "reduce_precision")
+def _on_base(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """The operation concerns the storage of the base; the factors are placed and cast where they are used."""
+    bases = [operand.base if isinstance(operand, Weight) else operand for operand in operands]
+    results = jaxprs.bind(eqn, bases)
+    return [
+        operand.map(result, operand.axes, lambda factor: factor) if isinstance(operand, Weight) else result
+        for operand, result in zip(operands, results, strict=True)
+    ]
+
+
+@rule("stop_gradient")
+def _stop_gradient(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    (weight,) = operands
+    return [jax.lax.stop_gradient(weight)]
+
+
+@rule("transpose")
+def _transpose(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    (weight,) = operands
+    axes = [weight.axes[position] for position in eqn.params["permutation"]]
+    return [weight.map(*jaxprs.bind(eqn, [weight.base]), axes, lambda factor: factor)]
+
+
+@rule("squeeze")
+def _squeeze(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    (weight,) = operands
+    gone = [weight.axes[position] for position in eqn.params["dimensions"]]
+    (base,) = jaxprs.bind(eqn, [weight.base])
+
+    def squeeze(factor: Labelled) -> Labelled:
+        for axis in gone:
+            factor = factor.without(axis)
+        return factor
+
+    return [weight.map(base, [axis for axis in weight.axes if axis not in gone], squeeze)]
+
+
+@rule("broadcast_in_dim")
+def _broadcast(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    weight, *dynamic = operands
+    shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    if dynamic:
+        return None
+    known = dict(zip(kept, weight.axes, strict=True))
+    axes = [known[i] if i in known else ctx.fresh() for i in range(len(shape))]
+    sizes = dict(zip(axes, shape, strict=True))
+    new = [axis for i, axis in enumerate(axes) if i not in known]
+
+    def grow(factor: Labelled, extra: Sequence[int]) -> Labelled:
+        array = factor.array.reshape(factor.array.shape + (1,) * len(extra))
+        names = (*factor.axes, *extra)
+        return Labelled(jnp.broadcast_to(array, [sizes.get(i, n) for i, n in zip(names, array.shape, strict=True)]), names)
+
+    (base,) = jaxprs.bind(eqn, [weight.base])
+    terms = tuple(Term(grow(t.a, ()), grow(t.b, new), t.dropout, t.slot) for t in weight.terms)
+    return [Weight(base, terms, tuple(axes), weight.path)]
+
+
+@rule("reshape")
+def _reshape(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    """Reshape group by group; a group that mixes the axes of both factors has no low-rank form."""
+    weight, *dynamic = operands
+    if dynamic or eqn.params.get("dimensions") is not None:
+        return None
+    groups = _groups(weight.base.shape, eqn.params["new_sizes"])
+    if groups is None:
+        return None
+    origins, axes, moves = ctx.log.origins, [], []
+    for old, sizes in groups:
+        names = [weight.axes[i] for i in old]
+        if [weight.base.shape[i] for i in old] == sizes:
+            axes += names
+            continue
+        origin = frozenset().union(*(origins[name] for name in names))
+        new = [ctx.fresh(origin) for _ in sizes]
+        moves.append((names, new, sizes))
+        axes += new
+    terms = []
+    for term in weight.terms:
+        for old, new, sizes in moves:
+            term = _regroup(term, old, new, sizes)
+            if term is None:
+                return None
+        terms.append(term)
+    (base,) = jaxprs.bind(eqn, [weight.base])
+    return [Weight(base, tuple(terms), tuple(axes), weight.path)]
+
+
+def _regroup(term: Term, old: list[int], new: list[int], sizes: list[int]) -> Term | None:
+    """One group of a reshape on a term; None where the group straddles both factors."""
+    long = [axis for axis in old if _length(term, axis) > 1]
+    in_a, in_b = (set(long) & set(factor.axes) for factor in (term.a, term.b))
+    if set(long) not in (in_a, in_b) or (in_a and in_b and in_a != in_b):
+        return None
+    term = term.map(lambda factor: _drop(factor, [axis for axis in old if axis not in long]))
+    if in_a and in_b:
+        return term.map(lambda factor: reshaped(factor, long, new, sizes))
+    if in_a:
+        return Term(reshaped(term.a, long, new, sizes), term.b, term.dropout, term.slot)
+    return Term(term.a, reshaped(term.b, long, new, sizes), term.dropout, term.slot)
+
+
+def _length(term: Term, axis: int) -> int:
+    return next(factor.size(axis) for factor in (term.a, term.b) if axis in factor.axes)
+
+
+def _drop(factor: Labelled, axes: Sequence[int]) -> Labelled:
+    for axis in axes:
+        factor = factor.without(axis)
+    return factor
+
+
+def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
+    """Split a reshape into the smallest runs of axes with equal total size; None for empty arrays.
+
+    >>> _groups((2, 3, 4), (6, 4))
+    [([0, 1], [6]), ([2], [4])]
+    """
+    if 0 in old:
+        return None
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        left, right = [i] if i < len(old) else [], list(new[j : j + 1])
+        i, j = i + len(left), j + len(right)
+        while prod(old[k] for k in left) != prod(right):
+            if prod(old[k] for k in left) < prod(right):
+                left.append(i)
+                i += 1
+            else:
+                right.append(new[j])
+                j += 1
+        groups.append((left, right))
+    return groups
+
+
+@rule("slice")
+def _slice(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    (weight,) = operands
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(start)
+    cuts = dict(zip(weight.axes, zip(start, limit, strides, strict=True), strict=True))
+    (base,) = jaxprs.bind(eqn, [weight.base])
+    return [weight.map(base, weight.axes, lambda factor: _cut(factor, cuts))]
+
+
+def _cut(factor: Labelled, cuts: dict[int, tuple[int, int, int]]) -> Labelled:
+    full = [cuts.get(axis, (0, size, 1)) for axis, size in zip(factor.axes, factor.array.shape, strict=True)]
+    return Labelled(jax.lax.slice(factor.array, *zip(*full, strict=True)), factor.axes)
+
+
+@rule("split")
+def _split(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    (weight,) = operands
+    axis = weight.axes[eqn.params["axis"]]
+    pieces, start = [], 0
+    for base, size in zip(jaxprs.bind(eqn, [weight.base]), eqn.params["sizes"], strict=True):
+        cut = {axis: (start, start + int(size), 1)}
+        pieces.append(weight.map(base, weight.axes, lambda factor, cut=cut: _cut(factor, cut)))
+        start += int(size)
+    return pieces
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    weight, *starts = operands
+    if not isinstance(weight, Weight):
+        return None
+    (base,) = jaxprs.bind(eqn, [weight.base, *starts])
+    cuts = dict(zip(weight.axes, zip(starts, eqn.params["slice_sizes"], strict=True), strict=True))
+
+    def cut(factor: Labelled) -> Labelled:
+        zero = jnp.zeros((), starts[0].dtype if starts else jnp.int32)
+        full = [cuts.get(axis, (zero, size)) for axis, size in zip(factor.axes, factor.array.shape, strict=True)]
+        begin, sizes = zip(*full, strict=True)
+        return Labelled(jax.lax.dynamic_slice(factor.array, begin, sizes), factor.axes)
+
+    return [weight.map(base, weight.axes, cut)]
+
+
+@rule("rev")
+def _rev(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    (weight,) = operands
+    flipped = [weight.axes[position] for position in eqn.params["dimensions"]]
+    (base,) = jaxprs.bind(eqn, [weight.base])
+
+    def flip(factor: Labelled) -> Labelled:
+        positions = tuple(factor.axes.index(axis) for axis in flipped if axis in factor.axes)
+        return Labelled(jax.lax.rev(factor.array, positions), factor.axes)
+
+    return [weight.map(base, weight.axes, flip)]
+
+
+@rule("neg")
+def _negate(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    return _multiplied(eqn, operands, operands[0], -1.0)
+
+
+@rule("mul")
+def _multiply(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    for weight, factor in (operands, operands[::-1]):
+        if isinstance(weight, Weight) and not isinstance(factor, Weight) and jnp.ndim(factor) == 0:
+            return _multiplied(eqn, operands, weight, factor)
+    return None
+
+
+@rule("div")
+def _divide(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    weight, divisor = operands
+    if isinstance(weight, Weight) and not isinstance(divisor, Weight) and jnp.ndim(divisor) == 0:
+        return _multiplied(eqn, operands, weight, 1 / divisor)
+    return None
+
+
+def _multiplied(eqn: Any, operands: Sequence[Any], weight: Weight, by: Any) -> list[Any]:
+    """The weight times a scalar: the base as the program does it, the factors through `b` alone."""
+    (base,) = jaxprs.bind(eqn, [weight.base if operand is weight else operand for operand in operands])
+    terms = tuple(
+        Term(term.a, Labelled(term.b.array * jnp.asarray(by, term.b.array.dtype), term.b.axes), term.dropout, term.slot)
+        for term in weight.terms
+    )
+    return [Weight(base, terms, weight.axes, weight.path)]
+
+
+@rule("gather")
+def _gather(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    """Take rows along one axis: a look-up if vectors come out, a choice of weights if matrices do."""
+    weight, indices = operands
+    numbers = eqn.params["dimension_numbers"]
+    if not isinstance(weight, Weight) or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+        return None
+    (position,) = numbers.start_index_map
+    sizes = list(eqn.params["slice_sizes"])
+    if numbers.collapsed_slice_dims != (position,) or sizes[:position] + sizes[position + 1 :] != [
+        n for i, n in enumerate(weight.base.shape) if i != position
+    ]:
+        return None
+    axis = weight.axes[position]
+    (base,) = jaxprs.bind(eqn, [weight.base, indices])
+    new = [ctx.fresh(ctx.log.origins[axis]) for _ in range(indices.ndim - 1)]
+    rest, rows = iter([i for i in weight.axes if i != axis]), iter(new)
+    axes = [next(rest) if i in numbers.offset_dims else next(rows) for i in range(base.ndim)]
+    ctx.log.looked_up.update(new)
+    taken = weight.map(base, axes, lambda factor: _take(factor, axis, indices, new, eqn.params))
+    return [taken if new == [] or base.ndim - len(new) > 1 else dense(ctx, eqn, taken)]
+
+
+def _take(factor: Labelled, axis: int, indices: Any, new: Sequence[int], params: dict[str, Any]) -> Labelled:
+    """The same gather on a factor, along the same axis, with the rows in front."""
+    if axis not in factor.axes:
+        return factor
+    position, rows = factor.axes.index(axis), indices.ndim - 1
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(rows, rows + factor.array.ndim - 1)),
+        collapsed_slice_dims=(position,),
+        start_index_map=(position,),
+    )
+    sizes = tuple(1 if i == position else n for i, n in enumerate(factor.array.shape))
+    modes = {name: params[name] for name in ("indices_are_sorted", "unique_indices", "mode", "fill_value")}
+    array = jax.lax.gather(factor.array, indices, numbers, sizes, **modes)
+    return Labelled(array, (*new, *(i for i in factor.axes if i != axis)))

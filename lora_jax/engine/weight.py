@@ -1,0 +1,166 @@
+"""Weight: a parameter held symbolically as `base + Σ a·b`, with an identity for every axis.
+
+Axes carry integer ids. A structural operation (transpose, slice, reshape, ...) runs on the base and
+renames or moves ids; the factors, which carry the ids of their own axes and the rank axis, follow only
+where they must. A contraction is then written from ids alone, never from sizes or positions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+RANK = -1
+"""The id of the rank axis of every factor."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axes"])
+@dataclass(frozen=True)
+class Labelled:
+    """An array whose axes have ids."""
+
+    array: Any
+    axes: tuple[int, ...]
+
+    def size(self, axis: int) -> int:
+        """Length along the axis with this id."""
+        return self.array.shape[self.axes.index(axis)]
+
+    def at(self, axis: int, fn: Callable[[Any, int], Any]) -> "Labelled":
+        """Apply `fn(array, position)` where the axis is present; leave the array alone where it is not."""
+        if axis not in self.axes:
+            return self
+        return replace(self, array=fn(self.array, self.axes.index(axis)))
+
+    def ordered(self, axes: Sequence[int]) -> "Labelled":
+        """Transposed to the given order of ids."""
+        order = tuple(self.axes.index(axis) for axis in axes)
+        if order == tuple(range(len(order))):
+            return self
+        return Labelled(jnp.transpose(self.array, order), tuple(axes))
+
+    def without(self, axis: int) -> "Labelled":
+        """With a length-one axis removed."""
+        if axis not in self.axes:
+            return self
+        kept = tuple(i for i in self.axes if i != axis)
+        return Labelled(jax.lax.squeeze(self.array, (self.axes.index(axis),)), kept)
+
+    def astype(self, dtype: Any) -> "Labelled":
+        """Cast to a dtype."""
+        return replace(self, array=self.array.astype(dtype))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["dropout", "slot"])
+@dataclass(frozen=True)
+class Term:
+    """One low-rank term of a weight: two factors that share the rank axis, the scale folded into `b`.
+
+    Attributes:
+      a: factor over the input axes (and any stacked axes).
+      b: factor over the output axes (and any stacked axes).
+      dropout: probability of dropping elements of the input.
+      slot: position of the adapter among those applied; keeps their dropout keys apart.
+    """
+
+    a: Labelled
+    b: Labelled
+    dropout: float
+    slot: int
+
+    @property
+    def rank(self) -> int:
+        """Number of rank-one terms."""
+        return self.a.size(RANK)
+
+    def map(self, fn: Callable[[Labelled], Labelled]) -> "Term":
+        """The term with `fn` applied to both factors."""
+        return replace(self, a=fn(self.a), b=fn(self.b))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "terms"], meta_fields=["axes", "path"])
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of the program, symbolic: its value is `base + Σ a·b` over its terms.
+
+    Attributes:
+      base: the frozen array.
+      terms: low-rank terms; none while sites are being discovered.
+      axes: ids of the base's axes.
+      path: the parameter's path.
+    """
+
+    base: Any
+    terms: tuple[Term, ...]
+    axes: tuple[int, ...]
+    path: str
+
+    def map(self, base: Any, axes: Sequence[int], fn: Callable[[Labelled], Labelled]) -> "Weight":
+        """The weight with a new base, new axis ids, and `fn` applied to every factor."""
+        return replace(self, base=base, axes=tuple(axes), terms=tuple(term.map(fn) for term in self.terms))
+
+    def delta(self, dtype: Any = jnp.float32) -> Any:
+        """`Σ a·b` in the layout of the base, accumulated in float32 or wider; None without terms."""
+        deltas = [_outer(term, self.axes, dtype) for term in self.terms]
+        return sum(deltas[1:], start=deltas[0]) if deltas else None
+
+    def dense(self) -> Any:
+        """The value `base + Σ a·b`, computed in float32 or wider and rounded once to the base's dtype."""
+        if not self.terms:
+            return self.base
+        wide = jnp.promote_types(self.base.dtype, jnp.float32)
+        return (self.base.astype(wide) + self.delta(wide)).astype(self.base.dtype)
+
+    def unstack(self) -> tuple[list[Any], Callable[[Sequence[Any]], "Weight"]]:
+        """Split off the leading axis: the arrays that run along it, and the weight made of their slices."""
+        axis, *rest = self.axes
+        leaves, rebuild = jax.tree.flatten(
+            self.map(self.base, self.axes, lambda f: f.ordered(_front(f.axes, axis))), is_leaf=_is_labelled
+        )
+        moving = [leaf is leaves[0] or axis in leaf.axes for leaf in leaves]
+
+        def step(slices: Sequence[Any]) -> "Weight":
+            taken = iter(slices)
+            new = [_sliced(leaf, next(taken)) if moves else leaf for leaf, moves in zip(leaves, moving, strict=True)]
+            return replace(jax.tree.unflatten(rebuild, new), axes=tuple(rest))
+
+        stacked = [leaf.array if _is_labelled(leaf) else leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
+        return stacked, step
+
+
+def reshaped(factor: Labelled, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]) -> Labelled:
+    """Replace the adjacent axes `old` of a factor by axes `new` of the given sizes (same total size)."""
+    first = min((factor.axes.index(axis) for axis in old), default=len(factor.axes))
+    rest = [axis for axis in factor.axes if axis not in old]
+    axes = [*rest[:first], *old, *rest[first:]]
+    array = factor.ordered(axes).array
+    shape = (*array.shape[:first], *sizes, *array.shape[first + len(old) :])
+    return Labelled(array.reshape(shape), (*axes[:first], *new, *axes[first + len(old) :]))
+
+
+def _outer(term: Term, axes: tuple[int, ...], dtype: Any) -> Any:
+    order = {axis: i for i, axis in enumerate(dict.fromkeys((*term.a.axes, *term.b.axes)))}
+    labels = [[order[axis] for axis in names] for names in (term.a.axes, term.b.axes, axes)]
+    a, b = (factor.array.astype(dtype) for factor in (term.a, term.b))
+    return jnp.einsum(a, labels[0], b, labels[1], labels[2], precision=jax.lax.Precision.HIGHEST)
+
+
+def _front(axes: tuple[int, ...], axis: int) -> list[int]:
+    return [axis, *(i for i in axes if i != axis)] if axis in axes else list(axes)
+
+
+def _is_labelled(node: Any) -> bool:
+    return isinstance(node, Labelled)
+
+
+def _sliced(leaf: Any, value: Any) -> Any:
+    return Labelled(value, leaf.axes[1:]) if _is_labelled(leaf) else value
+
+
+def flat_size(array: Labelled, axes: Sequence[int]) -> int:
+    """Product of the lengths along the given ids."""
+    return prod(array.size(axis) for axis in axes)

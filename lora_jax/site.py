@@ -1,0 +1,132 @@
+"""Site: one parameter that a program uses linearly, and the role each of its axes plays there."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+Kind = Literal["dense", "conv", "embedding", "ragged", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One parameter that a program uses linearly, with the role of each axis.
+
+    Attributes:
+      path: `/`-joined path of the parameter in the tree, e.g. `params/layers_0/attn/query/kernel`.
+      shape: shape of the parameter.
+      dtype: name of the parameter's dtype.
+      kind: `dense`, `conv`, `embedding` (a look-up table), `ragged` (grouped matmul of experts), or
+        `full` for a parameter that is trained whole and needs no axes.
+      in_axes: axes contracted with the input. For a look-up table, the axis that is indexed.
+      out_axes: axes that appear in the output.
+      batch_axes: axes over which the parameter is a stack of independent weights: scanned layers,
+        experts, vmapped ensembles. Every index along them has factors of its own.
+      uses: how many times the program uses the parameter linearly (a scan body counts once).
+      head: whether the result is an output of the program (an output head), possibly after a
+        bias, a cast or another function of each element.
+
+    Example:
+      >>> site = Site(path="w", shape=(3, 4, 5), dtype="float32", kind="dense",
+      ...             in_axes=(1,), out_axes=(2,), batch_axes=(0,))
+      >>> site.fan_in, site.fan_out, site.a_shape(8), site.b_shape(8)
+      (4, 5, (3, 8, 4), (3, 8, 5))
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+    in_axes: tuple[int, ...] = ()
+    out_axes: tuple[int, ...] = ()
+    batch_axes: tuple[int, ...] = ()
+    uses: int = 1
+    head: bool = False
+
+    def sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        """Sizes of the given axes, in the order given."""
+        return tuple(self.shape[axis] for axis in axes)
+
+    @property
+    def fan_in(self) -> int:
+        """Number of inputs of one linear map: receptive field included, stacked axes excluded."""
+        return prod(self.sizes(self.in_axes))
+
+    @property
+    def fan_out(self) -> int:
+        """Number of outputs of one linear map, stacked axes excluded."""
+        return prod(self.sizes(self.out_axes))
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the stacked axes."""
+        return self.sizes(self.batch_axes)
+
+    def a_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape of the factor A: `[*batch, rank, *in]`."""
+        return (*self.batch_shape, rank, *self.sizes(self.in_axes))
+
+    def b_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape of the factor B: `[*batch, rank, *out]`."""
+        return (*self.batch_shape, rank, *self.sizes(self.out_axes))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the parameter occupies."""
+        return prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+class Sites(Mapping[str, Site]):
+    """Read-only mapping from parameter path to `Site`; printing it shows a table.
+
+    Example:
+      >>> sites = Sites([Site(path="w", shape=(4, 5), dtype="float32", kind="dense",
+      ...                     in_axes=(0,), out_axes=(1,))])
+      >>> sites["w"].fan_in, list(sites)
+      (4, ['w'])
+    """
+
+    def __init__(self, sites: Iterator[Site] | list[Site] | tuple[Site, ...], all_paths: tuple[str, ...] = ()):
+        self._sites = {site.path: site for site in sites}
+        self.all_paths = all_paths or tuple(self._sites)
+        """Paths of every array in the parameter tree, sites or not (for full training and errors)."""
+
+    def __getitem__(self, path: str) -> Site:
+        return self._sites[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __rich__(self) -> Table:
+        table = Table("path", "kind", "shape", "dtype", "in", "out", "stacked", "uses")
+        for site in self.values():
+            uses = f"{site.uses}{' (head)' if site.head else ''}"
+            axes = [_sizes(site, axes) for axes in (site.in_axes, site.out_axes, site.batch_axes)]
+            table.add_row(site.path, site.kind, _times(site.shape), site.dtype, *axes, uses)
+        return table
+
+    def __repr__(self) -> str:
+        return render(self)
+
+
+def render(table: object, width: int = 120) -> str:
+    """Render a rich renderable as plain text."""
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _sizes(site: Site, axes: tuple[int, ...]) -> str:
+    return _times(site.sizes(axes)) + f" @{','.join(map(str, axes))}" if axes else ""
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return "×".join(map(str, sizes)) if sizes else "scalar"
