@@ -1,0 +1,250 @@
+"""LoraConfig, its PEFT names, and what it selects."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_jax.config import LoraConfig
+from lora_jax.errors import ConfigError, MatchError
+from lora_jax.selection import select
+from lora_jax.site import Site, Sites
+
+
+def site(path: str, kind: str = "dense", head: bool = False, stacked: bool = False) -> Site:
+    shape = (3, 4, 4) if stacked else (4, 4)
+    axes = {"in_axes": (1,), "out_axes": (2,), "batch_axes": (0,)} if stacked else {"in_axes": (0,), "out_axes": (1,)}
+    return Site(path=path, shape=shape, dtype="float32", kind=kind, head=head, **axes)
+
+
+def transformer() -> Sites:
+    modules = [f"params/layers_{i}/{name}" for i in range(3) for name in ("attn/query", "attn/value", "mlp/up")]
+    found = [site(f"{module}/kernel") for module in modules]
+    found += [site("params/experts/up", "ragged"), site("params/patch/kernel", "conv")]
+    found += [site("params/embed/embedding", "embedding"), site("params/head/kernel", head=True)]
+    found += [site("params/subhead/kernel")]
+    biases = [f"{module}/bias" for module in [*modules, "params/head", "params/patch"]]
+    rest = [*biases, "params/norm/scale", "params/norm/bias"]
+    return Sites(found, tuple(sorted([*(item.path for item in found), *rest])))
+
+
+SITES = transformer()
+
+
+def chosen(**fields) -> list[str]:
+    return [item.path.removeprefix("params/") for item in select(LoraConfig(**fields), SITES).sites]
+
+
+def trained(**fields) -> list[str]:
+    return [path.removeprefix("params/") for path in select(LoraConfig(**fields), SITES).train]
+
+
+def test_defaults_and_normal_forms():
+    config = LoraConfig(targets=["b", "a", "b"], layers=np.int64(1), train="head", param_dtype=jnp.bfloat16)
+    assert (config.targets, config.layers, config.train) == (("b", "a"), (1,), ("head",))
+    assert config.param_dtype == "bfloat16"
+    assert LoraConfig().targets == LoraConfig(targets="ALL-Linear").targets == "all-linear"
+    assert LoraConfig(targets={"b", "a"}) == LoraConfig(targets=("a", "b"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 3
+
+
+CONFIGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "rank": st.integers(1, 512),
+        "alpha": st.floats(0.5, 512),
+        "targets": st.one_of(
+            st.just("all-linear"), st.just(r".*\.q"), st.lists(st.sampled_from(["q", "k.v", "o"]), min_size=1)
+        ),
+        "exclude": st.sampled_from([(), ("k",), "k.*"]),
+        "rank_pattern": st.dictionaries(st.sampled_from(["q", "k.v"]), st.integers(1, 64)),
+        "alpha_pattern": st.dictionaries(st.sampled_from(["v", "q"]), st.floats(1, 64)),
+        "rslora": st.booleans(),
+        "dropout": st.floats(0, 0.9),
+        "init": st.sampled_from(["default", "gaussian", "orthogonal"]),
+        "train": st.sampled_from([(), ("head",)]),
+        "bias": st.sampled_from(["none", "all", "lora_only"]),
+    },
+)
+
+
+@given(CONFIGS)
+def test_a_config_is_hashable_and_survives_json(fields):
+    config = LoraConfig(**fields)
+    assert hash(config) == hash(LoraConfig(**fields))
+    assert LoraConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert dataclasses.replace(config) == config
+
+
+@given(CONFIGS)
+def test_to_peft_and_back_scales_every_site_alike(fields):
+    config = LoraConfig(**fields)
+    written = json.loads(json.dumps(config.to_peft()))
+    back = LoraConfig.from_peft(written)
+    for path in ("layers_0/q/kernel", "layers_0/k/v/kernel", "v/kernel", "o/kernel"):
+        assert (back.rank_for(path), back.scale_for(path)) == (config.rank_for(path), config.scale_for(path))
+    resolved = {"alpha": back.alpha, "alpha_pattern": back.alpha_pattern}
+    assert back == dataclasses.replace(config, **resolved)
+    assert back.to_peft() == written
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank": 0}, "rank=0 must be a positive integer"),
+        ({"rank": 2.5}, "rank=2.5"),
+        ({"rank": True}, "rank=True"),
+        ({"alpha": 0}, "alpha=0"),
+        ({"alpha": float("nan")}, "alpha=nan"),
+        ({"alpha": "8"}, "alpha='8'"),
+        ({"dropout": 1.0}, "dropout=1.0 must be a probability"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"targets": ()}, "targets is empty"),
+        ({"targets": ""}, "targets is empty"),
+        ({"targets": ("query", 3)}, "3 is not a name"),
+        ({"targets": ("attn//query",)}, "'attn//query' is not a name"),
+        ({"targets": ".*(query"}, "not a regular expression"),
+        ({"exclude": "["}, "exclude.*not a regular expression"),
+        ({"layers": -1, "targets": ("q",)}, "layers=-1"),
+        ({"layers": ()}, "layers is empty"),
+        ({"layers": 1, "targets": ".*query"}, "regex"),
+        ({"layers_pattern": "h"}, "without layers"),
+        ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\]=0"),
+        ({"rank_pattern": {"(": 1}}, "not a regular expression"),
+        ({"rank_pattern": "query"}, "must map regexes to numbers"),
+        ({"alpha_pattern": {"q": -1}}, "alpha_pattern"),
+        ({"rslora": "yes"}, "rslora='yes'"),
+        ({"init": "kaiming"}, "choose one of: .*default.*gaussian.*orthogonal"),
+        ({"init": None}, "init=None"),
+        ({"bias": "some"}, "'lora_only'"),
+        ({"train": ("",)}, "train"),
+        ({"param_dtype": "int32"}, "floating-point"),
+        ({"param_dtype": None}, "floating-point"),
+        ({"param_dtype": "float33"}, "floating-point"),
+    ],
+)
+def test_bad_fields_are_refused_at_once(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        LoraConfig(**fields)
+
+
+def test_rank_alpha_and_scale_by_path():
+    config = LoraConfig(rank=8, rank_pattern={"layers_0/q": 4, "q": 16}, alpha_pattern={"k": 3})
+    assert [config.rank_for(f"{module}/kernel") for module in ("layers_0/q", "layers_1/q", "v")] == [4, 16, 8]
+    assert [config.scale_for(f"{module}/kernel") for module in ("layers_0/q", "q", "k")] == [2.0, 2.0, 3 / 8]
+    assert LoraConfig(rank=16, alpha=8, rslora=True).scale_for("w") == 2.0
+    assert LoraConfig(rank=16, alpha=8).scale_for("w") == 0.5
+
+
+def test_from_peft_honours_the_defaults_of_peft():
+    config = LoraConfig.from_peft({"target_modules": ["q_proj"], "r": 32, "task_type": "CAUSAL_LM", "use_dora": False})
+    assert (config.rank, config.alpha, config.scale_for("q_proj/w")) == (32, 8.0, 0.25)
+    full = {
+        "peft_type": "LORA", "target_modules": ["q"], "layers_to_transform": [1, 2], "layers_pattern": "h",
+        "modules_to_save": ["lm_head"], "bias": "lora_only", "init_lora_weights": "gaussian", "use_rslora": True,
+        "lora_dropout": 0.1, "exclude_modules": "x.*", "loftq_config": {}, "megatron_core": "megatron.core",
+        "qalora_group_size": 16, "fan_in_fan_out": True, "inference_mode": True, "rank_pattern": {}, "lora_bias": False,
+    }  # fmt: skip
+    expected = LoraConfig(
+        alpha=8, targets=("q",), layers=(1, 2), layers_pattern=("h",), train=("lm_head",), bias="lora_only",
+        init="gaussian", rslora=True, dropout=0.1, exclude="x.*",
+    )  # fmt: skip
+    assert LoraConfig.from_peft(full) == expected
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"use_dora": True}, {"loftq_config": {"loftq_bits": 4}}, {"lora_bias": True}, {"target_parameters": ["w"]},
+        {"trainable_token_indices": [1]}, {"init_lora_weights": "pissa"}, {"init_lora_weights": False},
+        {"peft_type": "IA3"}, {"layer_replication": [[0, 2]]}, {"a_later_field": 1}, {"target_modules": None},
+    ],
+)  # fmt: skip
+def test_from_peft_refuses_what_it_would_not_honour(field):
+    with pytest.raises(ConfigError, match=next(iter(field))):
+        LoraConfig.from_peft({"target_modules": ["q"], **field})
+
+
+def test_to_peft_refuses_what_peft_has_not():
+    with pytest.raises(ConfigError, match="layers_to_transform"):
+        LoraConfig(layers=1).to_peft()
+
+
+def test_all_linear_leaves_out_heads_tables_and_convolutions():
+    expected = {f"layers_{i}/{name}/kernel" for i in range(3) for name in ("attn/query", "attn/value", "mlp/up")}
+    assert set(chosen()) == expected | {"experts/up", "subhead/kernel"}
+    assert chosen(targets=("head", "embed", "patch")) == ["patch/kernel", "embed/embedding", "head/kernel"]
+
+
+def test_names_and_regexes_select():
+    assert chosen(targets=("layers_1/attn/query", "head")) == ["layers_1/attn/query/kernel", "head/kernel"]
+    assert chosen(targets=r".*_0\.attn\.(query|value)") == ["layers_0/attn/query/kernel", "layers_0/attn/value/kernel"]
+    assert chosen(targets=("query",), exclude=("layers_1/attn/query",), layers=[0, 1]) == ["layers_0/attn/query/kernel"]
+    assert chosen(targets=("query",), exclude=r".*_[12]\..*") == ["layers_0/attn/query/kernel"]
+    assert chosen(layers=2, layers_pattern="layers", targets=("up", "query"))[0] == "layers_2/attn/query/kernel"
+
+
+def test_a_full_name_does_not_bypass_layers():
+    assert chosen(targets=("layers_1/attn/query", "value"), layers=0) == ["layers_0/attn/value/kernel"]
+
+
+def test_train_and_bias():
+    assert trained(train=("head",)) == ["head/bias", "head/kernel"]
+    assert trained(train=("head/kernel", "norm")) == ["head/kernel", "norm/bias", "norm/scale"]
+    assert trained(targets=("query",), bias="lora_only") == [f"layers_{i}/attn/query/bias" for i in range(3)]
+    assert len(trained(bias="all")) == 12
+    assert chosen(targets=("query", "value"), train=("layers_0", "layers_1/attn")) == [
+        "layers_2/attn/query/kernel",
+        "layers_2/attn/value/kernel",
+    ]
+
+
+def test_haiku_biases_are_biases():
+    sites = Sites([site("linear/w")], ("linear/w", "linear/b", "other/b"))
+    assert select(LoraConfig(targets=("linear",), bias="all"), sites).train == ("linear/b",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"targets": ("query", "valeu")}, r"'valeu' hits none of the 14 sites.*attn/value.*find_sites"),
+        ({"targets": ("ead",)}, "'ead' hits none"),
+        ({"targets": ("attn",)}, r"module above 12 parameters .*\(\.\*/\)\?attn/\.\*"),
+        ({"targets": ("query|value",)}, "looks like a regex"),
+        ({"targets": "query"}, "single string is a regex.*'query',"),
+        ({"targets": ("norm",)}, "does not use linearly .*norm/bias.*train="),
+        ({"targets": ("query",), "exclude": ("valeu",)}, "exclude: 'valeu' hits no parameter.*attn/value"),
+        ({"targets": ("query",), "exclude": "value"}, "exclude: 'value'"),
+        ({"targets": ("query",), "exclude": ("query",)}, "Nothing is left to adapt: all 3"),
+        ({"targets": ("query",), "train": ("hed",)}, "train: 'hed' hits no parameter. Nearest: .*head"),
+        ({"targets": ("query",), "layers": (1, 7)}, r"in layer 7; .* \[0, 1, 2\]"),
+        ({"targets": ("query",), "layers": 1, "layers_pattern": ("h",)}, "no number follows 'h'"),
+        ({"targets": ("query",), "rank_pattern": {"valeu": 2}}, "rank_pattern: 'valeu' matches none"),
+        ({"targets": ("query",), "rank_pattern": {"value": 2}}, "rank_pattern: 'value' matches none of the 3"),
+        ({"targets": ("query",), "alpha_pattern": {"query": 2, "layers_0.*": 3}}, "'layers_0.*' never applies"),
+        ({"targets": ("embed",), "bias": "lora_only"}, "bias='lora_only' hits nothing"),
+    ],
+)
+def test_whatever_hits_nothing_is_an_error(fields, message):
+    with pytest.raises(MatchError, match=message):
+        chosen(**fields)
+
+
+def test_errors_for_programs_without_candidates():
+    with pytest.raises(MatchError, match="leaves out output heads"):
+        select(LoraConfig(), Sites([site("head/kernel", head=True)]))
+    with pytest.raises(MatchError, match="share a path and cannot be told apart"):
+        select(LoraConfig(layers=1), Sites([site("layers/attn/kernel", stacked=True)]))
+    with pytest.raises(MatchError, match="none of the 0 sites"):
+        select(LoraConfig(targets=("q",)), Sites([]))
+
+
+@given(st.sets(st.sampled_from(["query", "value", "up", "layers_1/mlp/up", "experts/up"]), min_size=1))
+def test_names_select_the_union_of_what_each_selects(names):
+    each = {path for name in names for path in chosen(targets=(name,))}
+    assert set(chosen(targets=names)) == each
