@@ -1,0 +1,199 @@
+"""Freezing: no state and no change for what does not train, wherever optax is used."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+from lora_jax.adapter import Adapter
+from lora_jax.errors import ParameterError
+from lora_jax.optim import optimizer
+from lora_jax.site import Site
+from lora_jax.updates import LowRank, Replace
+
+SITE = Site(path="w", shape=(6, 5), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
+BIAS = Site(path="bias", shape=(5,), dtype="float32", kind="full")
+
+
+def make(rank: int = 2) -> Adapter:
+    a, b = jax.random.normal(jax.random.key(0), (rank, 6)), jnp.zeros((rank, 5))
+    return Adapter({"w": LowRank(a, b, jnp.float32(2.0), SITE), "bias": Replace(jnp.zeros(5), BIAS)})
+
+
+def base() -> dict[str, jax.Array]:
+    odd = jnp.array([-0.0, 0.0, jnp.nan, -jnp.inf, 1.0], jnp.bfloat16)
+    return {"w": jax.random.normal(jax.random.key(1), (6, 5)), "bias": jnp.zeros(5), "odd": odd, "ids": jnp.arange(3)}
+
+
+def loss(adapter: Adapter, params: dict[str, jax.Array]) -> jax.Array:
+    x = jax.random.normal(jax.random.key(2), (7, 6))
+    y = x @ adapter["w"].applied(params["w"]) + adapter["bias"].applied(params["bias"])[None]
+    return ((y - 1) ** 2).mean()
+
+
+def bits(tree: object) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def test_state_holds_nothing_for_frozen_leaves() -> None:
+    tree = {"params": base() | {"big": jnp.zeros((300, 300))}, "lora": make()}
+    state = optimizer(optax.adam(0.1), tree).init(tree)
+    trained = (2 * 6 + 2 * 5 + 5) * 4
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == 2 * trained + 4  # two moments and a count
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_frozen_leaves_keep_every_bit(jit: bool) -> None:
+    tree = {"params": base(), "lora": make()}
+    tx = optimizer(optax.adamw(0.1, weight_decay=0.5), tree)
+
+    def step(tree, state):
+        grads = jax.tree.map(lambda leaf: jnp.ones_like(leaf), tree)
+        updates, state = tx.update(grads, state, tree)
+        return optax.apply_updates(tree, updates), state
+
+    new, _ = (jax.jit(step) if jit else step)(tree, tx.init(tree))
+    assert bits(new["params"]) == bits(tree["params"])
+    assert [leaf.dtype for leaf in jax.tree.leaves(new)] == [leaf.dtype for leaf in jax.tree.leaves(tree)]
+    assert bits(new["lora"]["w"].scale) == bits(tree["lora"]["w"].scale)
+    for field in ("a", "b"):
+        assert (getattr(new["lora"]["w"], field) != getattr(tree["lora"]["w"], field)).all()
+
+
+def test_zero_would_not_do() -> None:
+    negative = jnp.array(-0.0)
+    assert bits(optax.apply_updates(negative, jnp.array(0.0))) != bits(negative)
+
+
+def test_plain_loop_on_an_adapter_learns() -> None:
+    adapter, params = make(), base()
+    tx = optimizer(optax.adam(0.05), adapter)
+
+    @jax.jit
+    def step(adapter, state):
+        updates, state = tx.update(jax.grad(loss)(adapter, params), state, adapter)
+        return optax.apply_updates(adapter, updates), state
+
+    state, before = tx.init(adapter), loss(adapter, params)
+    for _ in range(20):
+        adapter, state = step(adapter, state)
+    assert loss(adapter, params) < 0.5 * before
+    assert step._cache_size() == 1
+    assert bits(adapter["w"].scale) == bits(make()["w"].scale)
+
+
+def test_clipping_sees_only_what_trains() -> None:
+    tree = {"params": jnp.zeros(10), "lora": make()}
+    grads = jax.tree.map(jnp.zeros_like, tree)
+    grads = {"params": jnp.full(10, 1e6), "lora": grads["lora"]}
+    grads["lora"] = jax.tree.map(jnp.ones_like, grads["lora"])
+    tx = optimizer(optax.clip_by_global_norm(1.0), tree)
+    updates, _ = tx.update(grads, tx.init(tree), tree)
+    assert optax.tree.norm(updates) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_extra_arguments_reach_the_inner_optimizer() -> None:
+    adapter = make()
+    tx = optimizer(optax.contrib.reduce_on_plateau(factor=0.5, patience=1), adapter)
+    state = tx.init(adapter)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, adapter), state, adapter, value=1.0)
+    assert (updates["w"].a == 1).all()
+
+
+def test_gradients_of_integer_leaves_are_ignored() -> None:
+    tree = {"params": {"ids": jnp.arange(4, dtype=jnp.int8)}, "lora": make()}
+    grads = jax.grad(lambda tree: loss(tree["lora"], base()), allow_int=True)(tree)
+    tx = optimizer(optax.sgd(1.0), tree)
+    updates, _ = tx.update(grads, tx.init(tree), tree)
+    new = optax.apply_updates(tree, updates)
+    assert bits(new["params"]) == bits(tree["params"])
+    assert new["params"]["ids"].dtype == jnp.int8
+
+
+def test_train_state() -> None:
+    tree = {"params": {"w": base()["w"], "bias": -jnp.zeros(5)}, "lora": make()}
+    state = TrainState.create(apply_fn=loss, params=tree, tx=optimizer(optax.adam(0.05), tree))
+
+    @jax.jit
+    def step(state):
+        def objective(tree):
+            return state.apply_fn(tree["lora"], jax.lax.stop_gradient(tree["params"]))
+
+        return state.apply_gradients(grads=jax.grad(objective)(state.params))
+
+    for _ in range(3):
+        state = step(state)
+    assert int(state.step) == 3
+    assert bits(state.params["params"]) == bits(tree["params"])
+    assert loss(state.params["lora"], tree["params"]) < loss(tree["lora"], tree["params"])
+
+
+class Tuned(nnx.Module):
+    def __init__(self) -> None:
+        self.linear = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+        self.lora = nnx.LoRAParam(make())
+
+    def params(self) -> dict[str, jax.Array]:
+        kernel, bias = self.linear.kernel[...], self.linear.bias
+        return {"w": kernel, "bias": jnp.zeros(5) if bias is None else bias[...]}
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["adapter", "adapter and base"])
+@pytest.mark.parametrize("graph_updates", [False, True], ids=["no updates", "graph updates"])
+@pytest.mark.parametrize("graph", [False, True], ids=["tree", "graph"])
+def test_nnx_optimizer(graph: bool, graph_updates: bool, both: bool) -> None:
+    with nnx.set_graph_mode(graph), nnx.set_graph_updates(graph_updates):
+        model = Tuned()
+        wrt = (nnx.LoRAParam, nnx.Param) if both else nnx.LoRAParam
+        state = nnx.optimizer.Optimizer(model, optimizer(optax.adam(0.05), model), wrt=wrt)
+        kernel, before = bits(model.linear.kernel[...]), loss(model.lora.get_value(), model.params())
+        moments = jax.tree.leaves(state.opt_state)
+        assert sum(leaf.nbytes for leaf in moments) == 2 * (2 * 6 + 2 * 5 + 5) * 4 + 4
+
+        def objective(tuned: nnx.State, rest: nnx.State, graphdef: nnx.GraphDef[Tuned]) -> jax.Array:
+            merged = nnx.merge(graphdef, tuned, rest)
+            return loss(merged.lora.get_value(), merged.params())
+
+        @nnx.jit
+        def step(model: Tuned, state: nnx.Optimizer[Tuned]) -> None:
+            graphdef, tuned, rest = nnx.split(model, wrt, ...)
+            state.update(model, jax.grad(objective)(tuned, rest, graphdef))
+
+        for _ in range(3):
+            step(model, state)
+        state.update(model, nnx.state(Tuned(), wrt))  # and outside jit
+        adapter = model.lora.get_value()
+        assert isinstance(adapter, Adapter)
+        assert isinstance(adapter["w"], LowRank)
+        assert loss(adapter, model.params()) < before
+        assert bits(adapter["w"].scale) == bits(make()["w"].scale)
+        assert bits(model.linear.kernel[...]) == kernel
+        assert int(state.step[...]) == 4
+
+
+def test_another_adapter_than_the_one_given_may_be_trained() -> None:
+    tx = optimizer(optax.adam(0.1), jax.eval_shape(make))
+    other = Adapter({"w": make(rank=4)["w"]})
+    state = tx.init(other)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, other), state, other)
+    assert sorted(jnp.shape(leaf) for leaf in jax.tree.leaves(state)) == [(), (4, 5), (4, 5), (4, 6), (4, 6)]
+    assert (updates["w"].scale == 0).all()
+
+
+def test_tree_without_an_adapter_is_refused() -> None:
+    with pytest.raises(ParameterError, match=r'No adapter found in a tree of type dict.*"lora": adapter'):
+        optimizer(optax.sgd(0.1), base())
+
+
+def test_adapter_in_which_nothing_trains_is_refused() -> None:
+    class Frozen(LowRank):
+        def trains(self) -> "Frozen":
+            return jax.tree.map(lambda leaf: False, self)
+
+    jax.tree_util.register_dataclass(Frozen, data_fields=["a", "b", "scale"], meta_fields=["site", "dropout"])
+    frozen = make()["w"]
+    with pytest.raises(ParameterError, match="nothing that trains"):
+        optimizer(optax.sgd(0.1), Adapter({"w": Frozen(frozen.a, frozen.b, frozen.scale, SITE)}))
