@@ -85,14 +85,16 @@ def _missed_target(wanted: str | tuple[str, ...], config: LoraConfig, sites: Sit
             f"targets: {name!r} hits only parameters that the program does not use linearly ({_some(bypassed)}), so "
             f"low-rank factors cannot adapt them. To train them in full, name them in train=. {_listing(sites)}"
         )
-    return f"targets: {name!r} hits none of the {len(sites)} sites. {_hint(wanted, sites)}{_listing(sites)} {_NEXT}"
+    return (
+        f"targets: {name!r} hits none of the {len(sites)} sites. {_hint(wanted, tuple(sites))}{_listing(sites)} {_NEXT}"
+    )
 
 
 def _excluded(config: LoraConfig, sites: Sites) -> set[str]:
     for wanted in _each(config.exclude):
         if not any(hits(wanted, path) for path in sites.all_paths):
             name = wanted if isinstance(wanted, str) else wanted[0]
-            raise MatchError(f"exclude: {name!r} hits no parameter. {_hint(wanted, sites)}{_NEXT}")
+            raise MatchError(f"exclude: {name!r} hits no parameter. {_hint(wanted, sites.all_paths)}{_NEXT}")
     return {path for path in sites.all_paths if config.exclude and hits(config.exclude, path)}
 
 
@@ -171,19 +173,23 @@ def _each(wanted: str | Collection[str]) -> list[str | tuple[str, ...]]:
     return [wanted] if isinstance(wanted, str) else [(name,) for name in wanted]
 
 
-def _hint(wanted: str | tuple[str, ...], sites: Sites) -> str:
+def _hint(wanted: str | tuple[str, ...], candidates: Collection[str]) -> str:
+    name = wanted if isinstance(wanted, str) else wanted[0]
+    like_a_regex = re.search(r"[*+?|\\^$()\[\]{}]", name)
     if isinstance(wanted, str):
-        return f"A single string is a regex for a whole path; for names, write ({wanted!r},). "
-    name = wanted[0]
-    below = [path for path in sites.all_paths if inside(name, path) and not name_hits(name, path)]
+        hint = (
+            "A regex must match a whole path." if like_a_regex else f"One string is a regex; for a name: ({name!r},)."
+        )
+        return f"{hint} Nearest: {nearest(name, candidates)}. "
+    below = [path for path in candidates if inside(name, path) and not name_hits(name, path)]
     if below:
         return (
             f"It is a module above {len(below)} parameters ({_some(below)}): name the layers in it, or use the regex "
             f"{f'(.*/)?{re.escape(name)}/.*'!r}. "
         )
-    if re.search(r"[*+?|\\^$()\[\]{}]", name):
+    if like_a_regex:
         return f"It looks like a regex, and a collection holds names; a regex is given alone, as {name!r}. "
-    return f"Nearest: {nearest(name.replace('.', '/'), sites.all_paths)}. "
+    return f"Nearest: {nearest(name.replace('.', '/'), candidates)}. "
 
 
 def _listing(sites: Sites) -> str:

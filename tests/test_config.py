@@ -214,9 +214,10 @@ def test_haiku_biases_are_biases():
     [
         ({"targets": ("query", "valeu")}, r"'valeu' hits none of the 14 sites.*attn/value.*find_sites"),
         ({"targets": ("ead",)}, "'ead' hits none"),
-        ({"targets": ("attn",)}, r"module above 12 parameters .*\(\.\*/\)\?attn/\.\*"),
+        ({"targets": ("attn",)}, r"module above 6 parameters .*\(\.\*/\)\?attn/\.\*"),
         ({"targets": ("query|value",)}, "looks like a regex"),
-        ({"targets": "query"}, "single string is a regex.*'query',"),
+        ({"targets": "query"}, "One string is a regex; for a name: .'query',"),
+        ({"targets": ".*valeu.*"}, "must match a whole path. Nearest: "),
         ({"targets": ("norm",)}, "does not use linearly .*norm/bias.*train="),
         ({"targets": ("query",), "exclude": ("valeu",)}, "exclude: 'valeu' hits no parameter.*attn/value"),
         ({"targets": ("query",), "exclude": "value"}, "exclude: 'value'"),
