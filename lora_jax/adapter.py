@@ -8,7 +8,7 @@ from rich.table import Table
 
 from lora_jax.errors import ParameterError, nearest
 from lora_jax.site import render
-from lora_jax.updates import LowRank, Update, map_updates
+from lora_jax.updates import Update, map_updates
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -45,6 +45,9 @@ class Adapter(Mapping[str, Update]):
     def __len__(self) -> int:
         return len(self._updates)
 
+    def __contains__(self, path: object) -> bool:
+        return path in self._updates
+
     def __hash__(self) -> int:
         return id(self)
 
@@ -64,31 +67,38 @@ class Adapter(Mapping[str, Update]):
         return Adapter({path: update for path, update in self.items() if path not in paths})
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Update]], tuple[str, ...]]:
+        """The updates with their paths as keys, as JAX asks of a pytree."""
         children = [(jax.tree_util.DictKey(path), update) for path, update in self._updates.items()]
         return children, tuple(self._updates)
 
     @classmethod
     def tree_unflatten(cls, paths: tuple[str, ...], updates: Any) -> "Adapter":
+        """Inverse of the flattening; the updates may be anything JAX puts in their place."""
         adapter = object.__new__(cls)
         adapter._updates = dict(zip(paths, updates, strict=True))
         return adapter
 
     def __rich__(self) -> Table:
-        table = Table("path", "update", "rank", "shapes", "dtype")
+        table = Table("path", "update", "leaves")
         for path, update in self.items():
-            leaves = [leaf for leaf in jax.tree.leaves(update) if hasattr(leaf, "shape") and leaf.ndim]
-            rank = str(update.rank) if isinstance(update, LowRank) else ""
-            shapes = " ".join("×".join(map(str, leaf.shape)) for leaf in leaves)
-            table.add_row(path, type(update).__name__, rank, shapes, str(leaves[0].dtype) if leaves else "")
+            table.add_row(path, type(update).__name__, "  ".join(map(_spelled, leaves_by_name(update))))
         return table
 
     def __repr__(self) -> str:
         return render(self)
 
 
-def is_adapter(node: Any) -> bool:
-    """Whether `node` is an `Adapter` (for `is_leaf` arguments)."""
-    return isinstance(node, Adapter)
+def _spelled(named: tuple[str, Any]) -> str:
+    """A leaf as `a float32[8,64]`, or as it prints itself if it is no array (a mask, say)."""
+    name, leaf = named
+    shape = getattr(leaf, "shape", None)
+    return f"{name} {leaf}" if shape is None else f"{name} {leaf.dtype}[{','.join(map(str, shape))}]"
+
+
+def leaves_by_name(update: Any) -> list[tuple[str, Any]]:
+    """The leaves of an update with the names of their fields."""
+    entries, _ = jax.tree_util.tree_flatten_with_path(update)
+    return [(jax.tree_util.keystr(keys, simple=True), leaf) for keys, leaf in entries]
 
 
 def trainable(tree: Any) -> Any:

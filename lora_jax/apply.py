@@ -1,6 +1,6 @@
 """adapt: run an unchanged function as though its adapted parameters were `W + Σ scale·a·b`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, get_args
 
@@ -10,8 +10,10 @@ from lora_jax.adapter import Adapter
 from lora_jax.engine import Context, Log, Strategy, dense, interpret
 from lora_jax.engine.calls import Call, trace_call
 from lora_jax.engine.weight import RANK, Labelled, Term, Weight
-from lora_jax.errors import ConfigError, ParameterError, nearest
-from lora_jax.updates import Replace, Update
+from lora_jax.errors import ConfigError
+from lora_jax.fit import Placed, adapter_list, fit
+from lora_jax.paths import is_array
+from lora_jax.updates import Update
 
 
 def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..., Any]:
@@ -55,67 +57,34 @@ def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..
         raise ConfigError(f"strategy={strategy!r}; choose one of {', '.join(get_args(Strategy))}")
 
     @wraps(fn)
-    def adapted(params: Any, adapter: Adapter | Sequence[Adapter], *args: Any, lora_key: Any = None, **kwargs: Any) -> Any:
+    def adapted(
+        params: Any, adapter: Adapter | Sequence[Adapter], *args: Any, lora_key: Any = None, **kwargs: Any
+    ) -> Any:
         adapters = adapter_list(adapter)
         if not adapters:
-            return fn(jax.lax.stop_gradient(params), *args, **kwargs)
+            return fn(jax.tree.map(_frozen, params), *args, **kwargs)
         call = trace_call(fn, params, args, kwargs)
         return run_adapted(call, adapters, Context(Log(), strategy=strategy, key=lora_key))
 
     return adapted
 
 
-def adapter_list(adapter: Any) -> list[Adapter]:
-    """The adapters of a call, which may be one or a sequence."""
-    adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter) if isinstance(adapter, Sequence) else None
-    if adapters is None or not all(isinstance(each, Adapter) for each in adapters):
-        raise TypeError(f"the second argument is an Adapter or a tuple of them, not {type(adapter).__name__}")
-    return adapters
-
-
 def run_adapted(call: Call, adapters: Sequence[Adapter], ctx: Context) -> Any:
     """Evaluate a traced call with its adapted parameters symbolic."""
-    updates = gather(call.arrays, adapters)
+    updates = fit(adapters, call.arrays)
     inputs = [
-        _weight(ctx, path, jax.lax.stop_gradient(leaf), updates[path]) if path in updates else jax.lax.stop_gradient(leaf)
+        _weight(ctx, path, _frozen(leaf), updates[path]) if path in updates else _frozen(leaf)
         for path, leaf in call.arrays.items()
     ]
     outputs = interpret(ctx, call.program, [*inputs, *call.given])
-    return call.result([returned(ctx, call, output) for output in outputs])
+    return call.result([dense(ctx, None, output, "returned by the function") for output in outputs])
 
 
-def returned(ctx: Context, call: Call, output: Any) -> Any:
-    """An output of the program; a weight that is returned is formed."""
-    return dense(ctx, None, output, "returned by the function")
+def _frozen(leaf: Any) -> Any:
+    return jax.lax.stop_gradient(leaf) if is_array(leaf) else leaf
 
 
-def gather(arrays: Mapping[str, Any], adapters: Sequence[Adapter]) -> dict[str, list[tuple[int, Update]]]:
-    """All updates by path with the position of their adapter, checked against the parameters."""
-    updates: dict[str, list[tuple[int, Update]]] = {}
-    for slot, adapter in enumerate(adapters):
-        for path, update in adapter.items():
-            _check(arrays, path, update)
-            updates.setdefault(path, []).append((slot, update))
-    for path, entries in updates.items():
-        if sum(isinstance(update, Replace) for _, update in entries) > 1:
-            raise ParameterError(f"{path} is trained in full by more than one of the adapters; keep one of them")
-    return updates
-
-
-def _check(arrays: Mapping[str, Any], path: str, update: Update) -> None:
-    if path not in arrays:
-        raise ParameterError(
-            f"The adapter updates {path!r}, which is not among the parameters. Nearest: {nearest(path, arrays)}. "
-            "Pass the same tree that find_sites saw."
-        )
-    if tuple(arrays[path].shape) != update.site.shape:
-        raise ParameterError(
-            f"{path} has shape {tuple(arrays[path].shape)}, but the adapter was made for {update.site.shape}. "
-            "It belongs to another base model."
-        )
-
-
-def _weight(ctx: Context, path: str, leaf: Any, updates: list[tuple[int, Update]]) -> Weight | Any:
+def _weight(ctx: Context, path: str, leaf: Any, updates: list[Placed]) -> Weight | Any:
     """The parameter with its updates: replaced first, then low-rank terms on top."""
     for _, update in updates:
         leaf = update.base(leaf)

@@ -7,12 +7,12 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from lora_jax.adapter import Adapter
-from lora_jax.errors import MergeError, ParameterError, nearest
+from lora_jax.errors import MergeError
+from lora_jax.fit import fit
 from lora_jax.paths import named_leaves, rebuild
-from lora_jax.updates import Array, Replace, Update
+from lora_jax.updates import Array, Replace, Update, is_traced, widened
 
 
 def merge(
@@ -67,7 +67,8 @@ def merge(
     key = _checked_key(rounding, key)
     leaves, treedef = named_leaves(params)
     merged: dict[str, Any] = {}
-    for path, updates in updates_by_path(adapters, leaves).items():
+    for path, placed in fit(adapters, leaves).items():
+        updates = [update for _, update in placed]
         _check_floating(path, leaves[path])
         exact = exact_sum(leaves[path], updates)
         dtype = leaves[path].dtype
@@ -84,53 +85,6 @@ def _checked_key(rounding: str, key: Array | None) -> Array | None:
     if rounding == "stochastic" and key is None:
         raise MergeError('rounding="stochastic" draws random numbers: pass key=jax.random.key(0), or any other key')
     return key if rounding == "stochastic" else None
-
-
-def updates_by_path(adapters: Adapter | Sequence[Adapter], leaves: Mapping[str, Any]) -> dict[str, list[Update]]:
-    """Collect the updates of several adapters by path, checked against the parameters.
-
-    Raises:
-      ParameterError: a path is missing, a shape differs, or a parameter is trained in full twice.
-    """
-    found: dict[str, list[Update]] = {}
-    for adapter in [adapters] if isinstance(adapters, Adapter) else adapters:
-        if not isinstance(adapter, Adapter):
-            raise ParameterError(f"Expected an Adapter or a sequence of them, got a {type(adapter).__name__}")
-        for path, update in adapter.items():
-            _check_fits(path, update, leaves)
-            found.setdefault(path, []).append(update)
-    for path, updates in found.items():
-        if sum(isinstance(update, Replace) for update in updates) > 1:
-            raise ParameterError(
-                f"{path!r} is trained in full by more than one adapter, and two values cannot be added. "
-                f"Leave it out of all but one: adapter.without({path!r})"
-            )
-    return found
-
-
-def _check_fits(path: str, update: Update, leaves: Mapping[str, Any]) -> None:
-    if path not in leaves:
-        raise ParameterError(
-            f"The adapter adapts {path!r}, which these parameters do not have; nearest: {nearest(path, leaves)}. "
-            "Pass the tree the adapter was made for, at the same level (with or without 'params')."
-        )
-    leaf, site = leaves[path], update.site
-    if np.shape(leaf) != site.shape:
-        raise ParameterError(
-            f"{path!r} has shape {np.shape(leaf)}, but the adapter was made for shape {site.shape}: "
-            "these are not the parameters it was trained on."
-        )
-    made = [part.shape for part in jax.tree.leaves(jax.eval_shape(update.factors))]
-    if made:
-        rank = made[0][len(site.batch_axes)] if len(made[0]) > len(site.batch_axes) else 0
-        wanted = [site.a_shape(rank), site.b_shape(rank)]
-    else:
-        made, wanted = [jax.eval_shape(update.base, leaf).shape], [site.shape]
-    if made != wanted:
-        raise ParameterError(
-            f"The update at {path!r} has arrays of shapes {made} where its site needs {wanted}. "
-            "If adapters were stacked (by jax.vmap, say), take one of them: jax.tree.map(lambda leaf: leaf[0], adapter)"
-        )
 
 
 def _check_floating(path: str, leaf: Any) -> None:
@@ -170,7 +124,7 @@ def _round_stochastically(exact: Array, dtype: Any, key: Array) -> Array:
 
 def _like(value: Array, leaf: Any) -> Any:
     """Give a result the container and the placement of the leaf it stands for."""
-    if isinstance(value, Tracer):
+    if is_traced(value):
         return value
     if isinstance(leaf, np.ndarray):
         return np.asarray(value, leaf.dtype)
@@ -179,7 +133,7 @@ def _like(value: Array, leaf: Any) -> Any:
 
 
 def _check_finite(merged: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
-    known = {path: value for path, value in merged.items() if not isinstance(value, Tracer)}
+    known = {path: value for path, value in merged.items() if not is_traced(value)}
     finite = jax.device_get({path: jnp.isfinite(widened(value)).all() for path, value in known.items()})
     bad = [path for path, fine in finite.items() if not fine]
     if not bad:
@@ -191,8 +145,3 @@ def _check_finite(merged: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
         cause = f"Either the adapter diverged in training, or the sum overflows {leaves[bad[0]].dtype}: look at both."
     others = f" and {len(bad) - 1} more parameters ({', '.join(bad[1:4])})" if len(bad) > 1 else ""
     raise MergeError(f"Merging makes {count} NaN or infinite entries in {bad[0]!r}{others}. {cause}")
-
-
-def widened(value: Any) -> Array:
-    """The array in float32, or as it is if that is wider."""
-    return jnp.asarray(value, jnp.float32 if value.dtype.itemsize < 4 else value.dtype)

@@ -9,10 +9,11 @@ from rich.console import Group
 from rich.table import Table
 
 from lora_jax.adapter import Adapter
-from lora_jax.merge import exact_sum, updates_by_path, widened
+from lora_jax.fit import Placed, fit
+from lora_jax.merge import exact_sum
 from lora_jax.paths import named_leaves
 from lora_jax.site import render
-from lora_jax.updates import Update
+from lora_jax.updates import widened
 
 WARN_BELOW = 0.9
 """Share of a delta that must survive rounding, or `merge_report` warns."""
@@ -99,13 +100,13 @@ def merge_report(params: Any, adapters: Adapter | Sequence[Adapter]) -> MergeRep
       ('w',)
     """
     leaves, _ = named_leaves(params)
-    return MergeReport(tuple(_rows(updates_by_path(adapters, leaves), leaves)))
+    return MergeReport(tuple(_rows(fit(adapters, leaves), leaves)))
 
 
-def _rows(found: Mapping[str, list[Update]], leaves: Mapping[str, Any]) -> Iterable[MergeRow]:
-    for path, updates in sorted(found.items()):
+def _rows(found: Mapping[str, list[Placed]], leaves: Mapping[str, Any]) -> Iterable[MergeRow]:
+    for path, placed in sorted(found.items()):
         weight, dtype = widened(leaves[path]), leaves[path].dtype
-        exact = exact_sum(weight, updates)
+        exact = exact_sum(weight, [update for _, update in placed])
         delta, kept = exact - weight, widened(exact.astype(dtype)) - weight
         size = float(jnp.vdot(delta, delta))
         yield MergeRow(

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from lora_jax.adapter import Adapter
-from lora_jax.apply import adapter_list, run_adapted
+from lora_jax.apply import run_adapted
 from lora_jax.engine import Context, Log, Strategy, Use, dense, interpret
 from lora_jax.engine.calls import Call, trace_call
 from lora_jax.engine.heads import head_equations
+from lora_jax.fit import adapter_list
 from lora_jax.site import Site, Sites, render
 
 

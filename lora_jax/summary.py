@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 from rich.console import Group
 from rich.table import Table
 
 from lora_jax.adapter import Adapter
 from lora_jax.paths import is_array
 from lora_jax.site import render
-from lora_jax.updates import Update
+from lora_jax.updates import Update, is_traced
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def _row(path: str, update: Update) -> SummaryRow:
 
 
 def _extremes(scale: Any) -> tuple[float, float] | None:
-    if scale is None or isinstance(scale, (jax.ShapeDtypeStruct, Tracer)):
+    if scale is None or isinstance(scale, jax.ShapeDtypeStruct) or is_traced(scale):
         return None
     values = np.asarray(scale, np.float64)
     return float(values.min()), float(values.max())

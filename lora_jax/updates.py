@@ -46,15 +46,14 @@ class Update(ABC):
             return None
         batch, into, out = (list(axes) for axes in (self.site.batch_axes, self.site.in_axes, self.site.out_axes))
         rank = len(self.site.shape)
-        a, b = (jnp.asarray(factor, jnp.promote_types(factor.dtype, jnp.float32)) for factor in pair)
+        a, b = map(widened, pair)
         return jnp.einsum(
             a, [*batch, rank, *into], b, [*batch, rank, *out], list(range(rank)), precision=jax.lax.Precision.HIGHEST
         )
 
     def applied(self, weight: Array) -> Array:
         """The parameter as the adapted model sees it, in float32 (or wider if `weight` is)."""
-        base, delta = self.base(weight), self.delta()
-        base = base.astype(jnp.promote_types(weight.dtype, jnp.float32))
+        base, delta = widened(self.base(weight)), self.delta()
         return base if delta is None else base + delta.astype(base.dtype)
 
 
@@ -135,6 +134,20 @@ class Replace(Update):
             f"{self.site.path} is trained in full and has no scale; "
             f"leave it out with adapter.without({self.site.path!r}) before scaling by {factor!r}"
         )
+
+
+def widened(value: Any) -> Array:
+    """The array in float32, or as it is if that is wider."""
+    return jnp.asarray(value, jnp.float32 if value.dtype.itemsize < 4 else value.dtype)
+
+
+def is_traced(value: Any) -> bool:
+    """Whether an array has no contents yet, because it is inside `jit`, `grad` or `vmap`."""
+    try:
+        # Only an array with contents has a place; asking a tracer for its own raises.
+        return isinstance(value, jax.Array) and value.is_fully_addressable is None
+    except jax.errors.ConcretizationTypeError:
+        return True
 
 
 def is_update(node: Any) -> bool:

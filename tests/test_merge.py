@@ -275,7 +275,7 @@ def test_wrong_trees_are_refused_with_the_nearest_paths() -> None:
         merge({"params": {"w": weight()}}, adapter())
     with pytest.raises(ParameterError, match=r"'w' has shape \(16, 32\), but the adapter.*\(32, 16\)"):
         merge({"w": weight().T}, adapter())
-    with pytest.raises(ParameterError, match="Expected an Adapter or a sequence of them, got a dict"):
+    with pytest.raises(TypeError, match="Expected an Adapter or a sequence of them, got a list of dict"):
         merge({"w": weight()}, [{"w": adapter()["w"]}])
 
 

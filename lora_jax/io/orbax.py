@@ -21,8 +21,8 @@ from orbax.checkpoint import v1 as ocp
 from lora_jax.adapter import Adapter
 from lora_jax.config import LoraConfig
 from lora_jax.errors import CheckpointError, LoraError
+from lora_jax.fit import fit
 from lora_jax.io import manifest
-from lora_jax.merge import updates_by_path
 from lora_jax.paths import named_leaves
 
 _KEY = "lora_jax"
@@ -71,7 +71,7 @@ def save(
     if not adapter:
         raise CheckpointError(f"Nothing to save at {where}: the adapter is empty")
     if params is not None:
-        updates_by_path(adapter, named_leaves(params)[0])
+        fit(adapter, named_leaves(params)[0])
     if where.exists():
         _check_replaceable(where, overwrite)
     arrays = {name: {field: _array(leaf) for field, leaf in manifest.arrays(adapter[name]).items()} for name in adapter}

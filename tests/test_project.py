@@ -1,0 +1,106 @@
+"""What the project promises about itself: its layers, its sizes, its public names, its oldest versions."""
+
+import ast
+import importlib.metadata
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import lora_jax as lora
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lora_jax"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Lower rows may be imported by higher ones, never the other way round. DESIGN: imports point down.
+LAYERS = [
+    ["errors", "site"],
+    ["paths", "checks", "registry", "peft_fields", "config", "selection"],
+    ["updates", "adapter", "fit"],
+    ["engine"],
+    ["apply", "sites"],
+    ["init", "merge", "merge_report", "optim", "summary", "sharding", "io", "nnx"],
+    ["models", "train"],
+    ["cli", "__main__"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lora_jax."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "lora_jax":
+            names |= {alias.name for alias in node.names if alias.name in RANK}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lora_jax.")}
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_module(path: Path) -> None:
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert len(text.splitlines()) <= 700
+    assert ast.get_docstring(tree), "a module says in its first line what it does"
+    assert not re.search(r"jax\._src|jax\.core\b|NotImplementedError|TODO|FIXME", text)
+    if path != PACKAGE / "__init__.py":
+        above = [name for name in imported(path) if RANK[name] > RANK[layer(path)]]
+        assert not above, f"{layer(path)} imports {above}, which is above it"
+
+
+def test_modules_are_small() -> None:
+    lengths = sorted(len(path.read_text().splitlines()) for path in MODULES)
+    assert lengths[len(lengths) // 2] <= 200
+
+
+PUBLIC = [name for name in vars(lora) if not name.startswith("_") and not inspect.ismodule(getattr(lora, name))]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_is_documented(name: str) -> None:
+    thing = getattr(lora, name)
+    doc = inspect.getdoc(thing)
+    assert doc and doc.splitlines()[0].endswith("."), "one summary line"
+    if not (inspect.isclass(thing) and issubclass(thing, Exception)) and not inspect.isabstract(thing):
+        assert ">>>" in doc, "an example that runs"
+
+
+def test_public_face_is_small() -> None:
+    assert len(PUBLIC) <= 36
+
+
+def test_oldest_versions_are_those_of_the_oldest_lane() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floors = {need.name: next(iter(need.specifier)) for need in map(Requirement, project["dependencies"])}
+    assert project["requires-python"] == ">=3.11"
+    assert (str(floors["jax"]), str(floors["flax"])) == (">=0.10.2", ">=0.12.8")
+    for name, floor in floors.items():
+        assert floor.contains(importlib.metadata.version(name), prereleases=True)
+
+
+def test_version_has_a_single_source() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert importlib.metadata.version("lora_jax") == project["version"]
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_library_does_not_import_the_application() -> None:
+    code = "import sys, lora_jax; print([m for m in sys.modules if m.startswith(('lora_jax.train', 'lora_jax.cli', 'tyro'))])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert shown.stdout.strip() == "[]"
