@@ -1,0 +1,55 @@
+"""The command `lora-jax`.
+
+```
+cli/parse.py      arguments -> a job, or one line on what is wrong with them
+cli/finetune.py   the verb `finetune`; every verb is a file with a dataclass of options
+```
+
+Whatever happens ends in one line and an exit code: 0 done, 1 failed, 2 nothing done because of what was asked for,
+130 stopped by Ctrl-C.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from lora_jax.errors import LoraError
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+      args: the arguments, by default those of the process.
+
+    Returns:
+      The exit code.
+    """
+    if missing := [name for name in ("tyro", "matplotlib") if find_spec(name) is None]:
+        return _fail(f'the command line needs {" and ".join(missing)}: pip install "lora_jax[cli]"', 2)
+    # Not before: it imports what has just been looked for.
+    from lora_jax.cli.parse import prepare
+
+    try:
+        job = prepare(sys.argv[1:] if args is None else args)
+    except LoraError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return _fail("stopped before anything was written", 130)
+    try:
+        job.run()
+    except KeyboardInterrupt as stop:
+        return _fail(f"{stop or 'stopped'}; to continue: {_program()} {job.resume}", 130)
+    except (LoraError, OSError) as error:
+        return _fail(error, 1)
+    return 0
+
+
+def _fail(reason: object, code: int) -> int:
+    print(f"lora-jax: {' '.join(str(reason).split())}", file=sys.stderr)
+    return code
+
+
+def _program() -> str:
+    return "python -m lora_jax" if Path(sys.argv[0]).name == "__main__.py" else "lora-jax"

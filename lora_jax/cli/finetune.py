@@ -1,0 +1,119 @@
+"""The verb `finetune`: its options, and everything that is checked before anything is written."""
+
+import shlex
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_jax.models import TransformerConfig
+from lora_jax.train.data import Corpus, python_source, python_topics, read_text, split
+from lora_jax.train.folder import Folder
+from lora_jax.train.job import FinetuneJob, Plan
+from lora_jax.train.options import AdapterOptions, OptionError, TrainingOptions, flag, require
+from lora_jax.train.pretrain import Recipe
+
+_SIZES = {
+    "tiny": TransformerConfig(layers=2, width=32, heads=4, kv_heads=2, hidden=64),
+    "small": TransformerConfig(),
+    "medium": TransformerConfig(layers=6, width=256, heads=8, kv_heads=2, hidden=704),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Adapt a small language model to a text with LoRA.
+
+    The model reads bytes. It is pre-trained on the source of Python's standard library (once, then it is cached),
+    frozen and adapted. Without options this takes about two minutes on two cores, and no network.
+    """
+
+    data: Path | None = None
+    """UTF-8 text file to adapt to; None is the topics of Python's help(), in English."""
+    out: Path = Path("lora-out")
+    """Folder for the adapter, the metrics, the loss curve and the resolved config."""
+    resume: bool = False
+    """Continue the run in --out, with its options."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+    model: Literal["tiny", "small", "medium"] = "small"
+    """Size of the base model."""
+    pretrain_steps: int = 300
+    """Pre-training steps."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+
+    def saved(self) -> "Finetune | None":
+        """The options of the run in `out`, if it is to be resumed."""
+        folder = Folder(self.out)
+        folder.check(resume=self.resume, overwrite=self.overwrite)
+        if not self.resume:
+            return None
+        options = folder.read_config()["options"]
+        options["data"] = options["data"] and Path(options["data"])
+        options["adapter"]["targets"] = tuple(options["adapter"]["targets"])
+        groups = {"adapter": AdapterOptions(**options["adapter"]), "training": TrainingOptions(**options["training"])}
+        return replace(self, **options | groups)
+
+    def prepare(self, saved: "Finetune | None") -> FinetuneJob:
+        """Check the options and read the texts; nothing is written.
+
+        Raises:
+          LoraError: an option or a text cannot be used.
+        """
+        if saved is not None and (changed := _changed(replace(self, data=_absolute(self.data)), saved)):
+            raise OptionError(f"a run is resumed with its own options: leave out {', '.join(map(flag, changed))}")
+        self.training.check()
+        require("pretrain_steps", self.pretrain_steps, above=0)
+        folder, config, seq_len = Folder(self.out), self.adapter.config, self.training.seq_len
+        shape = replace(_SIZES[self.model], remat=self.remat)
+        target = split(*self._text(), seq_len)
+        if saved is not None and folder.read_config()["text"]["sha256"] != target.sha256:
+            raise OptionError(f"{target.name} has changed since the run began: start again with --overwrite")
+        return FinetuneJob(
+            Plan(
+                shape=shape,
+                recipe=Recipe(steps=self.pretrain_steps, seq_len=seq_len),
+                config=config,
+                training=self.training,
+                source=split("Python source", python_source(), seq_len),
+                target=target,
+                record=self._record(shape, target),
+            ),
+            folder,
+            resumed=saved is not None,
+            resume=f"finetune --out {shlex.quote(str(self.out))} --resume",
+        )
+
+    def _text(self) -> tuple[str, bytes]:
+        if self.data is None:
+            return "English of Python's help()", python_topics()
+        return str(self.data), read_text(self.data)
+
+    def _record(self, shape: TransformerConfig, text: Corpus) -> dict[str, Any]:
+        """What `config.json` holds: every option resolved, and what the result depends on beside them."""
+        options = {name: value for name, value in asdict(self).items() if name not in ("out", "resume", "overwrite")}
+        options["data"] = self.data and str(_absolute(self.data))
+        return {
+            "options": options,
+            "model": asdict(shape),
+            "lora": asdict(self.adapter.config),
+            "text": {"name": text.name, "bytes": text.train.size + text.held_out.size, "sha256": text.sha256},
+            "versions": {name: version(name) for name in ("jax", "flax", "optax")},
+        }
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return path and path.absolute()
+
+
+def _changed(one: Any, other: Any) -> list[str]:
+    """Names of the options that differ."""
+    names = []
+    for option in fields(one):
+        value, former = getattr(one, option.name), getattr(other, option.name)
+        if value != former:
+            names += _changed(value, former) if is_dataclass(value) else [option.name]
+    return names

@@ -1,0 +1,1 @@
+"""Training: texts, the loop, evaluation, logs and plots behind `lora-jax`."""

@@ -1,0 +1,113 @@
+"""The training loop: steps, evaluations, checkpoints, and stopping in order."""
+
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lora_jax.errors import LoraError
+from lora_jax.train.data import Bytes
+from lora_jax.train.log import Reporter
+from lora_jax.train.state import State, save_state
+
+Step = Callable[[Any, Any, Bytes, jax.Array], tuple[Any, Any, jax.Array]]
+"""Maps weights, optimizer state, tokens and a random key to new weights, new optimizer state and the loss."""
+
+
+class TrainingError(LoraError, RuntimeError):
+    """Training cannot go on."""
+
+
+class Interrupted(LoraError):
+    """Ctrl-C: the run stopped after a step, and its state is on disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When a run does what: `steps` in total, and the steps between states on disk and between evaluations."""
+
+    steps: int
+    checkpoint_every: int
+    eval_every: int
+
+    def checkpoint(self, done: int) -> bool:
+        """Whether to write the state after `done` steps."""
+        return done % self.checkpoint_every == 0 or done == self.steps
+
+    def evaluate(self, done: int) -> bool:
+        """Whether to evaluate after `done` steps."""
+        return done % self.eval_every == 0 or done == self.steps
+
+
+def train(
+    state: State,
+    step: Step,
+    batches: Callable[[int], Bytes],
+    key: jax.Array,
+    schedule: Schedule,
+    directory: Path,
+    reporter: Reporter,
+    record: Callable[[int, float], None] = lambda done, loss: None,
+    evaluate: Callable[[int, Any], None] = lambda done, weights: None,
+) -> State:
+    """Train from wherever `state` is to the last step.
+
+    Args:
+      state: where to begin.
+      step: the compiled training step; it may donate the weights and the optimizer's state.
+      batches: maps the number of a step, from 0, to its tokens.
+      key: `jax.random` key; each step gets one folded from it and the number of the step.
+      schedule: when to do what.
+      directory: where states are written.
+      reporter: shows progress.
+      record: called after each step with the steps done and the loss.
+      evaluate: called with the steps done and the weights.
+
+    Returns:
+      The state after the last step, which is on disk too.
+
+    Raises:
+      TrainingError: a loss is not finite.
+      Interrupted: Ctrl-C was pressed; the state is on disk.
+    """
+    with _interrupts() as interrupted, reporter.shown():
+        for index in range(state.step, schedule.steps):
+            *trained, loss = step(*state[:2], batches(index), jax.random.fold_in(key, index))
+            done, loss = index + 1, float(loss)
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss is {loss} at step {done}: try a lower learning rate or more warmup steps"
+                )
+            state = State(*trained, done)
+            record(done, loss)
+            reporter.update(done, loss)
+            if schedule.evaluate(done):
+                evaluate(done, state.weights)
+            stop = interrupted()
+            if stop or schedule.checkpoint(done):
+                save_state(directory, state)
+            if stop:
+                raise Interrupted(f"stopped after step {done} of {schedule.steps}")
+    return state
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag, so that no step is cut in half; a second one interrupts as usual."""
+    pressed = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, usual)
+
+    usual = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, usual)

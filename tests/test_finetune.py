@@ -1,0 +1,344 @@
+"""`lora-jax finetune`: the whole job on tiny settings, resuming bit for bit, and refusals that write nothing."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_same
+from rich.console import Console
+
+import lora_jax as lora
+from lora_jax.cli import main
+from lora_jax.cli.finetune import Finetune
+from lora_jax.models import Transformer, TransformerConfig
+from lora_jax.train import data, pretrain
+from lora_jax.train.evaluate import cross_entropy, evaluate
+from lora_jax.train.folder import Folder
+from lora_jax.train.job import FinetuneJob
+from lora_jax.train.log import Metrics, Reporter, read_metrics
+from lora_jax.train.loop import Schedule, TrainingError, train
+from lora_jax.train.options import AdapterOptions, TrainingOptions, flag, warmup_cosine
+from lora_jax.train.state import State, load_state
+
+TINY = "finetune --model tiny --seq-len 32 --batch-size 4 --pretrain-steps 8 --steps 6 --eval-every 3 --dropout 0.1"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the tests of this file keep their caches and runs; compiled programs are shared among the runs."""
+    path = tmp_path_factory.mktemp("finetune")
+    settings = {"jax_compilation_cache_dir": str(path / "xla"), "jax_persistent_cache_min_compile_time_secs": 0.5}
+    former = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_JAX_CACHE", str(path / "cache"))
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield path
+        for name, value in former.items():
+            jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """The output of a run that nothing disturbed."""
+    assert main([*TINY.split(), "--out", str(folder / "whole")]) == 0
+    return folder / "whole"
+
+
+def interrupt(title: str, step: int) -> Callable[..., None]:
+    """A `Reporter.update` that presses Ctrl-C after a step."""
+    update = Reporter.update
+
+    def interrupting(self: Reporter, done: int, loss: float) -> None:
+        update(self, done, loss)
+        if (self._title, done) == (title, step):
+            signal.raise_signal(signal.SIGINT)
+
+    return interrupting
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    assert_same(lora.load(one / "adapter"), lora.load(other / "adapter"))
+    assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
+
+
+def test_the_whole_job(whole: Path):
+    assert sorted(path.name for path in whole.iterdir()) == ["adapter", "config.json", "loss.png", "metrics.jsonl"]
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    records = read_metrics(whole / "metrics.jsonl")
+    assert [record["step"] for record in records if "train/loss" in record] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records if "eval/loss" in record] == [0, 3, 6]
+    assert all(bool((update.b != 0).any()) for update in lora.load(whole / "adapter").values())
+    assert lora.load_config(whole / "adapter") == lora.LoraConfig(dropout=0.1)
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["options"]["training"]["steps"], config["lora"]["dropout"]) == (6, 0.1)
+
+
+def test_what_it_says_and_that_the_base_is_read_from_the_cache(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def never(*args: Any) -> None:
+        raise AssertionError("pre-trained again")
+
+    monkeypatch.setattr("lora_jax.train.job.pretrain", never)
+    text = tmp_path / "wörter.txt"
+    text.write_text("Grüße aus Köln! [bold]no markup[/bold]\n" * 20)
+    assert (
+        main([*TINY.split(), "--data", str(text), "--targets", "query", "value", "--out", str(tmp_path / "out")]) == 0
+    )
+    said, complaints = capsys.readouterr()
+    assert complaints == ""
+    for part in (
+        "trainable params: 1,536 || all params: 28,320 || trainable%: 5.4237",
+        "params/layers/attn/query/kernel",
+        "fine-tuning: step 6/6",
+        "base",
+        "bits/byte",
+        "agree: largest difference",
+        "[bold]no markup[/bold]",
+        f"{tmp_path / 'out' / 'loss.png'}",
+    ):
+        assert part in said
+
+
+def test_ctrl_c_in_either_stage_and_resume_give_the_undisturbed_run_bit_for_bit(
+    folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("LORA_JAX_CACHE", str(folder / "other cache"))
+    out = folder / "with a space"
+    resume = ["finetune", "--out", str(out), "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "update", interrupt("pre-training", 5))
+        assert main([*TINY.split(), "--out", str(out)]) == 130
+    assert shlex.join(resume) in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "update", interrupt("fine-tuning", 4))
+        assert main(resume) == 130
+    assert not (out / "adapter").exists()
+    capsys.readouterr()
+    assert main([*TINY.split(), "--out", str(out)]) == 2
+    assert "--resume to continue" in capsys.readouterr().err
+    assert main([*resume, "--steps", "7"]) == 2
+    assert "leave out --steps" in capsys.readouterr().err
+    assert main(resume) == 0
+    assert_equal_runs(out, whole)
+
+
+def test_a_finished_run_is_left_alone(whole: Path, capsys: pytest.CaptureFixture[str]):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert main([*TINY.split(), "--out", str(whole)]) == 2
+    assert "finished run" in capsys.readouterr().err
+    assert main(["finetune", "--out", str(whole), "--resume"]) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_a_real_ctrl_c(folder: Path, whole: Path):
+    out = folder / "process"
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "lora_jax", *TINY.split(), "--steps", "100000", "--out", str(out)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(read_metrics(out / "metrics.jsonl")) < 5:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, complaints = process.communicate(timeout=300)
+    assert process.returncode == 130, said + complaints
+    assert f"to continue: python -m lora_jax finetune --out {out} --resume" in complaints
+    assert complaints.count("\n") == 1
+    assert list((out / "state" / "finetune").iterdir())
+
+
+REFUSED = {
+    "": "finetune",
+    "finetun": "finetune",
+    "finetune --bogus 3": "--bogus",
+    "finetune --step 3": "perhaps you meant --pretrain-steps or --steps",
+    "finetune --steps x": "--steps",
+    "finetune --steps 0": "--steps must be above 0, got 0",
+    "finetune --warmup -1": "--warmup must be at least 0",
+    "finetune --learning-rate nan": "--learning-rate must be above 0",
+    "finetune --rank 0": "rank",
+    "finetune --dropout 1.5": "dropout",
+    "finetune --init pisssa": "init",
+    "finetune --targets quarry": "params/layers/attn/query/kernel",
+    "finetune --model huge": "tiny",
+    "finetune --pretrain-steps 0": "--pretrain-steps",
+    "finetune --seq-len 10000000": "bytes are needed",
+    "finetune --resume": "nothing to resume",
+    "finetune --resume --overwrite": "give one of them",
+    "finetune --data missing.txt": "cannot read missing.txt: No such file",
+    "finetune --data .": "cannot read .: Is a directory",
+    "finetune --data empty.txt": "empty.txt is empty",
+    "finetune --data binary.txt": "binary.txt is not UTF-8 text: byte 0xff at position 1",
+    "finetune --data short.txt": "short.txt has 5 bytes, but 514 are needed",
+    "finetune --out short.txt": "cannot write to short.txt",
+    "finetune --out short.txt/below": "cannot write to short.txt/below",
+}
+
+
+@pytest.mark.parametrize("args", REFUSED)
+def test_refusals_are_one_line_and_write_nothing(
+    args: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
+    files = {"empty.txt": b"\n", "binary.txt": b"a\xff", "short.txt": b"short"}
+    for name, content in files.items():
+        Path(name).write_bytes(content)
+    assert main(args.split()) == 2
+    said, complaint = capsys.readouterr()
+    assert said == ""
+    assert complaint.startswith("lora-jax: ")
+    assert complaint.count("\n") == 1
+    assert REFUSED[args] in complaint
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_the_extra_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("lora_jax.cli.find_spec", lambda name: None)
+    assert main(["finetune"]) == 2
+    assert (
+        capsys.readouterr().err == 'lora-jax: the command line needs tyro and matplotlib: pip install "lora_jax[cli]"\n'
+    )
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    options = {field.name for group in (Finetune, AdapterOptions, TrainingOptions) for field in fields(group)}
+    for option in options - {"adapter", "training"}:
+        assert f"{flag(option)} " in shown
+
+
+def test_a_replaced_run_loses_its_own_files_only(tmp_path: Path):
+    folder = Folder(tmp_path)
+    folder.adapter.mkdir()
+    folder.metrics.write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    folder.start({"options": {}})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+
+
+def run_loop(tmp_path: Path, losses: list[float], **options: Any) -> list[tuple[str, int]]:
+    """Train on given losses; the weights count the steps."""
+    happened = []
+    schedule = Schedule(steps=len(losses), checkpoint_every=2, eval_every=3)
+    train(
+        load_state(tmp_path / "state", State(jnp.zeros(()), jnp.zeros(()))),
+        lambda weights, optimizer, tokens, key: (weights + 1, optimizer - 1, jnp.asarray(losses[int(tokens)])),
+        lambda index: np.asarray(index),
+        jax.random.key(0),
+        schedule,
+        tmp_path / "state",
+        Reporter(Console(quiet=True), "loop", schedule.steps),
+        record=lambda done, loss: happened.append(("step", done)),
+        evaluate=lambda done, weights: happened.append(("evaluation", done)),
+    )
+    return happened
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path):
+    with pytest.raises(TrainingError, match="the loss is nan at step 4"):
+        run_loop(tmp_path, [1.0, 1.0, 1.0, float("nan"), 1.0])
+    state = load_state(tmp_path / "state", State(jnp.zeros(()), jnp.zeros(())))
+    assert (float(state.weights), float(state.optimizer), state.step) == (2.0, -2.0, 2)
+    happened = run_loop(tmp_path, [1.0] * 5)
+    assert happened == [("step", 3), ("evaluation", 3), ("step", 4), ("step", 5), ("evaluation", 5)]
+
+
+def test_failure_is_one_line_and_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def fail(job: FinetuneJob) -> None:
+        raise TrainingError("the loss is nan at step 4")
+
+    monkeypatch.setattr(FinetuneJob, "run", fail)
+    assert main(["finetune", "--model", "tiny"]) == 1
+    assert capsys.readouterr().err == "lora-jax: the loss is nan at step 4\n"
+
+
+def test_the_cache_is_keyed_by_all_that_the_base_depends_on_and_survives_damage(folder: Path):
+    model = Transformer(TransformerConfig())
+    recipe, corpus = pretrain.Recipe(steps=5, seq_len=8), data.split("text", b"0123456789" * 10, 8)
+    path = pretrain.cache_path(model, recipe, corpus)
+    assert path.parent == folder / "cache"
+    others = [
+        pretrain.cache_path(Transformer(TransformerConfig(layers=3)), recipe, corpus),
+        pretrain.cache_path(model, replace(recipe, steps=6), corpus),
+        pretrain.cache_path(model, recipe, data.split("text", b"0123456789" * 11, 8)),
+    ]
+    assert len({path, *others}) == 4
+    assert pretrain.cache_path(Transformer(TransformerConfig(remat=True)), recipe, corpus) == path
+
+    variables = {"w": jnp.arange(3.0)}
+    assert pretrain.load_cached(path, variables) is None
+    pretrain.store(path, variables)
+    pretrain.store(path, variables)
+    assert_same(pretrain.load_cached(path, variables), variables)
+    assert pretrain.load_cached(path, {"w": jnp.zeros(4)}) is None
+    for file in path.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"damaged")
+    assert pretrain.load_cached(path, variables) is None
+    assert not list(path.parent.glob("partial-*"))
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    text = np.arange(200, dtype=np.uint8)
+    tokens = data.batch(text, 1, 2, 4, 16)
+    assert tokens.shape == (4, 17)
+    assert (np.diff(tokens.astype(int)) == 1).all()
+    assert_same(data.batch(text, 1, 2, 4, 16), tokens)
+    assert not np.array_equal(data.batch(text, 1, 3, 4, 16), tokens)
+    assert not np.array_equal(data.batch(text, 2, 2, 4, 16), tokens)
+    assert_same(data.batch(text[:17], 0, 0, 1, 16), text[None, :17])
+
+
+def test_the_stdlib_sample_is_fixed_and_holds_no_evaluation_text():
+    source = data.python_source()
+    assert source == data.python_source()
+    assert 4_000_000 <= len(source) <= 4_500_000
+    assert data.python_topics()[:200] not in source
+    assert data.split("source", source, 256).held_out.size == len(source) // 10
+
+
+def test_evaluation_weights_every_sequence_once():
+    sequences = np.arange(5 * 4, dtype=np.uint8).reshape(5, 4)
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(256, 256)), jnp.float32)
+    predict = lambda tokens: logits[tokens]  # noqa: E731
+    expected = float(cross_entropy(predict(sequences[:, :-1]), sequences).mean())
+    assert evaluate(predict, sequences, size=3).nats == pytest.approx(expected, rel=1e-6)
+
+
+def test_metrics_forget_what_a_resumed_run_will_do_again(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path)
+    for step in (1, 2, 3):
+        metrics.write(step, {"train/loss": 1 / step})
+    path.write_text(path.read_text() + '{"step": 4, "tr')
+    Metrics(path, step=2)
+    assert read_metrics(path) == [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 0.5}]
+    Metrics(path)
+    assert read_metrics(path) == []
+
+
+def test_the_learning_rate_rises_and_decays_however_short_the_run():
+    rate = warmup_cosine(1.0, 4, 10, 0.1)
+    values = [float(rate(step)) for step in range(11)]
+    assert values[0] > 0
+    assert max(values) == values[4] == 1.0
+    assert values[10] == pytest.approx(0.1)
+    assert np.isfinite([float(warmup_cosine(1.0, 100, 1, 0.1)(step)) for step in range(2)]).all()
