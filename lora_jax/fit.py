@@ -67,12 +67,12 @@ def _check(path: str, update: Update, leaves: Mapping[str, Any]) -> None:
             f"{path!r} has shape {np.shape(leaf)}, but the adapter was made for shape {site.shape}: "
             "these are not the parameters it was trained on."
         )
-    made = [part.shape for part in jax.tree.leaves(jax.eval_shape(update.factors))]
+    made = [part.shape for part in jax.tree.leaves(jax.eval_shape(lambda update: update.factors(), update))]
     if made:
         rank = made[0][len(site.batch_axes)] if len(made[0]) > len(site.batch_axes) else 0
         wanted = [site.a_shape(rank), site.b_shape(rank)]
     else:
-        made, wanted = [jax.eval_shape(update.base, leaf).shape], [site.shape]
+        made, wanted = [jax.eval_shape(lambda update, leaf: update.base(leaf), update, leaf).shape], [site.shape]
     if made != wanted:
         raise ParameterError(
             f"The update at {path!r} has arrays of shapes {made} where its site needs {wanted}. "

@@ -9,6 +9,7 @@ from zlib import crc32
 import jax
 
 from lora_jax.engine.weight import Weight
+from lora_jax.site import Kind
 
 Strategy = Literal["auto", "factored", "merged"]
 Route = Literal["factored", "merged", "look-up", "materialised"]
@@ -34,7 +35,7 @@ class Use:
     path: str
     primitive: str
     route: Route
-    kind: str | None = None
+    kind: Kind | None = None
     in_axes: tuple[int, ...] = ()
     out_axes: tuple[int, ...] = ()
     batch_axes: tuple[int, ...] = ()
@@ -46,12 +47,22 @@ class Use:
 
 @dataclass
 class Log:
-    """Everything that outlives one region of the program; filled in the same way however often it is traced."""
+    """Everything that outlives one region of the program; filled in the same way however often it is traced.
+
+    Attributes:
+      uses: every use of a weight.
+      origins: for each axis id, the original axes of its parameter that it stems from.
+      ranks: number of axes of each parameter.
+      looked_up: for each axis along which an index chose slices of a weight, the roles of the parameter's
+        axes if that was a look-up and no choice between whole weights.
+      order: the dropout number of each use.
+      ids: axis ids yet to be given.
+    """
 
     uses: dict[tuple[Any, ...], Use] = field(default_factory=dict)
     origins: dict[int, frozenset[int]] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
-    looked_up: set[int] = field(default_factory=set)
+    looked_up: dict[int, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     order: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict)
     ids: Iterator[int] = field(default_factory=count)
 
@@ -110,7 +121,11 @@ class Context:
         )
 
     def roles(self, path: str, into: Sequence[int], out: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Original axes by role, given the ids contracted and the ids left over; all others are stacked axes."""
+        """Original axes by role, given the ids contracted and the ids left over; all others are stacked axes.
+
+        Weights that were chosen by an index are a stack, however they are combined afterwards.
+        """
+        into, out = ([axis for axis in axes if axis not in self.log.looked_up] for axes in (into, out))
         in_axes = frozenset().union(*(self.log.origins[axis] for axis in into))
         out_axes = frozenset().union(*(self.log.origins[axis] for axis in out)) - in_axes
         rest = set(range(self.log.ranks[path])) - in_axes - out_axes

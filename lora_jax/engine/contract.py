@@ -6,20 +6,20 @@ contracted token axes about twice as slowly as flattened ones, and the gradient 
 when A is stored `(in, rank)`; so tokens are flattened and factors keep their rank axis first.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax.engine.context import Strategy
-from lora_jax.engine.weight import RANK, Labelled, Term, Weight, flat_size
+from lora_jax.engine.placement import explicit, placed, spread, varying
+from lora_jax.engine.weight import RANK, Labelled, Term, flat_size
 
 
-def low_rank(x: Labelled, terms: Sequence[Term], out: Sequence[int], inputs: Sequence[Labelled], precision: Any) -> Any:
+def low_rank(
+    x: Labelled, terms: Sequence[Term], out: Sequence[int], inputs: Sequence[Labelled], precision: Any, like: Any
+) -> Any:
     """`Σ (x·a)·b` with axes `out`, accumulated in float32 or wider.
 
     Args:
@@ -28,13 +28,14 @@ def low_rank(x: Labelled, terms: Sequence[Term], out: Sequence[int], inputs: Seq
       out: ids of the result's axes; what is in neither `out` nor a factor is summed away.
       inputs: for every term the activation its first factor reads: `x`, or `x` after dropout.
       precision: as of `jax.lax.dot_general`.
+      like: the base's own product; on a mesh the result goes where it is.
     """
-    total = None
+    total, target = None, Labelled(like, tuple(out))
     for term, read in zip(terms, inputs, strict=True):
         first, second = _order(term, x, out)
-        hidden = product(read, first.astype(read.array.dtype), {*out, *second.axes}, precision)
+        hidden = product(read, first.astype(read.array.dtype), {*out, *second.axes}, precision, (target, read, first))
         hidden = hidden.astype(read.array.dtype)
-        result = product(hidden, second.astype(read.array.dtype), set(out), precision).ordered(out).array
+        result = product(hidden, second.astype(read.array.dtype), set(out), precision, (target,)).ordered(out).array
         total = result if total is None else total + result
     return total
 
@@ -45,8 +46,11 @@ def _order(term: Term, x: Labelled, out: Sequence[int]) -> tuple[Labelled, Label
     return (term.b, term.a) if weights[1] > weights[0] else (term.a, term.b)
 
 
-def product(x: Labelled, y: Labelled, keep: set[int], precision: Any = None) -> Labelled:
-    """Contract two labelled arrays over the ids they share and `keep` lacks; float32 accumulation at least."""
+def product(x: Labelled, y: Labelled, keep: set[int], precision: Any, owners: Sequence[Labelled]) -> Labelled:
+    """Contract two labelled arrays over the ids they share and `keep` lacks; float32 accumulation at least.
+
+    On an explicit mesh the result goes where its axes are in `owners`.
+    """
     keep = keep | {RANK} if (RANK in x.axes) != (RANK in y.axes) else keep - {RANK}
     alone = tuple(i for i, axis in enumerate(x.axes) if axis not in y.axes and axis not in keep)
     if alone:
@@ -57,18 +61,18 @@ def product(x: Labelled, y: Labelled, keep: set[int], precision: Any = None) -> 
     right = [axis for axis in y.axes if axis not in batch and axis not in inner]
     axes = (*batch, *left, *right)
     shape = [(x if axis in x.axes else y).size(axis) for axis in axes]
-    placed = out_sharding(x, y, axes)
-    group = _separate if placed is not None or spread(x.array) else _flat
+    where = placed(axes, *owners)
+    group = _separate if where is not None or spread(x.array, y.array) else _flat
     (xa, xc, xb), (ya, yc, yb) = group(x, batch, inner, left), group(y, batch, inner, right)
     wide = jnp.promote_types(jnp.promote_types(xa.dtype, ya.dtype), jnp.float32)
     array = lax.dot_general(
-        xa, ya, ((xc, yc), (xb, yb)), precision=precision, preferred_element_type=wide, out_sharding=placed
+        xa, ya, ((xc, yc), (xb, yb)), precision=precision, preferred_element_type=wide, out_sharding=where
     )
     return Labelled(array.reshape(shape) if group is _flat else array, axes)
 
 
 def _flat(x: Labelled, batch: list[int], inner: list[int], free: list[int]) -> tuple[Any, list[int], list[int]]:
-    """The array with the contracted axes merged into one and the free axes into another, moved as little as possible."""
+    """The array with its contracted axes merged into one and its free axes into another; moved only if it must be."""
     inner_first = bool(inner) and bool(free) and x.axes.index(inner[0]) < x.axes.index(free[0])
     groups = (inner, free) if inner_first else (free, inner)
     array = x.ordered([*batch, *groups[0], *groups[1]]).array
@@ -82,60 +86,12 @@ def _separate(x: Labelled, batch: list[int], inner: list[int], free: list[int]) 
     return x.array, [x.axes.index(axis) for axis in inner], [x.axes.index(axis) for axis in batch]
 
 
-def spread(array: Any) -> bool:
-    """Whether an array may be spread over devices in a way that merging its axes would disturb."""
-    mesh = jax.typeof(array).sharding.mesh
-    return mesh.size > 1 and any(kind is not AxisType.Manual for kind in mesh.axis_types)
-
-
-def out_sharding(x: Labelled, y: Labelled, axes: Sequence[int]) -> NamedSharding | None:
-    """Where the product goes on an explicit mesh: every axis stays where it was, the first operand first."""
-    mesh = jax.typeof(x.array).sharding.mesh
-    if mesh.empty or not any(kind is AxisType.Explicit for kind in mesh.axis_types):
-        return None
-    spec, taken = [], set()
-    for axis in axes:
-        owner = x if axis in x.axes else y
-        specs = jax.typeof(owner.array).sharding.spec
-        entry = specs[owner.axes.index(axis)]
-        names = set(entry) if isinstance(entry, tuple) else {entry} - {None}
-        spec.append(None if names & taken else entry)
-        taken |= names
-    return NamedSharding(mesh, PartitionSpec(*spec))
-
-
 def dropped(x: Labelled, rate: float, key: Any) -> Labelled:
-    """The activation with elements dropped at the given rate and the rest scaled up to keep the expectation."""
-    kept = jax.random.bernoulli(key, 1.0 - rate, x.array.shape)
-    return Labelled(jnp.where(kept, x.array / (1.0 - rate), jnp.zeros((), x.array.dtype)), x.axes)
+    """The activation with elements dropped at the given rate and the rest scaled up to keep the expectation.
 
-
-def merges(weight: Weight, x: Labelled, out: Sequence[int], strategy: Strategy, dropout: bool) -> bool:
-    """Whether to run `x·(W + ab)`: cheaper once the tokens outnumber `d·k / (d + k)`, and exact only in float32."""
-    if strategy != "auto" or dropout or x.array.dtype != jnp.float32 or weight.base.dtype != jnp.float32:
-        return strategy == "merged" and not dropout
-    inner = flat_size(x, [axis for axis in x.axes if axis in weight.axes and axis not in out])
-    outer = weight.base.size // max(inner, 1)
-    tokens = flat_size(x, [axis for axis in x.axes if axis not in weight.axes])
-    return not spread(x.array) and tokens * (inner + outer) > inner * outer
-
-
-def merged(dot: Callable[[Any, Any], Any], x: Labelled, weight: Weight, thin: Callable[[Labelled, Any], Any]) -> Any:
-    """`dot(x, W + Σ ab)`, differentiated as `dot(x, W) + thin(x, terms)`: no gradient of the weight's size.
-
-    It is a `custom_jvp`, so forward mode, reverse mode, `vmap` and higher derivatives all work.
+    Inside a `shard_map` that tracks varying values (`check_vma`), every shard of the activation draws for itself.
     """
-
-    @jax.custom_jvp
-    def run(x: Any, base: Any, terms: Any) -> Any:
-        delta = Weight(base, terms, weight.axes, weight.path).delta(base.dtype)
-        return dot(x, base + delta)
-
-    @partial(run.defjvp, symbolic_zeros=False)
-    def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        (x_in, base, terms), (dx, _, dterms) = primals, tangents
-        _, change = jax.jvp(lambda v, t: thin(Labelled(v, x.axes), t), (x_in, terms), (dx, dterms))
-        frozen = dot(dx, lax.stop_gradient(base))
-        return run(x_in, base, terms), frozen + change.astype(frozen.dtype)
-
-    return run(x.array, weight.base, weight.terms)
+    for axis in varying(x.array):
+        key = jax.random.fold_in(key, lax.axis_index(axis))
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.array.shape, out_sharding=explicit(x.array))
+    return Labelled(jnp.where(kept, x.array / (1.0 - rate), jnp.zeros((), x.array.dtype)), x.axes)

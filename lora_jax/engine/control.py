@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -12,14 +13,25 @@ from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.jaxprs import Program
 from lora_jax.engine.lift import dense, interpret, rule
-from lora_jax.engine.weight import Labelled, Weight
+from lora_jax.engine.placement import constrained
+from lora_jax.engine.weight import Labelled, Weight, beside
 
 
 @rule("jit", "pjit", "closed_call", "core_call")
 def _inline(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """The compiled program is one anyway, and a weight may come out as symbolic as it went in."""
     body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    return interpret(ctx, jaxprs.program(body), operands)
+    given, wanted = (eqn.params.get(name, ()) for name in ("in_shardings", "out_shardings"))
+    results = interpret(ctx, jaxprs.program(body), _constrained(operands, given))
+    return _constrained(results, wanted)
+
+
+def _constrained(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
+    """Place values as an inner `jit` asks for; of a weight, its base."""
+    return [
+        replace(v, base=constrained(v.base, s)) if isinstance(v, Weight) else constrained(v, s)
+        for v, s in zip_longest(values, shardings)
+    ]
 
 
 @rule("checkpoint", "remat2", "remat")
@@ -40,7 +52,7 @@ def _scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     consts = list(operands[: loop.consts])
     carries = list(operands[loop.consts : loop.consts + loop.carries])
     fixed = {i: carries[i] for i in still if isinstance(carries[i], Weight)}
-    init = [dense(ctx, eqn, c, "carried through a loop that changes it") for i, c in enumerate(carries) if i not in fixed]
+    init = _formed(ctx, eqn, carries, fixed)
     stacks = [_unstack(operand) for operand in operands[loop.consts + loop.carries :]]
     steps = jnp.arange(eqn.params["length"]) if ctx.key is not None else None
 
@@ -66,6 +78,12 @@ def _invariant(body: Program, consts: int, carries: int) -> set[int]:
     return {i for i, (before, after) in enumerate(pairs) if before is after}
 
 
+def _formed(ctx: Context, eqn: Any, carries: Sequence[Any], fixed: dict[int, Any]) -> list[Any]:
+    """The carries of a loop but the fixed ones, as ordinary arrays."""
+    reason = "carried through a loop that changes it"
+    return [dense(ctx, eqn, carry, reason) for i, carry in enumerate(carries) if i not in fixed]
+
+
 def _woven(values: Sequence[Any], fixed: dict[int, Any]) -> list[Any]:
     """The values in order, with the fixed ones put back at their positions."""
     rest = iter(values)
@@ -85,7 +103,7 @@ def _while(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     for_test, for_body, init = operands[:split], operands[split:-carries], operands[-carries:]
     still = _invariant(body, len(for_body), carries)
     fixed = {i: init[i] for i in still if isinstance(init[i], Weight)}
-    start = [dense(ctx, eqn, c, "carried through a loop that changes it") for i, c in enumerate(init) if i not in fixed]
+    start = _formed(ctx, eqn, init, fixed)
 
     def go_on(state: tuple[Any, list[Any]]) -> Any:
         (result,) = _region(ctx.at(0), eqn, test, [*for_test, *_woven(state[1], fixed)])
@@ -116,6 +134,7 @@ def _cond(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 def _shard_map(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Each factor is split over the mesh the way the weight's axes are; the rank axis is not."""
     params = eqn.params
+    operands = [beside(operand) if isinstance(operand, Weight) else operand for operand in operands]
     specs = [_specs(operand, spec) for operand, spec in zip(operands, params["in_specs"], strict=True)]
     leaves, tree = jax.tree.flatten(list(operands))
     body = jaxprs.program(params["jaxpr"])

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.jaxprs import Program
+from lora_jax.engine.placement import mesh_of
 from lora_jax.engine.weight import Weight
 
 Rule: TypeAlias = Callable[[Context, Any, Sequence[Any]], "list[Any] | None"]
@@ -49,23 +50,23 @@ def evaluate(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     if not any(isinstance(operand, Weight) for operand in operands):
         return jaxprs.bind(eqn, operands)
     name = eqn.primitive.name
-    results = RULES[name](ctx, eqn, operands) if name in RULES else None
-    if results is not None:
-        return results
-    return jaxprs.bind(eqn, [dense(ctx, eqn, operand) for operand in operands])
+    with mesh_of(eqn):
+        results = RULES[name](ctx, eqn, operands) if name in RULES else None
+        if results is not None:
+            return results
+        return jaxprs.bind(eqn, [dense(ctx, eqn, operand) for operand in operands])
 
 
-def dense(ctx: Context, eqn: Any, value: Any, reason: str = "") -> Any:
+def dense(ctx: Context, eqn: Any, value: Any, reason: str = "", **facts: Any) -> Any:
     """The value of an operand (of an equation, or of the program's end): a weight is materialised, and logged."""
     if not isinstance(value, Weight):
         return value
     rows = [axis for axis in value.axes if axis in ctx.log.looked_up]
     flops = 2 * value.base.size * sum(term.rank for term in value.terms)
     if rows:
-        roles = ctx.roles(value.path, into=rows, out=[axis for axis in value.axes if axis not in rows])
-        ctx.record(value, eqn, "look-up", kind="embedding", flops=flops, **roles)
+        ctx.record(value, eqn, "look-up", kind="embedding", flops=flops, **ctx.log.looked_up[rows[0]])
     else:
         nbytes = value.base.size * value.base.dtype.itemsize if value.terms else 0
         reason = reason or f"{eqn.primitive.name} has no low-rank form"
-        ctx.record(value, eqn, "materialised", reason=reason, flops=flops, nbytes=nbytes)
+        ctx.record(value, eqn, "materialised", reason=reason, flops=flops, nbytes=nbytes, **facts)
     return value.dense()

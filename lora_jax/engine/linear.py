@@ -1,6 +1,6 @@
 """Linear rules: products, convolutions and grouped products run on the base, plus two thin products."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import Any
 
@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.engine import contract, jaxprs
+from lora_jax.engine import contract, jaxprs, planner
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import dense, rule
-from lora_jax.engine.weight import RANK, Labelled, Term, Weight, flat_size
+from lora_jax.engine.placement import unreduced
+from lora_jax.engine.planner import Plan, added
+from lora_jax.engine.weight import RANK, Labelled, Term, Weight
 
 
 @rule("dot_general")
@@ -19,9 +21,14 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     """Either operand may be the weight, on any axes; axes of the activation alone get negative ids."""
     lhs, rhs = operands
     if isinstance(lhs, Weight) and isinstance(rhs, Weight):
-        lhs = dense(ctx, eqn, lhs, "the other operand is adapted too")
+        contracted, batch = ([lhs.axes[i] for i in axes[0]] for axes in eqn.params["dimension_numbers"])
+        roles = ctx.roles(lhs.path, contracted, [axis for axis in lhs.axes if axis not in (*contracted, *batch)])
+        lhs = dense(ctx, eqn, lhs, "the other operand is adapted too", kind="dense", **roles)
     side = 0 if isinstance(lhs, Weight) else 1
-    weight, other = (lhs, rhs)[side], (lhs, rhs)[1 - side]
+    weight: Weight = operands[side] if side else lhs
+    other: Any = lhs if side else rhs
+    if weight.terms and unreduced(eqn.params["out_sharding"]):
+        return None  # Two products in a row cannot share one sum over devices.
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     ours, theirs = ((*lc, *lb), (*rc, *rb)) if side == 0 else ((*rc, *rb), (*lc, *lb))
     free, paired = count(RANK - 1, -1), dict(zip(theirs, ours, strict=True))
@@ -35,28 +42,23 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
         return jaxprs.bind(eqn, (w, x) if side == 0 else (x, w))[0]
 
     x = Labelled(_floating(other, weight.base.dtype), tuple(names))
-    chosen = _record(ctx, eqn, weight, x, contracted, remains[0], out)
-    return [_apply(ctx, eqn, weight, x, other, out, dot, chosen)]
-
-
-def _apply(ctx: Context, eqn: Any, weight: Weight, x: Labelled, other: Any, out: Any, dot: Any, chosen: str) -> Any:
-    """The base's own product, as the program wrote it, plus the low-rank terms."""
+    dropout = ctx.key is not None and any(term.dropout for term in weight.terms)
+    planned = planner.plan(weight, x, out, ctx.strategy, dropout)
+    _record(ctx, eqn, weight, x, contracted, remains[0], out, planned)
     precision = eqn.params["precision"]
-    if chosen == "merged":
-        return contract.merged(
-            dot, x, weight, lambda v, terms: contract.low_rank(v, terms, out, [v] * len(terms), precision)
-        )
+    if planned.call:
+        return [
+            planner.merged(
+                dot, x, weight,
+                lambda v, terms, like: contract.low_rank(v, terms, out, [v] * len(terms), precision, like), planned,
+            )
+        ]  # fmt: skip
     y = dot(other, weight.base)
     if not weight.terms:
-        return y
+        return [y]
     with jax.named_scope("lora"):
-        change = contract.low_rank(x, weight.terms, out, _inputs(ctx, weight, x), precision)
-    return add(y, change)
-
-
-def add(y: Any, change: Any) -> Any:
-    """Add in the wider dtype and round once to the dtype the program expects."""
-    return (y.astype(change.dtype) + change).astype(y.dtype)
+        change = contract.low_rank(x, weight.terms, out, _inputs(ctx, weight, x), precision, y)
+    return [added(y, change)]
 
 
 def _floating(x: Any, dtype: Any) -> Any:
@@ -74,53 +76,57 @@ def _inputs(ctx: Context, weight: Weight, x: Labelled) -> list[Labelled]:
 
 
 def _record(
-    ctx: Context, eqn: Any, weight: Weight, x: Labelled, contracted: set[int], remains: list[int], out: Any
-) -> str:
-    """Choose the form of a product and log it."""
-    dropout = ctx.key is not None and any(term.dropout for term in weight.terms)
-    route = "merged" if weight.terms and contract.merges(weight, x, out, ctx.strategy, dropout) else "factored"
+    ctx: Context, eqn: Any, weight: Weight, x: Labelled, into: Iterable[int], left: list[int], out: Any, planned: Plan
+) -> None:
+    """Log a product, its form, and what it adds to one forward evaluation."""
     rank = sum(term.rank for term in weight.terms)
-    tokens = flat_size(x, [axis for axis in x.axes if axis not in weight.axes])
-    inner = flat_size(x, list(contracted))
-    outer = weight.base.size // max(inner, 1)
-    flops = 2 * rank * weight.base.size if route == "merged" else 2 * tokens * rank * (inner + outer)
-    nbytes = weight.base.size * 4 if route == "merged" else tokens * rank * 4
-    roles = ctx.roles(weight.path, into=list(contracted), out=remains)
-    ctx.record(weight, eqn, route, kind="dense", flops=flops, nbytes=nbytes if rank else 0, **roles)
-    return route
+    tokens, inner, outer = planner.extents(weight, x, out)
+    flops = 2 * rank * weight.base.size if planned.call else 2 * tokens * rank * (inner + outer)
+    nbytes = 4 * (weight.base.size if planned.call else tokens * rank)
+    roles = ctx.roles(weight.path, into=list(into), out=left)
+    ctx.record(weight, eqn, "merged" if planned.call else "factored", kind="dense", flops=flops, nbytes=nbytes, **roles)
 
 
 @rule("conv_general_dilated")
 def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     """A convolves with the geometry of the kernel into `rank` channels; B mixes them at each position."""
     image, kernel = operands
-    groups, numbers = eqn.params["feature_group_count"], eqn.params["dimension_numbers"]
+    numbers = eqn.params["dimension_numbers"]
     if not isinstance(kernel, Weight) or eqn.params["batch_group_count"] != 1:
         return None
-    x = dense(ctx, eqn, image, "the kernel is adapted too")
     out_axis, *window = (kernel.axes[i] for i in numbers.rhs_spec)
-    pairs = [_split_factors(term, window, out_axis) for term in kernel.terms]
-    if None in pairs:
+    pairs = _split_factors(kernel.terms, window, [out_axis])
+    if pairs is None:
         return None
+    x = dense(ctx, eqn, image, "the kernel is adapted too")
     (y,) = jaxprs.bind(eqn, [x, kernel.base])
-    rank = sum(term.rank for term in kernel.terms)
-    positions = y.size // y.shape[numbers.out_spec[1]]
-    flops = 2 * positions * rank * (groups * kernel.base.size // kernel.base.shape[numbers.rhs_spec[0]] + y.shape[numbers.out_spec[1]])
+    positions, outputs = y.size // y.shape[numbers.out_spec[1]], y.shape[numbers.out_spec[1]]
+    channels = sum(term.rank for term in kernel.terms) * eqn.params["feature_group_count"]
+    flops = 2 * positions * channels * (kernel.base.size // outputs) + 2 * positions * channels * outputs
     roles = ctx.roles(kernel.path, into=window, out=[out_axis])
-    ctx.record(kernel, eqn, "factored", kind="conv", flops=flops, nbytes=4 * positions * rank * groups if rank else 0, **roles)
-    inputs = _inputs(ctx, kernel, Labelled(x, ()))
-    for (a, b), read in zip(pairs, inputs, strict=True):
+    ctx.record(kernel, eqn, "factored", kind="conv", flops=flops, nbytes=4 * positions * channels, **roles)
+    for (a, b), read in zip(pairs, _inputs(ctx, kernel, Labelled(x, ())), strict=True):
         with jax.named_scope("lora"):
-            y = add(y, _thin_convolution(eqn, read.array, a.ordered((RANK, *window)).array, b.ordered((RANK, out_axis)).array))
+            y = added(y, _thin_convolution(eqn, read.array, a.array, b.array))
     return [y]
 
 
-def _split_factors(term: Term, window: list[int], out_axis: int) -> tuple[Labelled, Labelled] | None:
-    """The factor over the window and the one over the output channels; None if the axes are divided otherwise."""
-    for a, b in ((term.a, term.b), (term.b, term.a)):
-        if {*a.axes} == {RANK, *window} and {*b.axes} == {RANK, out_axis}:
-            return a, b
-    return None
+def _split_factors(
+    terms: Iterable[Term], into: Sequence[int], out: Sequence[int], stacked: Sequence[int] = ()
+) -> list[tuple[Labelled, Labelled]] | None:
+    """For each term the factor `[*stacked, rank, *into]` and the factor `[*stacked, rank, *out]`.
+
+    None if a term divides the axes otherwise.
+    """
+    pairs = []
+    for term in terms:
+        for a, b in ((term.a, term.b), (term.b, term.a)):
+            if {*a.axes} == {*stacked, RANK, *into} and {*b.axes} == {*stacked, RANK, *out}:
+                pairs.append((a.ordered((*stacked, RANK, *into)), b.ordered((*stacked, RANK, *out))))
+                break
+        else:
+            return None
+    return pairs
 
 
 def _thin_convolution(eqn: Any, x: Any, a: Any, b: Any) -> Any:
@@ -137,7 +143,8 @@ def _thin_convolution(eqn: Any, x: Any, a: Any, b: Any) -> Any:
     batch, channel, *space = numbers.out_spec
     hidden = jnp.transpose(hidden, (batch, *space, channel)).astype(x.dtype)
     hidden = hidden.reshape(*hidden.shape[:-1], groups, rank)
-    mixed = jnp.einsum("...gr,rgo->...go", hidden, b.astype(x.dtype).reshape(rank, groups, -1), preferred_element_type=wide)
+    b = b.astype(x.dtype).reshape(rank, groups, -1)
+    mixed = jnp.einsum("...gr,rgo->...go", hidden, b, preferred_element_type=wide)
     mixed = mixed.reshape(*mixed.shape[:-2], -1)
     order = (batch, *space, channel)
     return jnp.transpose(mixed, [order.index(i) for i in range(len(order))])
@@ -149,31 +156,26 @@ def _ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | 
     rows, stack, sizes, *offset = operands
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
-    plain = tuple(map(tuple, (numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions, lc, lb, rb)))
-    if not isinstance(stack, Weight) or offset or plain != ((0,), (0,), (1,), (), ()) or len(stack.axes) != 3:
+    usual = tuple(map(tuple, (numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions, lc, lb, rb)))
+    if not isinstance(stack, Weight) or offset or usual != ((0,), (0,), (1,), (), ()) or len(stack.axes) != 3:
         return None
-    (into,), group = rc, stack.axes[0]
-    out = ({1, 2} - {into}).pop()
-    pairs = [_split_factors(term.map(lambda f: _ungrouped(f, group)), [stack.axes[into]], stack.axes[out]) for term in stack.terms]
-    if None in pairs or any(group not in f.axes for term in stack.terms for f in (term.a, term.b)):
+    group, into, out = stack.axes if tuple(rc) == (1,) else (stack.axes[0], stack.axes[2], stack.axes[1])
+    pairs = _split_factors(stack.terms, [into], [out], [group])
+    if pairs is None:
         return None
     x = dense(ctx, eqn, rows, "the weights are adapted too")
     (y,) = jaxprs.bind(eqn, [x, stack.base, sizes])
     rank = sum(term.rank for term in stack.terms)
     flops = 2 * x.shape[0] * rank * (x.shape[1] + y.shape[1])
-    roles = ctx.roles(stack.path, into=[stack.axes[into]], out=[stack.axes[out]])
+    roles = ctx.roles(stack.path, into=[into], out=[out])
     ctx.record(stack, eqn, "factored", kind="ragged", flops=flops, nbytes=4 * rank * x.shape[0], **roles)
-    for term, read in zip(stack.terms, _inputs(ctx, stack, Labelled(x, ())), strict=True):
-        a, b = (term.a, term.b) if stack.axes[into] in term.a.axes else (term.b, term.a)
-        y = add(y, _thin_ragged(read.array, a.ordered((group, stack.axes[into], RANK)), b.ordered((group, RANK, stack.axes[out])), sizes))
+    for (a, b), read in zip(pairs, _inputs(ctx, stack, Labelled(x, ())), strict=True):
+        with jax.named_scope("lora"):
+            y = added(y, _thin_ragged(read.array, a.ordered((group, into, RANK)).array, b.array, sizes))
     return [y]
 
 
-def _ungrouped(factor: Labelled, group: int) -> Labelled:
-    return Labelled(factor.array, tuple(axis for axis in factor.axes if axis != group))
-
-
-def _thin_ragged(x: Any, a: Labelled, b: Labelled, sizes: Any) -> Any:
+def _thin_ragged(x: Any, a: Any, b: Any, sizes: Any) -> Any:
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    hidden = lax.ragged_dot(x, a.array.astype(x.dtype), sizes, preferred_element_type=wide)
-    return lax.ragged_dot(hidden.astype(x.dtype), b.array.astype(x.dtype), sizes, preferred_element_type=wide)
+    hidden = lax.ragged_dot(x, a.astype(x.dtype), sizes, preferred_element_type=wide)
+    return lax.ragged_dot(hidden.astype(x.dtype), b.astype(x.dtype), sizes, preferred_element_type=wide)

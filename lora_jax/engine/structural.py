@@ -1,6 +1,8 @@
 """Structural rules: operations that move, cut or cast a weight and leave it symbolic."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -9,8 +11,8 @@ import jax.numpy as jnp
 
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
-from lora_jax.engine.lift import dense, rule
-from lora_jax.engine.weight import Labelled, Term, Weight, reshaped
+from lora_jax.engine.lift import rule
+from lora_jax.engine.weight import Labelled, Term, Weight, beside, gathered, reshaped
 
 
 @rule("convert_element_type")
@@ -29,6 +31,14 @@ def _on_base(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         operand.map(result, operand.axes, lambda factor: factor) if isinstance(operand, Weight) else result
         for operand, result in zip(operands, results, strict=True)
     ]
+
+
+@rule("reshard")
+def _reshard(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """On explicit axes the factors move with the base."""
+    (weight,) = operands
+    (base,) = jaxprs.bind(eqn, [weight.base])
+    return [beside(weight.map(base, weight.axes, lambda factor: factor))]
 
 
 @rule("stop_gradient")
@@ -72,7 +82,8 @@ def _broadcast(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | N
     def grow(factor: Labelled, extra: Sequence[int]) -> Labelled:
         array = factor.array.reshape(factor.array.shape + (1,) * len(extra))
         names = (*factor.axes, *extra)
-        return Labelled(jnp.broadcast_to(array, [sizes.get(i, n) for i, n in zip(names, array.shape, strict=True)]), names)
+        full = [sizes.get(axis, n) for axis, n in zip(names, array.shape, strict=True)]
+        return Labelled(jnp.broadcast_to(array, full), names)
 
     (base,) = jaxprs.bind(eqn, [weight.base])
     terms = tuple(Term(grow(t.a, ()), grow(t.b, new), t.dropout, t.slot) for t in weight.terms)
@@ -98,15 +109,16 @@ def _reshape(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | Non
         new = [ctx.fresh(origin) for _ in sizes]
         moves.append((names, new, sizes))
         axes += new
-    terms = []
-    for term in weight.terms:
+    terms, placed = [], eqn.params.get("sharding") is not None
+    for term in [term.map(gathered) for term in weight.terms] if placed else weight.terms:
         for old, new, sizes in moves:
             term = _regroup(term, old, new, sizes)
             if term is None:
                 return None
         terms.append(term)
     (base,) = jaxprs.bind(eqn, [weight.base])
-    return [Weight(base, tuple(terms), tuple(axes), weight.path)]
+    result = Weight(base, tuple(terms), tuple(axes), weight.path)
+    return [beside(result) if placed else result]
 
 
 def _regroup(term: Term, old: list[int], new: list[int], sizes: list[int]) -> Term | None:
@@ -160,13 +172,13 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
 def _slice(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     (weight,) = operands
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
-    strides = eqn.params["strides"] or (1,) * len(start)
+    strides: Sequence[int] = eqn.params["strides"] or (1,) * len(start)
     cuts = dict(zip(weight.axes, zip(start, limit, strides, strict=True), strict=True))
     (base,) = jaxprs.bind(eqn, [weight.base])
     return [weight.map(base, weight.axes, lambda factor: _cut(factor, cuts))]
 
 
-def _cut(factor: Labelled, cuts: dict[int, tuple[int, int, int]]) -> Labelled:
+def _cut(factor: Labelled, cuts: Mapping[int, tuple[int, int, int]]) -> Labelled:
     full = [cuts.get(axis, (0, size, 1)) for axis, size in zip(factor.axes, factor.array.shape, strict=True)]
     return Labelled(jax.lax.slice(factor.array, *zip(*full, strict=True)), factor.axes)
 
@@ -175,12 +187,10 @@ def _cut(factor: Labelled, cuts: dict[int, tuple[int, int, int]]) -> Labelled:
 def _split(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     (weight,) = operands
     axis = weight.axes[eqn.params["axis"]]
-    pieces, start = [], 0
-    for base, size in zip(jaxprs.bind(eqn, [weight.base]), eqn.params["sizes"], strict=True):
-        cut = {axis: (start, start + int(size), 1)}
-        pieces.append(weight.map(base, weight.axes, lambda factor, cut=cut: _cut(factor, cut)))
-        start += int(size)
-    return pieces
+    ends = list(accumulate(map(int, eqn.params["sizes"])))
+    cuts = [{axis: (start, end, 1)} for start, end in zip([0, *ends], ends, strict=False)]
+    bases = jaxprs.bind(eqn, [weight.base])
+    return [weight.map(base, weight.axes, partial(_cut, cuts=cut)) for base, cut in zip(bases, cuts, strict=True)]
 
 
 @rule("dynamic_slice")
@@ -242,42 +252,3 @@ def _multiplied(eqn: Any, operands: Sequence[Any], weight: Weight, by: Any) -> l
         for term in weight.terms
     )
     return [Weight(base, terms, weight.axes, weight.path)]
-
-
-@rule("gather")
-def _gather(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
-    """Take rows along one axis: a look-up if vectors come out, a choice of weights if matrices do."""
-    weight, indices = operands
-    numbers = eqn.params["dimension_numbers"]
-    if not isinstance(weight, Weight) or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
-        return None
-    (position,) = numbers.start_index_map
-    sizes = list(eqn.params["slice_sizes"])
-    if numbers.collapsed_slice_dims != (position,) or sizes[:position] + sizes[position + 1 :] != [
-        n for i, n in enumerate(weight.base.shape) if i != position
-    ]:
-        return None
-    axis = weight.axes[position]
-    (base,) = jaxprs.bind(eqn, [weight.base, indices])
-    new = [ctx.fresh(ctx.log.origins[axis]) for _ in range(indices.ndim - 1)]
-    rest, rows = iter([i for i in weight.axes if i != axis]), iter(new)
-    axes = [next(rest) if i in numbers.offset_dims else next(rows) for i in range(base.ndim)]
-    ctx.log.looked_up.update(new)
-    taken = weight.map(base, axes, lambda factor: _take(factor, axis, indices, new, eqn.params))
-    return [taken if new == [] or base.ndim - len(new) > 1 else dense(ctx, eqn, taken)]
-
-
-def _take(factor: Labelled, axis: int, indices: Any, new: Sequence[int], params: dict[str, Any]) -> Labelled:
-    """The same gather on a factor, along the same axis, with the rows in front."""
-    if axis not in factor.axes:
-        return factor
-    position, rows = factor.axes.index(axis), indices.ndim - 1
-    numbers = jax.lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(rows, rows + factor.array.ndim - 1)),
-        collapsed_slice_dims=(position,),
-        start_index_map=(position,),
-    )
-    sizes = tuple(1 if i == position else n for i, n in enumerate(factor.array.shape))
-    modes = {name: params[name] for name in ("indices_are_sorted", "unique_indices", "mode", "fill_value")}
-    array = jax.lax.gather(factor.array, indices, numbers, sizes, **modes)
-    return Labelled(array, (*new, *(i for i in factor.axes if i != axis)))

@@ -13,6 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax.engine.placement import explicit, follow
 
 RANK = -1
 """The id of the rank axis of every factor."""
@@ -105,7 +108,7 @@ class Weight:
 
     def delta(self, dtype: Any = jnp.float32) -> Any:
         """`Σ a·b` in the layout of the base, accumulated in float32 or wider; None without terms."""
-        deltas = [_outer(term, self.axes, dtype) for term in self.terms]
+        deltas = [_outer(term, self.axes, dtype, explicit(self.base)) for term in self.terms]
         return sum(deltas[1:], start=deltas[0]) if deltas else None
 
     def dense(self) -> Any:
@@ -128,8 +131,8 @@ class Weight:
             new = [_sliced(leaf, next(taken)) if moves else leaf for leaf, moves in zip(leaves, moving, strict=True)]
             return replace(jax.tree.unflatten(rebuild, new), axes=tuple(rest))
 
-        stacked = [leaf.array if _is_labelled(leaf) else leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
-        return stacked, step
+        chosen = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
+        return [leaf.array if _is_labelled(leaf) else leaf for leaf in chosen], step
 
 
 def reshaped(factor: Labelled, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]) -> Labelled:
@@ -142,11 +145,30 @@ def reshaped(factor: Labelled, old: Sequence[int], new: Sequence[int], sizes: Se
     return Labelled(array.reshape(shape), (*axes[:first], *new, *axes[first + len(old) :]))
 
 
-def _outer(term: Term, axes: tuple[int, ...], dtype: Any) -> Any:
+def beside(weight: Weight) -> Weight:
+    """The weight with its factors where its base is, on a mesh with explicit axes; the rank axis is replicated."""
+    base = Labelled(weight.base, weight.axes)
+
+    def place(factor: Labelled) -> Labelled:
+        return replace(factor, array=follow(factor.array, factor.axes, base))
+
+    return weight.map(base.array, base.axes, place)
+
+
+def gathered(factor: Labelled) -> Labelled:
+    """The factor replicated, on a mesh with explicit axes, so that its axes can be merged or split in any way."""
+    where = explicit(factor.array)
+    whole = where and NamedSharding(where.mesh, PartitionSpec(*[None] * len(factor.axes)))
+    return factor if whole == where else replace(factor, array=jax.sharding.reshard(factor.array, whole))
+
+
+def _outer(term: Term, axes: tuple[int, ...], dtype: Any, where: Any) -> Any:
     order = {axis: i for i, axis in enumerate(dict.fromkeys((*term.a.axes, *term.b.axes)))}
     labels = [[order[axis] for axis in names] for names in (term.a.axes, term.b.axes, axes)]
     a, b = (factor.array.astype(dtype) for factor in (term.a, term.b))
-    return jnp.einsum(a, labels[0], b, labels[1], labels[2], precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum(
+        a, labels[0], b, labels[1], labels[2], precision=jax.lax.Precision.HIGHEST, out_sharding=where
+    )
 
 
 def _front(axes: tuple[int, ...], axis: int) -> list[int]:
