@@ -8,6 +8,7 @@ from zlib import crc32
 
 import jax
 
+from lora_jax.engine.recompute import Frame
 from lora_jax.engine.weight import Weight
 from lora_jax.site import Kind
 
@@ -75,6 +76,7 @@ class Context:
       log: shared record of uses and axis identities.
       strategy: how contractions are carried out.
       key: dropout key of this region (each scan step has its own), or None for a deterministic run.
+      frame: the program around this point.
       trail: positions of the equations around this point, outermost first.
       inside: name of the opaque operation we only look into for discovery, else empty.
       look_inside: whether opaque operations are searched for uses.
@@ -83,6 +85,7 @@ class Context:
     log: Log
     strategy: Strategy = "auto"
     key: Any = None
+    frame: Frame | None = None
     trail: tuple[int, ...] = ()
     inside: str = ""
     look_inside: bool = False
@@ -90,6 +93,10 @@ class Context:
     def at(self, position: int) -> "Context":
         """The context of the equation at a position of the current program."""
         return replace(self, trail=(*self.trail, position))
+
+    def within(self, frame: Frame) -> "Context":
+        """The context inside a program."""
+        return replace(self, frame=frame)
 
     def with_key(self, key: Any) -> "Context":
         """The context with another dropout key."""

@@ -12,6 +12,7 @@ from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.jaxprs import Program
 from lora_jax.engine.placement import mesh_of
+from lora_jax.engine.recompute import Frame
 from lora_jax.engine.weight import Weight
 
 Rule: TypeAlias = Callable[[Context, Any, Sequence[Any]], "list[Any] | None"]
@@ -39,6 +40,7 @@ def interpret(ctx: Context, program: Program, args: Sequence[Any]) -> list[Any]:
     def read(atom: Any) -> Any:
         return atom.val if jaxprs.is_literal(atom) else env[atom]
 
+    ctx = ctx.within(Frame(jaxpr, read))
     for position, eqn in enumerate(jaxpr.eqns):
         operands = [read(atom) for atom in eqn.invars]
         env.update(zip(eqn.outvars, evaluate(ctx.at(position), eqn, operands), strict=True))

@@ -51,6 +51,7 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
             planner.merged(
                 dot, x, weight,
                 lambda v, terms, like: contract.low_rank(v, terms, out, [v] * len(terms), precision, like), planned,
+                ctx.frame.recipe(eqn.invars[1 - side]) if ctx.frame is not None else None,
             )
         ]  # fmt: skip
     y = dot(other, weight.base)

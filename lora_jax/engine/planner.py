@@ -14,6 +14,7 @@ from jax import lax
 
 from lora_jax.engine.context import Strategy
 from lora_jax.engine.placement import spread
+from lora_jax.engine.recompute import Recipe
 from lora_jax.engine.weight import Labelled, Weight, flat_size
 
 
@@ -58,6 +59,7 @@ def merged(
     weight: Weight,
     thin: Callable[[Labelled, Any, Any], Any],
     planned: Plan,
+    recipe: Recipe | None,
 ) -> Any:
     """`dot(x, W + Σ ab)` with the factors' own gradients: none of the weight's size is ever formed.
 
@@ -69,7 +71,9 @@ def merged(
       weight: the weight, with its terms.
       thin: `thin(x, terms, like)`, the low-rank products, placed like the array `like`.
       planned: which products run on the merged weight.
+      recipe: how to compute the activation again for the gradient of the factors; None to keep it.
     """
+    leaves, again = recipe or Recipe([x.array], lambda leaves: leaves[0])
 
     def formed(x: Any, base: Any, terms: Any) -> Any:
         return dot(x, Weight(base, terms, weight.axes, weight.path).dense())
@@ -77,20 +81,25 @@ def merged(
     def factored(x_in: Any, base: Any, terms: Any) -> Any:
         return added(y := dot(x_in, base), thin(Labelled(x_in, x.axes), terms, y))
 
+    def by_factors(leaves: Sequence[Any], terms: Any, dterms: Any, like: Any) -> Any:
+        read = Labelled(again(leaves), x.axes)
+        return jax.jvp(lambda t: thin(read, t, like), (terms,), (dterms,))[1]
+
     @jax.custom_jvp
-    def run(x: Any, base: Any, terms: Any) -> Any:
+    def run(x: Any, leaves: Sequence[Any], base: Any, terms: Any) -> Any:
         return formed(x, base, terms)
 
     @run.defjvp
     def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        (x_in, base, terms), (dx, _, dterms) = primals, tangents
+        (x_in, leaves, base, terms), (dx, _, _, dterms) = primals, tangents
         base = lax.stop_gradient(base)
-        y = run(x_in, base, terms) if planned.forward else factored(x_in, base, terms)
+        y = run(x_in, leaves, base, terms) if planned.forward else factored(x_in, base, terms)
         by_x = (formed if planned.backward else factored)(dx, base, terms)
-        _, by_terms = jax.jvp(lambda t: thin(Labelled(x_in, x.axes), t, y), (terms,), (dterms,))
-        return y, added(by_x, by_terms)
+        # The leaves' tangents are not lost: the activation is a function of them, and its own are in dx.
+        keep = jax.checkpoint(by_factors, policy=jax.checkpoint_policies.dots_saveable) if recipe else by_factors
+        return y, added(by_x, keep(leaves, terms, dterms, y))
 
-    return run(x.array, weight.base, weight.terms)
+    return run(x.array, leaves, weight.base, weight.terms)
 
 
 def added(y: Any, change: Any) -> Any:

@@ -1,0 +1,117 @@
+"""Recompute: inputs of sites that need not be kept for the gradient of A, because they are cheap to compute again.
+
+A frozen product keeps nothing for its backward pass, an adapted one its input. Often that input is one or two
+elementwise operations away from values that are kept anyway: `silu(gate) · up`, or a normalised activation times its
+scale. Then the few operations are repeated in the backward pass instead.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, NamedTuple
+
+from lora_jax.engine import jaxprs
+
+_REPEATED = {"add", "sub", "neg", "mul", "div", "convert_element_type", "broadcast_in_dim", "reshape", "squeeze"}
+"""What is repeated: linear in each operand, and cheap."""
+
+_NOTHING_KEPT = {"add", "add_any", "sub", "neg", "convert_element_type", "broadcast_in_dim", "reshape", "squeeze"} | {
+    "transpose", "slice", "concatenate", "reduce_sum", "copy", "stop_gradient", "dot_general", "conv_general_dilated",
+}  # fmt: skip
+"""Operations that keep no operand for their own gradient (products: where the other operand is a weight)."""
+
+
+class Recipe(NamedTuple):
+    """How to compute a value again.
+
+    Attributes:
+      leaves: the values to start from, which are kept anyway or small.
+      run: computes the value from the leaves.
+    """
+
+    leaves: list[Any]
+    run: Callable[[Sequence[Any]], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """The program around an equation.
+
+    Attributes:
+      jaxpr: its jaxpr.
+      read: the value of an operand that has been computed.
+    """
+
+    jaxpr: Any
+    read: Callable[[Any], Any]
+
+    @cached_property
+    def makers(self) -> dict[Any, Any]:
+        """The equation that computes each variable."""
+        return {var: eqn for eqn in self.jaxpr.eqns for var in eqn.outvars}
+
+    @cached_property
+    def users(self) -> dict[Any, list[Any]]:
+        """The equations that use each variable."""
+        users: dict[Any, list[Any]] = {}
+        for eqn in self.jaxpr.eqns:
+            for atom in eqn.invars:
+                if not jaxprs.is_literal(atom):
+                    users.setdefault(atom, []).append(eqn)
+        return users
+
+    def kept(self, var: Any) -> bool:
+        """Whether the gradient of some use of a variable needs its value, so that it is kept whatever we do."""
+        return any(self._keeps(eqn, var) for eqn in self.users.get(var, ()))
+
+    def _keeps(self, eqn: Any, var: Any) -> bool:
+        name = eqn.primitive.name
+        if name not in ("mul", "div"):
+            return name not in _NOTHING_KEPT
+        if name == "div" and eqn.invars[1] is var:
+            return True
+        (other,) = [atom for atom in eqn.invars if atom is not var] or [var]
+        return other is var or not self._spread_out(other)
+
+    def _spread_out(self, atom: Any) -> bool:
+        """Whether a value is a constant or a smaller one repeated."""
+        if jaxprs.is_literal(atom):
+            return True
+        maker = self.makers.get(atom)
+        return maker is not None and maker.primitive.name == "broadcast_in_dim"
+
+    def recipe(self, atom: Any) -> Recipe | None:
+        """How to compute an operand again from what is kept anyway; None if it is best kept itself."""
+        if jaxprs.is_literal(atom) or self.kept(atom) or not self._repeats(atom):
+            return None
+        steps, leaves, stack, seen = [], [], [atom], set()
+        while stack:
+            var = stack.pop()
+            if jaxprs.is_literal(var) or var in seen:
+                continue
+            seen.add(var)
+            if self._repeats(var) and (var is atom or not self.kept(var)):
+                steps.append(self.makers[var])
+                stack += self.makers[var].invars
+            else:
+                leaves.append(var)
+        if any(not self.kept(leaf) and 8 * _size(leaf) > _size(atom) for leaf in leaves):
+            return None
+        order = [eqn for eqn in self.jaxpr.eqns if any(eqn is step for step in steps)]
+        return Recipe([self.read(leaf) for leaf in leaves], lambda values: _replay(order, atom, leaves, values))
+
+    def _repeats(self, var: Any) -> bool:
+        return var in self.makers and self.makers[var].primitive.name in _REPEATED
+
+
+def _size(atom: Any) -> int:
+    return prod(atom.aval.shape)
+
+
+def _replay(eqns: Sequence[Any], atom: Any, leaves: Sequence[Any], values: Sequence[Any]) -> Any:
+    env = dict(zip(leaves, values, strict=True))
+    for eqn in eqns:
+        operands = [operand.val if jaxprs.is_literal(operand) else env[operand] for operand in eqn.invars]
+        env.update(zip(eqn.outvars, jaxprs.bind(eqn, operands), strict=True))
+    return env[atom]
