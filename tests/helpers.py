@@ -1,0 +1,85 @@
+"""What the tests share: one tolerance per dtype, random adapters, and the merged model as the reference."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapter import Adapter
+from lora_jax.paths import named_leaves, rebuild
+from lora_jax.site import Site, Sites
+from lora_jax.updates import LowRank
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
+"""Largest error of a result, relative to its largest element, by the dtype it was computed in."""
+
+
+def assert_close(actual: Any, desired: Any, dtype: Any = None, factor: float = 1.0) -> None:
+    """Trees of the same structure, shapes and dtypes, with values that agree within the tolerance of the dtype."""
+    jax.tree.map(lambda a, d: _leaf_close(a, d, dtype or jnp.result_type(d), factor), actual, desired)
+
+
+def _leaf_close(actual: Any, desired: Any, dtype: Any, factor: float) -> None:
+    assert (jnp.shape(actual), jnp.result_type(actual)) == (jnp.shape(desired), jnp.result_type(desired))
+    actual, desired = (np.asarray(value).astype(np.float64) for value in (actual, desired))
+    size = np.abs(desired).max(initial=0.0)
+    assert np.isfinite(size)
+    tolerance = TOLERANCE[jnp.dtype(dtype).name] * factor
+    error = np.abs(actual - desired).max(initial=0.0)
+    assert error <= tolerance * size, f"error {error:.2e} of {size:.2e} exceeds {tolerance:.0e}"
+
+
+def assert_same(actual: Any, desired: Any) -> None:
+    """Trees of the same structure and dtypes, equal bit for bit (zeros of either sign are equal)."""
+    jax.tree.map(lambda a, d: np.testing.assert_array_equal(np.asarray(a), np.asarray(d), strict=True), actual, desired)
+
+
+def differ(one: Any, other: Any) -> bool:
+    """Whether any element of two trees differs."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return any(bool((np.asarray(a) != np.asarray(b)).any()) for a, b in pairs)
+
+
+def random_adapter(sites: Sites | Sequence[Site], seed: int = 0, rank: int = 2, dropout: float = 0.0) -> Adapter:
+    """An adapter whose every factor is random and non-zero, with another scale for every layer and expert."""
+    found = sites.values() if isinstance(sites, Sites) else sites
+    draw = np.random.default_rng(seed)
+
+    def normal(shape: tuple[int, ...], fan: int) -> jax.Array:
+        return jnp.asarray((draw.normal(size=shape) / np.sqrt(fan)).astype(np.float32))
+
+    return Adapter({
+        site.path: LowRank(
+            normal(site.a_shape(rank), site.fan_in),
+            normal(site.b_shape(rank), rank),
+            jnp.asarray(np.float32(draw.uniform(0.5, 1.5, size=site.batch_shape))),
+            site,
+            dropout,
+        )
+        for site in found
+    })  # fmt: skip
+
+
+def merged(params: Any, *adapters: Adapter) -> Any:
+    """The parameters with every update added: what the adapted model must be equal to."""
+    leaves, treedef = named_leaves(params)
+    leaves = {path: jax.lax.stop_gradient(leaf) if hasattr(leaf, "dtype") else leaf for path, leaf in leaves.items()}
+    wide = dict(leaves)
+    for adapter in adapters:
+        for path, update in adapter.items():
+            wide[path] = update.applied(wide[path])
+    cast = {path: leaf.astype(leaves[path].dtype) if hasattr(leaf, "dtype") else leaf for path, leaf in wide.items()}
+    return rebuild(treedef, cast)
+
+
+def merged_model(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference: `fn` on merged parameters, as a function of parameters and adapter."""
+    return lambda params, adapter, *args: fn(merged(params, adapter), *args)
+
+
+def cast_floats(tree: Any, dtype: Any) -> Any:
+    """The tree with its floating-point arrays in another dtype."""
+    floating = lambda leaf: hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if floating(leaf) else leaf, tree)
