@@ -64,9 +64,14 @@ def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..
         if not adapters:
             return fn(jax.tree.map(_frozen, params), *args, **kwargs)
         call = trace_call(fn, params, args, kwargs)
-        return run_adapted(call, adapters, Context(Log(), strategy=strategy, key=lora_key))
+        return run_adapted(call, adapters, Context(Log(), strategy=strategy, key=lora_key if drops(adapters) else None))
 
     return adapted
+
+
+def drops(adapters: Sequence[Adapter]) -> bool:
+    """Whether any update has dropout, so that a key is of use."""
+    return any(getattr(update, "dropout", 0.0) for adapter in adapters for update in adapter.values())
 
 
 def run_adapted(call: Call, adapters: Sequence[Adapter], ctx: Context) -> Any:

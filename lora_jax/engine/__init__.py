@@ -3,6 +3,7 @@
 from lora_jax.engine import control as control
 from lora_jax.engine import gather as gather
 from lora_jax.engine import linear as linear
+from lora_jax.engine import pallas as pallas
 from lora_jax.engine import structural as structural
 from lora_jax.engine.context import Context as Context
 from lora_jax.engine.context import Log as Log
