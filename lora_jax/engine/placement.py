@@ -95,9 +95,10 @@ def varying(array: Any) -> list[str]:
 
 
 def mesh_of(eqn: Any) -> AbstractContextManager[Any]:
-    """Enter the mesh an equation was written for: `jax.sharding.auto_axes` gives its body another one."""
+    """Enter the mesh an equation was written for: inside a mesh, `jax.sharding.auto_axes` gives its body another one."""
     avals = [var.aval for var in eqn.outvars if hasattr(var.aval, "sharding")]
     mesh = next((aval.sharding.mesh for aval in avals if not aval.sharding.mesh.empty), None)
-    if mesh is None or mesh == jax.sharding.get_abstract_mesh():
+    here = jax.sharding.get_abstract_mesh()
+    if mesh is None or here.empty or here == mesh:
         return nullcontext()
     return jax.sharding.use_abstract_mesh(mesh)
