@@ -95,7 +95,7 @@ def varying(array: Any) -> list[str]:
 
 
 def mesh_of(eqn: Any) -> AbstractContextManager[Any]:
-    """Enter the mesh an equation was written for: inside a mesh, `jax.sharding.auto_axes` gives its body another one."""
+    """Enter the mesh an equation was written for: in a mesh, `jax.sharding.auto_axes` gives its body another."""
     avals = [var.aval for var in eqn.outvars if hasattr(var.aval, "sharding")]
     mesh = next((aval.sharding.mesh for aval in avals if not aval.sharding.mesh.empty), None)
     here = jax.sharding.get_abstract_mesh()
