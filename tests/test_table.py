@@ -226,3 +226,19 @@ def test_bfloat16_base_under_a_float32_adapter(case):
     expected = quick_jit(call_of(narrow, merged_model(fn)))(base, adapter, inputs)
     assert_close(outputs, expected)
     assert [out.dtype for out in outputs] == [out.dtype for out in arrays(jax.eval_shape(fn, *narrow.model[1:]))]
+
+
+@rows(full, lambda case: case.drops)
+def test_dropout(case):
+    base, adapter, inputs = given(case)
+    dropping = lora.Adapter({path: replace(update, dropout=0.5) for path, update in adapter.items()})
+    program = lambda adapter, key: str(jax.make_jaxpr(adapted(case, lora_key=key))(base, adapter, inputs))  # noqa: E731
+    assert program(dropping, None) == program(adapter, None) == program(adapter, jax.random.key(0))
+    run = lambda key: adapted(case, lora_key=key)(base, dropping, inputs)  # noqa: E731
+    first, again, other = (quick_jit(run)(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert_same(first, again)
+    assert differ(first, other) and differ(first, reference(case).outputs)
+    if case.affine:
+        samples = quick_jit(jax.vmap(run))(jax.random.split(jax.random.key(2), 400))
+        for sample, expected in zip(map(np.asarray, samples), reference(case).outputs, strict=True):
+            assert (np.abs(sample.mean(0) - expected) <= 5 * sample.std(0) / 20 + 1e-5).all()

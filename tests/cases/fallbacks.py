@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from cases.registry import Draw, Model, case
 
@@ -44,6 +45,22 @@ fallback(
     lambda w, x: lax.conv_general_dilated(w[None], x, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")), (3, 4, 2),
 )  # fmt: skip
 fallback("convolved_kernel", (3, 2, 4), lambda w, x: jax.vmap(lambda x: jnp.convolve(x, w[:, 0, 0]))(x), (2, 5))
+
+
+@case("plain", {"w": "dense io"}, "weight_as_activation", hidden={"gate": "dense io"}, materialised=("gate",))
+def _(draw: Draw) -> Model:
+    return Model(lambda p, x: ((p["gate"] * 2) * x) @ p["w"], {"gate": draw(5, 4), "w": draw(4, 3)}, (draw(5, 4),))
+
+
+@case("plain", {"w": "dense io"}, "pallas_call", materialised=("w",))
+def _(draw: Draw) -> Model:
+    def kernel(x, w, out):
+        out[...] = jnp.dot(x[...], w[...])
+
+    def fn(p, x):
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((2, 3), x.dtype), interpret=True)(x, p["w"])
+
+    return Model(fn, {"w": draw(4, 3)}, (draw(2, 4),))
 
 
 @case("linen", {}, "weight_norm", hidden={"params/layer_instance/kernel": "dense io"}, materialised=("params/layer_instance/kernel",))

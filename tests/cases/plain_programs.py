@@ -232,6 +232,13 @@ def mixture_of_experts(p, x):
     return jnp.einsum("te,etd->td", sent, jnp.einsum("eth,ehd->etd", hidden, p["down"]))
 
 
+@program({"gate": "dense io", "up": "dense io", "down": "dense io"},
+         {"gate": (4, 5), "up": (4, 5), "down": (5, 4), "norm": (4,)}, (6, 4))  # fmt: skip
+def gated_block(p, x):
+    h = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True)) * p["norm"][None]
+    return x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
+
+
 @program({"up": "ragged bio", "down": "ragged bio"}, {"up": (3, 4, 5), "down": (3, 5, 4)}, (6, 4))
 def ragged_experts(p, x):
     chosen = jnp.array([2, 0, 1, 0, 2, 2])
