@@ -29,7 +29,6 @@ from lora_jax.errors import MergeError as MergeError
 from lora_jax.errors import ParameterError as ParameterError
 from lora_jax.init import init as init
 from lora_jax.init import initialisers as initialisers
-from lora_jax.init import register as register_initialiser
 
 # Disk.
 from lora_jax.io.orbax import load as load
@@ -38,6 +37,7 @@ from lora_jax.io.orbax import save as save
 from lora_jax.merge import merge as merge
 from lora_jax.merge_report import merge_report as merge_report
 from lora_jax.optim import optimizer as optimizer
+from lora_jax.sharding import adapter_sharding as adapter_sharding
 from lora_jax.site import Site as Site
 from lora_jax.site import Sites as Sites
 from lora_jax.sites import Explanation as Explanation

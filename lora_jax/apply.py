@@ -64,18 +64,15 @@ def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..
         if not adapters:
             return fn(jax.tree.map(_frozen, params), *args, **kwargs)
         call = trace_call(fn, params, args, kwargs)
-        return run_adapted(call, adapters, Context(Log(), strategy=strategy, key=lora_key if drops(adapters) else None))
+        return run_adapted(call, adapters, Context(Log(), strategy=strategy, key=lora_key))
 
     return adapted
 
 
-def drops(adapters: Sequence[Adapter]) -> bool:
-    """Whether any update has dropout, so that a key is of use."""
-    return any(getattr(update, "dropout", 0.0) for adapter in adapters for update in adapter.values())
-
-
 def run_adapted(call: Call, adapters: Sequence[Adapter], ctx: Context) -> Any:
     """Evaluate a traced call with its adapted parameters symbolic."""
+    if not any(getattr(update, "dropout", 0.0) for adapter in adapters for update in adapter.values()):
+        ctx = ctx.with_key(None)
     updates = fit(adapters, call.arrays)
     inputs = [
         _weight(ctx, path, _frozen(leaf), updates[path]) if path in updates else _frozen(leaf)

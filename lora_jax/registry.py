@@ -47,7 +47,13 @@ def register(name: str) -> Callable[[Initialiser], Initialiser]:
 
 
 def initialisers() -> tuple[str, ...]:
-    """Names that `LoraConfig(init=...)` accepts."""
+    """Names that `LoraConfig(init=...)` accepts.
+
+    Example:
+      >>> import lora_jax as lora
+      >>> {"default", "gaussian", "orthogonal"} <= set(lora.initialisers())
+      True
+    """
     return tuple(sorted(_INITIALISERS))
 
 

@@ -83,6 +83,10 @@ class Explanation:
 
     Attributes:
       uses: every use, in the order of the program.
+
+    Example:
+      >>> Explanation(()).flops, Explanation(()).materialised
+      (0, ())
     """
 
     uses: tuple[Use, ...]
@@ -150,7 +154,7 @@ def explain(
 
     def run(arrays: list[Any], given: list[Any], adapters: list[Adapter]) -> Any:
         known = Call(dict(zip(call.arrays, arrays, strict=True)), given, call.program, list)
-        return run_adapted(known, adapters, Context(log, strategy=strategy, key=lora_key if drops(adapters) else None, look_inside=True))
+        return run_adapted(known, adapters, Context(log, strategy=strategy, key=lora_key, look_inside=True))
 
     jax.eval_shape(run, list(call.arrays.values()), call.given, adapters)
     return Explanation(tuple(log.uses.values()))

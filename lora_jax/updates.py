@@ -115,6 +115,11 @@ class Replace(Update):
     Attributes:
       value: the parameter, shaped as in the base; trained.
       site: where the update belongs, of kind `full` unless it is a linear site too; static.
+
+    Example:
+      >>> update = Replace(jnp.ones(3), Site(path="bias", shape=(3,), dtype="bfloat16", kind="full"))
+      >>> update.base(jnp.zeros(3, jnp.bfloat16)).dtype  # the model sees what it saw before
+      dtype(bfloat16)
     """
 
     value: Array
