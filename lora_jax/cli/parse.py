@@ -1,16 +1,17 @@
 """From arguments to a job, or one line on what is wrong with them."""
 
 import io
-from collections.abc import Sequence
-from contextlib import redirect_stderr
-from typing import Annotated, Any, Protocol, Self
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from typing import Any, Protocol, Self
 
 import tyro
 
 from lora_jax.cli.finetune import Finetune
 from lora_jax.errors import LoraError
 
-_STYLE = tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes
+_PROGRAM = "lora-jax"
 _DESCRIPTION = "LoRA for any JAX function."
 
 
@@ -53,32 +54,35 @@ def prepare(args: Sequence[str]) -> Job:
       UsageError: they cannot be parsed.
       LoraError: what they ask for cannot be done.
     """
-    verb = _parse(args, VERBS)
+    verb: Verb = _parse(tyro.extras.subcommand_cli_from_dict, VERBS, prog=_PROGRAM, description=_DESCRIPTION, args=args)
     saved = verb.saved()
     if saved is None:
         return verb.prepare(None)
-    resumed = _parse(args, {args[0]: Annotated[type(saved), tyro.conf.subcommand(default=saved)]})
+    resumed = _parse(tyro.cli, type(saved), default=saved, prog=f"{_PROGRAM} {args[0]}", args=args[1:])
     return resumed.prepare(saved)
 
 
-def _parse(args: Sequence[str], verbs: dict[str, Any]) -> Verb:
+def _parse(parser: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    parse = partial(parser, *args, **options, config=(tyro.conf.OmitArgPrefixes,))
     complaint = io.StringIO()
     try:
-        with redirect_stderr(complaint):
-            return tyro.extras.subcommand_cli_from_dict(
-                verbs, prog="lora-jax", description=_DESCRIPTION, args=args, config=_STYLE
-            )
+        with redirect_stdout(io.StringIO()), redirect_stderr(complaint):
+            return parse()
     except SystemExit as stop:
         if not stop.code:
-            raise
+            parse()  # the help, in the colours of the terminal this time
         raise UsageError(_gist(complaint.getvalue())) from None
 
 
-def _gist(box: str) -> str:
-    """The message in the frame that tyro draws: what stands above the first rule, and tyro's suggestion."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    rules = [index for index, line in enumerate(lines) if line and not line.strip("─")]
-    message_lines = lines[: rules[0] if rules else None]
-    similar = [line.split()[0] for line in lines[len(message_lines) :] if line.startswith("--")]
-    hint = f"; perhaps you meant {' or '.join(similar)}" if similar else ""
-    return " ".join(message_lines) + hint or box
+def _gist(text: str) -> str:
+    """The message among what tyro writes when it writes to no terminal: title, message, hints, with rules between."""
+    lines = [line.strip() for line in text.splitlines()]
+    rules = [index for index, line in enumerate(lines) if line and not line.strip("-")]
+    if len(rules) < 2:
+        return text
+    message, hints = lines[rules[0] + 1 : rules[1]], lines[rules[1] :]
+    message += [f"({line})" for line in hints if line.startswith("Available")]
+    if any(line.startswith("Perhaps") for line in hints):
+        similar = [line.split()[0] for line in hints if line.startswith("--") and line.strip("-")]
+        message.append(f"(perhaps {' or '.join(similar)})")
+    return " ".join(message)

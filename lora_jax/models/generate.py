@@ -45,12 +45,13 @@ def generate(
       (1, 3)
     """
     batch, time = prompt.shape
-    logits, cache = model.apply(variables, prompt, Cache.empty(model.config, batch, time + length))
+    apply: Any = model.apply
+    logits, cache = apply(variables, prompt, Cache.empty(model.config, batch, time + length))
 
     def extend(carry: tuple[jax.Array, Cache], key: jax.Array) -> tuple[tuple[jax.Array, Cache], jax.Array]:
         logits, cache = carry
         token = _choose(logits, temperature, key)
-        logits, cache = model.apply(variables, token[:, None], cache)
+        logits, cache = apply(variables, token[:, None], cache)
         return (logits[:, -1], cache), token
 
     keys = jax.random.split(jax.random.key(0) if key is None else key, length)

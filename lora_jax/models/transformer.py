@@ -117,11 +117,12 @@ class Transformer(nn.Module):
         config = self.config
         block: Any = nn.remat(Block, prevent_cse=not config.scan) if config.remat else Block
         if config.scan:
+            axes: Any = (0, nn.broadcast)
             stack = nn.scan(
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=axes,
                 length=config.layers,
             )
             return stack(config, name="layers")(x, past, start)

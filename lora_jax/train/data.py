@@ -47,9 +47,10 @@ def read_text(path: str | PathLike[str]) -> bytes:
     """
     try:
         text = Path(path).read_bytes()
-        text.decode()
     except OSError as error:
         raise TextError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        text.decode()
     except UnicodeDecodeError as error:
         raise TextError(f"{path} is not UTF-8 text: byte {text[error.start]:#04x} at position {error.start}") from error
     if not text.strip():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 import lora_jax as lora
@@ -54,9 +55,11 @@ def finetune(
       Interrupted: Ctrl-C was pressed; the state is on disk.
       TrainingError: a loss is not finite.
     """
-    tx = lora.optimizer(options.optimizer, adapter)
+    start: Any = adapter
+    tx = lora.optimizer(options.optimizer, start)
+    rates = np.asarray(jax.vmap(options.rate)(np.arange(options.steps)))
     held_out = windows(corpus.held_out, options.seq_len, EVALUATED)
-    state = load_state(directory, State(adapter, tx.init(adapter)))
+    state = load_state(directory, State(start, tx.init(start)))
     metrics = Metrics(metrics_path, state.step)
 
     @jax.jit
@@ -69,7 +72,7 @@ def finetune(
         return optax.apply_updates(adapter, updates), opt_state, loss
 
     def record(done: int, loss: float) -> None:
-        metrics.write(done, {"train/loss": loss, "train/learning_rate": float(options.rate(done - 1))})
+        metrics.write(done, {"train/loss": loss, "train/learning_rate": float(rates[done - 1])})
 
     def evaluated(done: int, adapter: Any) -> None:
         loss = evaluate(partial(adapted, base, adapter), held_out)

@@ -23,8 +23,8 @@ class TrainingError(LoraError, RuntimeError):
     """Training cannot go on."""
 
 
-class Interrupted(LoraError):
-    """Ctrl-C: the run stopped after a step, and its state is on disk."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, in order: the run stopped after a step, and its state is on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +77,14 @@ def train(
     """
     with _interrupts() as interrupted, reporter.shown():
         for index in range(state.step, schedule.steps):
-            *trained, loss = step(*state[:2], batches(index), jax.random.fold_in(key, index))
-            done, loss = index + 1, float(loss)
+            step_key = jax.random.fold_in(key, index)
+            weights, optimizer, mean = step(state.weights, state.optimizer, batches(index), step_key)
+            done, loss = index + 1, float(mean)
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"the loss is {loss} at step {done}: try a lower learning rate or more warmup steps"
                 )
-            state = State(*trained, done)
+            state = State(weights, optimizer, done)
             record(done, loss)
             reporter.update(done, loss)
             if schedule.evaluate(done):

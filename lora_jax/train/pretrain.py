@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from orbax.checkpoint import v1 as ocp
 
 from lora_jax.models import Transformer, transformer
 from lora_jax.paths import named_leaves, rebuild
@@ -25,7 +24,7 @@ from lora_jax.train.evaluate import cross_entropy
 from lora_jax.train.log import Reporter
 from lora_jax.train.loop import Schedule, train
 from lora_jax.train.options import warmup_cosine
-from lora_jax.train.state import State, load_state
+from lora_jax.train.state import State, load_state, read_arrays, write_arrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +64,9 @@ def load_cached(path: Path, like: Any) -> Any | None:
     if not path.exists():
         return None
     try:
-        loaded = ocp.load(path.absolute(), jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like))
+        return read_arrays(path, like)
     except (ValueError, TypeError, LookupError, OSError, RuntimeError):
         return None
-    return jax.tree.map(jnp.asarray, loaded)
 
 
 def store(path: Path, variables: Any) -> None:
@@ -80,7 +78,7 @@ def store(path: Path, variables: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_folder = Path(mkdtemp(dir=path.parent, prefix="partial-"))
     try:
-        ocp.save((partial_folder / "base").absolute(), variables)
+        write_arrays(partial_folder / "base", variables)
         shutil.rmtree(path, ignore_errors=True)
         (partial_folder / "base").rename(path)
     finally:

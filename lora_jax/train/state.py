@@ -1,5 +1,6 @@
 """What a run needs to go on exactly where it stopped, on disk through Orbax."""
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,11 @@ class State(NamedTuple):
 
 
 def save_state(directory: Path, state: State) -> None:
-    """Write a state, then delete older ones; cut short at any point, one complete state remains."""
-    policy = ocp.training.preservation_policies.LatestN(1)
-    with ocp.training.Checkpointer(directory.absolute(), preservation_policy=policy) as checkpointer:
-        checkpointer.save(
-            state.step, {"weights": state.weights, "optimizer": state.optimizer}, overwrite=True, force=True
-        )
+    """Write a state, then delete older ones. Cut short at any point, the last complete state remains."""
+    write_arrays(directory / str(state.step), {"weights": state.weights, "optimizer": state.optimizer})
+    for step in _steps(directory):
+        if step != state.step:
+            shutil.rmtree(directory / str(step))
 
 
 def load_state(directory: Path, start: State) -> State:
@@ -36,14 +36,26 @@ def load_state(directory: Path, start: State) -> State:
       directory: where `save_state` wrote.
       start: a state of the same structure.
     """
-    if not directory.exists():
+    if not (steps := _steps(directory)):
         return start
-    with ocp.training.Checkpointer(directory.absolute()) as checkpointer:
-        if checkpointer.latest is None:
-            return start
-        # Into NumPy arrays: Orbax's JAX arrays are committed to a device, which would compile the step once more.
-        like = {"weights": start.weights, "optimizer": start.optimizer}
-        like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
-        step = checkpointer.latest.step
-        loaded = jax.tree.map(jnp.asarray, checkpointer.load(step, like))
-    return State(loaded["weights"], loaded["optimizer"], step)
+    like = {"weights": start.weights, "optimizer": start.optimizer}
+    loaded = read_arrays(directory / str(steps[-1]), like)
+    return State(loaded["weights"], loaded["optimizer"], steps[-1])
+
+
+def write_arrays(path: Path, tree: Any) -> None:
+    """Write a tree of arrays, whole or not at all; what is there already is replaced."""
+    ocp.save(str(path.absolute()), tree, overwrite=True)
+
+
+def read_arrays(path: Path, like: Any) -> Any:
+    """Read a tree of arrays with the structure, shapes and dtypes of `like`."""
+    # Into NumPy arrays: Orbax's JAX arrays are committed to a device, and the step would be compiled again for them.
+    empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+    return jax.tree.map(jnp.asarray, ocp.load(str(path.absolute()), empty))
+
+
+def _steps(directory: Path) -> list[int]:
+    """Steps of the complete states; Orbax gives them their names at the very end."""
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    return sorted(int(name) for name in names if name.isdecimal())
