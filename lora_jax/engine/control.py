@@ -1,6 +1,6 @@
 """Control-flow rules: weights go into loops, branches, remat and shard_map without being formed."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -37,62 +37,66 @@ def _constrained(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
 @rule("checkpoint", "remat2", "remat")
 def _checkpoint(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     body = jaxprs.program(eqn.params["jaxpr"])
+    passed: dict[int, Weight] = {}
 
-    def run(operands: Sequence[Any]) -> list[Any]:
-        return _region(ctx, eqn, body, operands)
+    def run(inner: Sequence[Any]) -> list[Any]:
+        results = interpret(ctx, body, inner)
+        passed.update(_handed_on(results, inner, operands))
+        return _formed(ctx, eqn, results, passed)
 
-    return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(list(operands))
+    options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
+    return _woven(jax.checkpoint(run, **options)(list(operands)), passed)
+
+
+def _handed_on(results: Sequence[Any], inner: Sequence[Any], outer: Sequence[Any]) -> dict[int, Weight]:
+    """Results of a region that are weights it was given (NNX hands on all state that way): what they are outside."""
+    places = {id(weight): j for j, weight in enumerate(inner) if isinstance(weight, Weight)}
+    return {i: outer[places[id(result)]] for i, result in enumerate(results) if id(result) in places}
+
+
+def _formed(ctx: Context, eqn: Any, results: Sequence[Any], passed: Collection[int] = ()) -> list[Any]:
+    """Results of a region, but for those handed on, as ordinary arrays."""
+    reason = "returned by a region of the program"
+    return [dense(ctx, eqn, result, reason) for i, result in enumerate(results) if i not in passed]
+
+
+def _woven(values: Sequence[Any], passed: dict[int, Weight]) -> list[Any]:
+    """The values in order, with the weights handed on at their positions."""
+    rest = iter(values)
+    return [passed[i] if i in passed else next(rest) for i in range(len(values) + len(passed))]
 
 
 @rule("scan")
 def _scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Constants stay symbolic, scanned weights are sliced with their factors, each step has its own key."""
     loop = jaxprs.loop(eqn)
-    still = _invariant(loop.body, loop.consts, loop.carries)
-    consts = list(operands[: loop.consts])
-    carries = list(operands[loop.consts : loop.consts + loop.carries])
-    fixed = {i: carries[i] for i in still if isinstance(carries[i], Weight)}
-    init = _formed(ctx, eqn, carries, fixed)
-    stacks = [_unstack(operand) for operand in operands[loop.consts + loop.carries :]]
+    consts, scanned = operands[: loop.consts], operands[loop.consts + loop.carries :]
+    init = _carries(ctx, eqn, operands[loop.consts : loop.consts + loop.carries])
+    stacks = [_unstack(operand) for operand in scanned]
     steps = jnp.arange(eqn.params["length"]) if ctx.key is not None else None
+    passed: dict[int, Weight] = {}
 
     def body(carry: Sequence[Any], inputs: Any) -> tuple[list[Any], list[Any]]:
         step, slices = inputs
         here = ctx if step is None else ctx.with_key(jax.random.fold_in(ctx.key, step))
-        scanned = [rebuild(part) for (_, rebuild), part in zip(stacks, slices, strict=True)]
-        results = _region(here, eqn, loop.body, [*consts, *_woven(carry, fixed), *scanned])
-        return [r for i, r in enumerate(results[: loop.carries]) if i not in fixed], results[loop.carries :]
+        inner = [rebuild(part) for (_, rebuild), part in zip(stacks, slices, strict=True)]
+        results = interpret(here, loop.body, [*consts, *carry, *inner])
+        carry, outputs = results[: loop.carries], results[loop.carries :]
+        passed.update(_handed_on(outputs, inner, scanned))
+        return _formed(here, eqn, carry), _formed(here, eqn, outputs, passed)
 
     options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     carry, outputs = jax.lax.scan(body, init, (steps, [arrays for arrays, _ in stacks]), **options)
-    return [*_woven(carry, fixed), *outputs]
+    return [*carry, *_woven(outputs, passed)]
 
 
 def _unstack(operand: Any) -> tuple[Any, Any]:
     return operand.unstack() if isinstance(operand, Weight) else (operand, lambda part: part)
 
 
-def _invariant(body: Program, consts: int, carries: int) -> set[int]:
-    """Positions of the carries that a loop's body hands on untouched."""
-    pairs = zip(body.jaxpr.invars[consts : consts + carries], body.jaxpr.outvars[:carries], strict=True)
-    return {i for i, (before, after) in enumerate(pairs) if before is after}
-
-
-def _formed(ctx: Context, eqn: Any, carries: Sequence[Any], fixed: dict[int, Any]) -> list[Any]:
-    """The carries of a loop but the fixed ones, as ordinary arrays."""
-    reason = "carried through a loop that changes it"
-    return [dense(ctx, eqn, carry, reason) for i, carry in enumerate(carries) if i not in fixed]
-
-
-def _woven(values: Sequence[Any], fixed: dict[int, Any]) -> list[Any]:
-    """The values in order, with the fixed ones put back at their positions."""
-    rest = iter(values)
-    return [fixed[i] if i in fixed else next(rest) for i in range(len(values) + len(fixed))]
-
-
-def _region(ctx: Context, eqn: Any, body: Program, operands: Sequence[Any]) -> list[Any]:
-    """Evaluate a body whose results must be ordinary arrays."""
-    return [dense(ctx, eqn, result, "returned by a region of the program") for result in interpret(ctx, body, operands)]
+def _carries(ctx: Context, eqn: Any, carries: Sequence[Any]) -> list[Any]:
+    """What a loop carries, as ordinary arrays. JAX itself makes constants of carries that no turn changes."""
+    return [dense(ctx, eqn, carry, "carried through a loop that changes it") for carry in carries]
 
 
 @rule("while")
@@ -100,23 +104,19 @@ def _while(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     carries = len(eqn.outvars)
     test, body = (jaxprs.program(eqn.params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
     split = len(test.jaxpr.invars) - carries
-    for_test, for_body, init = operands[:split], operands[split:-carries], operands[-carries:]
-    still = _invariant(body, len(for_body), carries)
-    fixed = {i: init[i] for i in still if isinstance(init[i], Weight)}
-    start = _formed(ctx, eqn, init, fixed)
+    for_test, for_body = operands[:split], operands[split:-carries]
 
     def go_on(state: tuple[Any, list[Any]]) -> Any:
-        (result,) = _region(ctx.at(0), eqn, test, [*for_test, *_woven(state[1], fixed)])
+        (result,) = interpret(ctx.at(0), test, [*for_test, *state[1]])
         return result
 
     def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
         turn, carry = state
         here = ctx.at(1) if ctx.key is None else ctx.at(1).with_key(jax.random.fold_in(ctx.key, turn))
-        results = _region(here, eqn, body, [*for_body, *_woven(carry, fixed)])
-        return turn + 1, [r for i, r in enumerate(results) if i not in fixed]
+        return turn + 1, _formed(here, eqn, interpret(here, body, [*for_body, *carry]))
 
-    _, results = jax.lax.while_loop(go_on, step, (jnp.int32(0), start))
-    return _woven(results, fixed)
+    _, results = jax.lax.while_loop(go_on, step, (jnp.int32(0), _carries(ctx, eqn, operands[-carries:])))
+    return results
 
 
 @rule("cond")
@@ -124,7 +124,8 @@ def _cond(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     index, *rest = operands
 
     def branch(position: int, body: Program) -> Any:
-        return lambda values: _region(ctx.at(position), eqn, body, values)
+        here = ctx.at(position)
+        return lambda values: _formed(here, eqn, interpret(here, body, values))
 
     branches = [branch(i, jaxprs.program(body)) for i, body in enumerate(eqn.params["branches"])]
     return jax.lax.switch(index, branches, rest)
@@ -140,7 +141,7 @@ def _shard_map(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     body = jaxprs.program(params["jaxpr"])
 
     def run(*leaves: Any) -> list[Any]:
-        return _region(ctx, eqn, body, jax.tree.unflatten(tree, leaves))
+        return _formed(ctx, eqn, interpret(ctx, body, jax.tree.unflatten(tree, leaves)))
 
     return jax.shard_map(
         run, mesh=params["mesh"], in_specs=tuple(spec for each in specs for spec in each),

@@ -28,7 +28,6 @@ fallback("reshape_across_roles", (4, 6), lambda w, x: x @ w.reshape(3, 8), (2, 3
 fallback("sum", (4, 3), lambda w, x: x * w.sum(), (2, 4))
 fallback("rounded_to_integers", (4, 3), lambda w, x: x @ (w * 9).astype(jnp.int32).astype(x.dtype), (2, 4))
 fallback("scattered", (4, 3), lambda w, x: x @ w.at[0, 1].set(0.5), (2, 4))
-fallback("points", (4, 3), lambda w, x: x * w[jnp.array([1, 2]), jnp.array([0, 2])][None], (5, 2))
 fallback("sorted", (4, 3), lambda w, x: x @ jnp.sort(w, 0), (2, 4))
 fallback(
     "changed_by_a_loop", (4, 4),

@@ -124,6 +124,11 @@ operation(
     lambda p, t: jax.vmap(lambda e, t: e[t])(p["e"], t), TOKENS, affine=True,
 )  # fmt: skip
 
+operation(
+    "scattered_points", {}, {"w": (4, 3)}, lambda p, x: x * p["w"][jnp.array([1, 2]), jnp.array([0, 2])][None], (5, 2),
+    hidden={"w": "dense io"},
+)  # fmt: skip
+
 # Several parameters.
 operation(
     "equal_shapes", {"a": "dense io", "b": "dense io", "c": "dense io"}, dict.fromkeys("abc", (4, 4)),

@@ -125,7 +125,7 @@ def while_loop_carrying_the_weight(p, x):
 def cond(p, x):
     left = lambda x: jnp.tanh(x @ p["a"]) @ p["c"]  # noqa: E731
     right = lambda x: x @ p["b"]  # noqa: E731
-    return lax.cond(x.sum() > 0, left, right, x), lax.switch(2, [right, left, left], -x)
+    return lax.cond(x.sum() > 0, left, right, x), lax.switch(2, [right, left, left], x * x)
 
 
 @program({"w": "dense io"}, {"w": (4, 4)}, (2, 4), materialised=("w",))
@@ -145,6 +145,13 @@ def remat(p, x):
 def remat_static_and_closed_over(p, x):
     block = jax.checkpoint(lambda x, twice: jnp.tanh(x @ p["w"]) @ p["v"] * (2 if twice else 1), static_argnums=1)
     return block(block(x, True), False)
+
+
+@program({"w": "dense bio"}, {"w": (2, 4, 4)}, (3, 4))
+def regions_that_pass_the_weight_on(p, x):
+    hand_on = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), w))
+    x, (stack,) = lax.scan(lambda x, ws: (hand_on(x, ws[0])[0], (hand_on(x, ws[0])[1],)), x, (p["w"],))
+    return lax.scan(lambda x, w: hand_on(x, w), x, stack)[0]
 
 
 @jax.custom_vjp
