@@ -128,7 +128,9 @@ class Report:
         blocks = [self._heading()]
         for title, columns, rows in self.tables:
             rule = ["---", *["---:"] * (len(columns) - 1)]
-            blocks.append("\n".join([f"**{title}**", "", *(f"| {' | '.join(row)} |" for row in (columns, rule, *rows))]))
+            blocks.append(
+                "\n".join([f"**{title}**", "", *(f"| {' | '.join(row)} |" for row in (columns, rule, *rows))])
+            )
         return "\n\n".join(blocks)
 
     def _heading(self) -> str:

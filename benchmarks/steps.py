@@ -45,9 +45,7 @@ class Step:
         return compiled, run
 
 
-def descend(
-    name: str, loss: Callable[..., Any], trained: Any, frozen: Any, tokens: Any, tx: Any = OPTIMIZER
-) -> Step:
+def descend(name: str, loss: Callable[..., Any], trained: Any, frozen: Any, tokens: Any, tx: Any = OPTIMIZER) -> Step:
     """The step that lowers `loss(trained, frozen, tokens)` by changing `trained` alone."""
 
     def step(trained: Any, moments: Any, frozen: Any, tokens: Any) -> tuple[Any, Any, Any]:

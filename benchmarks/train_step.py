@@ -57,7 +57,14 @@ def measure_steps(report: Report, shape: Shape, rank: int, count: int, clock: st
             f"{flops[name] / least[name]:.3f}",
             f"{memory[name] / memory[base]:.2f}",
         ])  # fmt: skip
-    columns = ["training step", "time", "/ floor (quartiles)", "/ full", "operations / least", "temporary memory / floor"]
+    columns = [
+        "training step",
+        "time",
+        "/ floor (quartiles)",
+        "/ full",
+        "operations / least",
+        "temporary memory / floor",
+    ]
     report.add(f"Rank {rank}: {shape}, {count} rounds, {clock} clock", columns, rows)
     return {"rank": rank, "seconds": times, "flops": flops, "temporary_bytes": memory}
 
@@ -80,7 +87,10 @@ def measure_compilation(report: Report, shape: Shape, rank: int, count: int, clo
         params, adapter = adapted_model(model, shape, rank)
         plain, ours = full(shape, scan=scan), lora_step(shape, rank, scan=scan)
         pairs = {
-            "forward": (build(model.apply, (params, tokens)), build(lora.adapt(model.apply), (params, adapter, tokens))),
+            "forward": (
+                build(model.apply, (params, tokens)),
+                build(lora.adapt(model.apply), (params, adapter, tokens)),
+            ),
             "training step": (build(plain.fn, plain.args), build(ours.fn, ours.args)),
         }
         for name, (without, adapted) in pairs.items():

@@ -29,7 +29,12 @@ class Shape:
     def linears(self) -> list[tuple[int, int]]:
         """Inputs and outputs of every linear layer: q, k, v, o, gate, up and down of each block."""
         attention = [(self.width, self.width)] * 4
-        return self.layers * [*attention, (self.width, self.hidden), (self.width, self.hidden), (self.hidden, self.width)]
+        return self.layers * [
+            *attention,
+            (self.width, self.hidden),
+            (self.width, self.hidden),
+            (self.hidden, self.width),
+        ]
 
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")

@@ -19,7 +19,9 @@ def identity(fn, params, *args, rate=0.5):
 
     def update(site):
         eye = jnp.broadcast_to(jnp.eye(8), (*site.batch_shape, 8, 8))
-        return LowRank(eye.reshape(site.a_shape(8)), eye.reshape(site.b_shape(8)), jnp.ones(site.batch_shape), site, rate)
+        return LowRank(
+            eye.reshape(site.a_shape(8)), eye.reshape(site.b_shape(8)), jnp.ones(site.batch_shape), site, rate
+        )
 
     return lora.Adapter({path: update(site) for path, site in sites.items()}), lora.adapt(fn)
 
@@ -109,7 +111,9 @@ def test_branches_draw_their_own_masks():
 def test_examples_of_a_batch_have_their_own_masks():
     rows = masks(lambda p, x: jax.vmap(lambda x: x @ p["w"])(x), zeros("w"), jnp.ones((5, 8)))
     assert all_differ(rows)
-    experts = masks(lambda p, x: jax.vmap(lambda w, x: x @ w)(p["w"], x), zeros("w", shape=(5, 8, 8)), jnp.ones((5, 2, 8)))
+    experts = masks(
+        lambda p, x: jax.vmap(lambda w, x: x @ w)(p["w"], x), zeros("w", shape=(5, 8, 8)), jnp.ones((5, 2, 8))
+    )
     assert all_differ(experts)
 
 
@@ -142,7 +146,9 @@ def test_remat_repeats_the_mask_of_the_forward_pass():
     np.testing.assert_allclose(slope, (numeric[0] - numeric[1]) / 2e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3), jax.random.key(3, impl="rbg")], ids=["new", "raw", "rbg"])
+@pytest.mark.parametrize(
+    "key", [jax.random.key(3), jax.random.PRNGKey(3), jax.random.key(3, impl="rbg")], ids=["new", "raw", "rbg"]
+)
 def test_any_kind_of_key(key):
     fn, params = lambda p, x: x @ p["w"], zeros("w")
     adapter, adapted = identity(fn, params, X)

@@ -25,7 +25,7 @@ from lora_jax.cli.finetune import Finetune
 from lora_jax.models import Transformer, TransformerConfig
 from lora_jax.train import data, pretrain
 from lora_jax.train.evaluate import cross_entropy, evaluate
-from lora_jax.train.folder import Folder
+from lora_jax.train.folder import Folder, FolderError
 from lora_jax.train.job import FinetuneJob
 from lora_jax.train.log import Metrics, Reporter, read_metrics
 from lora_jax.train.loop import Schedule, TrainingError, train
@@ -229,9 +229,21 @@ def test_a_replaced_run_loses_its_own_files_only(tmp_path: Path):
     folder = Folder(tmp_path)
     folder.adapter.mkdir()
     folder.metrics.write_text("old")
+    with pytest.raises(FolderError, match=r"holds adapter, metrics.jsonl: choose another --out, or --overwrite"):
+        folder.check(resume=False, overwrite=False)
+    folder.check(resume=False, overwrite=True)
     (tmp_path / "notes.txt").write_text("mine")
     folder.start({"options": {}})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+
+
+@pytest.mark.parametrize(("config", "complaint"), [("{", "is damaged"), ('{"options": {}}', "another version")])
+def test_a_config_that_cannot_be_resumed_is_refused(
+    config: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "config.json").write_text(config)
+    assert main(["finetune", "--resume", "--out", str(tmp_path)]) == 2
+    assert complaint in capsys.readouterr().err
 
 
 def run_loop(tmp_path: Path, losses: list[float], **options: Any) -> list[tuple[str, int]]:

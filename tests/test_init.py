@@ -57,10 +57,13 @@ def test_shapes_dtypes_and_scales():
     assert set(adapter) == set(SITES)
     for path, update in adapter.items():
         rank = 2 if path == "layers/kernel" else 4
-        assert isinstance(update, LowRank) and update.site is SITES[path] and update.dropout == 0.1
+        assert isinstance(update, LowRank)
+        assert update.site is SITES[path]
+        assert update.dropout == 0.1
         assert (update.a.shape, update.b.shape) == (SITES[path].a_shape(rank), SITES[path].b_shape(rank))
         assert update.a.dtype == update.b.dtype == update.scale.dtype == jnp.float32
-        assert update.scale.shape == SITES[path].batch_shape and (np.asarray(update.scale) == 2).all()
+        assert update.scale.shape == SITES[path].batch_shape
+        assert (np.asarray(update.scale) == 2).all()
 
 
 @pytest.mark.parametrize("name", ["default", "gaussian"])
@@ -94,7 +97,8 @@ def test_orthogonal_factors_are_random_with_product_zero(path, param_dtype):
     update = only(path, init="orthogonal", rank=6, param_dtype=param_dtype)
     assert update.a.dtype == jnp.float32
     assert abs(np.asarray(update.delta())).max() < 1e-6
-    assert np.asarray(update.a).std() > 0.03 and np.asarray(update.b).std() > 0.03
+    assert np.asarray(update.a).std() > 0.03
+    assert np.asarray(update.b).std() > 0.03
 
 
 def test_orthogonal_follows_peft():
@@ -164,8 +168,10 @@ def test_full_training_starts_from_a_copy_of_the_value():
     adapter = start(params=params, targets=("heads",), train=("dense", "norm"))
     assert set(adapter) == {"heads", "dense/kernel", "dense/bias", "norm/scale"}  # no integer counter
     kernel, scale = adapter["dense/kernel"], adapter["norm/scale"]
-    assert isinstance(kernel, Replace) and kernel.site is SITES["dense/kernel"]
-    assert isinstance(scale, Replace) and (scale.site.kind, scale.site.dtype) == ("full", "bfloat16")
+    assert isinstance(kernel, Replace)
+    assert kernel.site is SITES["dense/kernel"]
+    assert isinstance(scale, Replace)
+    assert (scale.site.kind, scale.site.dtype) == ("full", "bfloat16")
     assert scale.value.dtype == jnp.float32  # a float32 master of a bfloat16 parameter
     kernel.value.delete()
     np.testing.assert_array_equal(params["dense"]["kernel"], 0.5)

@@ -3,16 +3,20 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import CASES
+from cases.registry import Draw
 from flax import nnx
 from helpers import assert_close, assert_same, differ, merged, random_adapter
 
 import lora_jax as lora
-from cases import CASES
-from cases.registry import Draw
 from lora_jax.nnx import functional
 
 MODES = {"graph": (True, True), "simple_graph": (True, False), "tree": (False, False)}
-ROWS = [case for case in CASES if case.framework == "nnx" and case.name in ("linear", "tied_attend", "scan_of_remat", "ensemble", "recurrent")]
+ROWS = [
+    case
+    for case in CASES
+    if case.framework == "nnx" and case.name in ("linear", "tied_attend", "scan_of_remat", "ensemble", "recurrent")
+]
 
 
 @pytest.fixture(params=MODES)

@@ -105,7 +105,13 @@ def programs(draw: st.DrawFn) -> tuple[Callable[..., Any], dict[str, Any], Any]:
 
 def agrees(fn: Any, params: Any, x: Any, site: Site) -> None:
     adapter = random_adapter([site])
-    run = jax.jit(lambda a: [lora.adapt(fn)(params, a, x), lora.adapt(fn, strategy="factored")(params, a, x), fn(merged(params, a), x)])
+    run = jax.jit(
+        lambda a: [
+            lora.adapt(fn)(params, a, x),
+            lora.adapt(fn, strategy="factored")(params, a, x),
+            fn(merged(params, a), x),
+        ]
+    )
     result, factored, expected = run(adapter)
     size = jnp.maximum(jnp.abs(expected).max(initial=0), prod(params["w"].shape) ** 0.5)
     assert_close(jnp.append(result, size), jnp.append(expected, size))
@@ -120,7 +126,9 @@ def test_found_sites_divide_the_axes_and_adapt_rightly(program):
     assume(sites)
     site = sites["w"]
     axes = (*site.in_axes, *site.out_axes, *site.batch_axes)
-    assert sorted(axes) == list(range(params["w"].ndim)) and site.in_axes and site.out_axes
+    assert sorted(axes) == list(range(params["w"].ndim))
+    assert site.in_axes
+    assert site.out_axes
     agrees(fn, params, x, site)
 
 
@@ -154,5 +162,7 @@ def test_random_convolutions(window, groups, channels, features, dimensions, dat
     params = {"w": normal(1, *(kernel[letter] for letter in layout[1]))}
     x = normal(2, *(sizes[letter] for letter in layout[0]))
     site = lora.find_sites(fn, params, x)["w"]
-    assert site.kind == "conv" and site.out_axes == (layout[1].index("O"),) and not site.batch_axes
+    assert site.kind == "conv"
+    assert site.out_axes == (layout[1].index("O"),)
+    assert not site.batch_axes
     agrees(fn, params, x, site)

@@ -4,11 +4,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import CASES
 from flax import nnx
 from helpers import assert_close, assert_same, differ, merged, random_adapter
 
 import lora_jax as lora
-from cases import CASES
 from lora_jax.nnx import functional
 
 
@@ -76,7 +76,9 @@ def test_embedding_look_up(name):
     agrees(name)
 
 
-@pytest.mark.parametrize("name", ["plain-experts", "plain-gathered_experts", "plain-mixture_of_experts", "linen-vmapped_experts"])
+@pytest.mark.parametrize(
+    "name", ["plain-experts", "plain-gathered_experts", "plain-mixture_of_experts", "linen-vmapped_experts"]
+)
 def test_experts_have_their_own_a_and_b(name):
     """There: A is per expert, B is shared."""
     for path, update in agrees(name).items():
@@ -89,7 +91,8 @@ def test_experts_have_their_own_a_and_b(name):
 def test_ragged_dot(name):
     """There: one wrong adapter for all experts, or none."""
     for update in agrees(name).values():
-        assert update.site.kind == "ragged" and update.a.shape[0] == update.b.shape[0] == 3
+        assert update.site.kind == "ragged"
+        assert update.a.shape[0] == update.b.shape[0] == 3
 
 
 def test_default_init_does_not_count_experts_as_inputs():
@@ -131,7 +134,7 @@ def test_a_target_that_hits_nothing_is_an_error(targets):
 
 
 def test_adapters_are_no_parameters_of_the_model():
-    """There: adapters live in the model's own `params`, or are a subclass of `nnx.Param`, and share the base's dtype."""
+    """There: adapters live in the model's own `params`, or subclass `nnx.Param`, and share the base's dtype."""
     model = nnx.Linear(4, 3, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     before = jax.tree.map(jnp.copy, nnx.state(model))
     fn, params = functional(model)

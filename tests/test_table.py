@@ -4,16 +4,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CASES, Case
+from cases.registry import roles
 from helpers import TOLERANCE, assert_close, assert_same, cast_floats, differ, merged_model, random_adapter
 
 import lora_jax as lora
-from cases import CASES, Case
-from cases.registry import roles
 
 Call = Callable[[Any, Any, Any], Any]
 """A model as a function of base, adapter and inputs, all of them floating-point arrays."""
@@ -22,10 +23,25 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 """Compiles faster; only what must hold bit for bit in optimised programs uses `jax.jit`."""
 
 
-def rows(*conditions: Callable[[Case], Any]) -> Any:
-    """Parametrize a test over the rows that meet the conditions."""
+def rows(*conditions: Callable[[Case], Any], one_in: int = 1) -> Any:
+    """Parametrize a test over the rows that meet the conditions.
+
+    One row in so many runs by default, another choice for each test; `pytest -m ""` runs them all.
+    """
     chosen = [case for case in CASES if all(condition(case) for condition in conditions)]
-    return pytest.mark.parametrize("case", chosen, ids=lambda case: case.id)
+
+    def decorate(test: Callable[..., None]) -> Any:
+        params = [
+            pytest.param(
+                case,
+                id=case.id,
+                marks=[pytest.mark.slow] if crc32(f"{test.__name__}{case.id}".encode()) % one_in else [],
+            )
+            for case in chosen
+        ]
+        return pytest.mark.parametrize("case", params)(test)
+
+    return decorate
 
 
 def full(case: Case) -> bool:
@@ -97,7 +113,9 @@ def given(case: Case, adapter_lane: int = 0, input_lane: int = 0) -> Given:
 
 def untrained(adapter: lora.Adapter, factor: str) -> lora.Adapter:
     """The adapter with one of its factors zero, as at the start of training."""
-    return lora.Adapter({path: replace(u, **{factor: np.zeros_like(getattr(u, factor))}) for path, u in adapter.items()})
+    return lora.Adapter(
+        {path: replace(u, **{factor: np.zeros_like(getattr(u, factor))}) for path, u in adapter.items()}
+    )
 
 
 def stack(one: Any, other: Any) -> Any:
@@ -146,10 +164,10 @@ def test_routes(case):
     assert all(use.reason for use in explained.materialised)
 
 
-@rows()
+@rows(one_in=3)
 def test_jit(case):
     """One program serves every adapter: at its start, where it is the base bit for bit, trained, swapped and scaled."""
-    fn, params, args = case.model
+    fn, _params, _args = case.model
     traces = []
 
     def counted(*args: Any) -> Any:
@@ -167,16 +185,19 @@ def test_jit(case):
     assert len(traces) == 1, "a swapped adapter or another scale was traced again"
 
 
-@rows(full)
+@rows(full, one_in=8)
 def test_eager(case):
     fn, params, args = case.model
     outputs = lora.adapt(fn)(params, given(case).adapter, *args)
     assert_close(arrays(outputs), reference(case).outputs)
-    others = [[leaf for leaf in jax.tree.leaves(tree) if not isinstance(leaf, jax.Array)] for tree in (outputs, fn(params, *args))]
+    others = [
+        [leaf for leaf in jax.tree.leaves(tree) if not isinstance(leaf, jax.Array)]
+        for tree in (outputs, fn(params, *args))
+    ]
     assert others[0] == others[1]
 
 
-@rows(lambda case: case.reverse)
+@rows(lambda case: case.reverse, one_in=3)
 def test_gradient(case):
     call = jax.value_and_grad(loss(adapted(case)), argnums=(0, 1, 2), has_aux=True)
     (_, outputs), gradients = quick_jit(call)(*given(case))
@@ -184,13 +205,13 @@ def test_gradient(case):
     assert not any(leaf.any() for leaf in gradients[0]), "the base received a gradient"
 
 
-@rows(full, lambda case: case.reverse)
+@rows(full, lambda case: case.reverse, one_in=8)
 def test_remat(case):
     call = jax.grad(loss(jax.checkpoint(adapted(case, "factored"))), argnums=(1, 2), has_aux=True)
     assert_close(quick_jit(call)(*given(case))[0], reference(case)()[1][1:])
 
 
-@rows(full, lambda case: case.reverse)
+@rows(full, lambda case: case.reverse, one_in=8)
 def test_forward_mode(case):
     primals = tuple(given(case))
     tangents = jax.tree.map(np.cos, primals)
@@ -201,14 +222,14 @@ def test_forward_mode(case):
     assert error <= TOLERANCE["float32"] * np.abs(products).sum()
 
 
-@rows(full)
+@rows(full, one_in=8)
 def test_vmap(case):
     call = jax.vmap(adapted(case), in_axes=(None, 0, 0))
     outputs = quick_jit(call)(given(case).base, *stack(given(case)[1:], given(case, 1, 1)[1:]))
     assert_close(outputs, stack(reference(case)()[0], reference(case)(1, 1)[0]))
 
 
-@rows(full)
+@rows(full, one_in=8)
 def test_scan(case):
     base, adapter, inputs = given(case)
     step = lambda b, adapter, x: (None, adapted(case, "factored")(b, adapter, x))  # noqa: E731
@@ -217,7 +238,7 @@ def test_scan(case):
     assert_close(outputs, stack(reference(case)()[0], reference(case)(0, 1)[0]))
 
 
-@rows(full)
+@rows(full, one_in=8)
 def test_bfloat16_base_under_a_float32_adapter(case):
     fn, params, args = case.model
     narrow = case.but(params=cast_floats(params, jnp.bfloat16), args=cast_floats(args, jnp.bfloat16))
@@ -228,7 +249,7 @@ def test_bfloat16_base_under_a_float32_adapter(case):
     assert [out.dtype for out in outputs] == [out.dtype for out in arrays(jax.eval_shape(fn, *narrow.model[1:]))]
 
 
-@rows(full, lambda case: case.drops)
+@rows(full, lambda case: case.drops, one_in=8)
 def test_dropout(case):
     base, adapter, inputs = given(case)
     dropping = lora.Adapter({path: replace(update, dropout=0.5) for path, update in adapter.items()})
@@ -237,7 +258,8 @@ def test_dropout(case):
     run = lambda key: adapted(case, lora_key=key)(base, dropping, inputs)  # noqa: E731
     first, again, other = (quick_jit(run)(jax.random.key(seed)) for seed in (0, 0, 1))
     assert_same(first, again)
-    assert differ(first, other) and differ(first, reference(case).outputs)
+    assert differ(first, other)
+    assert differ(first, reference(case).outputs)
     if case.affine:
         samples = quick_jit(jax.vmap(run))(jax.random.split(jax.random.key(2), 400))
         for sample, expected in zip(map(np.asarray, samples), reference(case).outputs, strict=True):

@@ -51,11 +51,19 @@ class Finetune:
         folder.check(resume=self.resume, overwrite=self.overwrite)
         if not self.resume:
             return None
-        options = folder.read_config()["options"]
-        options["data"] = options["data"] and Path(options["data"])
-        options["adapter"]["targets"] = tuple(options["adapter"]["targets"])
-        groups = {"adapter": AdapterOptions(**options["adapter"]), "training": TrainingOptions(**options["training"])}
-        return replace(self, **options | groups)
+        try:
+            options = folder.read_config()["options"]
+            options["data"] = options["data"] and Path(options["data"])
+            options["adapter"]["targets"] = tuple(options["adapter"]["targets"])
+            groups = {
+                "adapter": AdapterOptions(**options["adapter"]),
+                "training": TrainingOptions(**options["training"]),
+            }
+            return replace(self, **options | groups)
+        except (KeyError, TypeError) as error:
+            raise OptionError(
+                f"{folder.config} is from another version of lora_jax ({error!r}): start again"
+            ) from error
 
     def prepare(self, saved: "Finetune | None") -> FinetuneJob:
         """Check the options and read the texts; nothing is written.

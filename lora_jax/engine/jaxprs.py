@@ -64,9 +64,7 @@ def loop(eqn: Any) -> Loop:
     body = program(eqn.params["jaxpr"])
     inner, outer = body.jaxpr.invars, eqn.invars
     scanned = sum(len(o.aval.shape) == len(i.aval.shape) + 1 for i, o in zip(inner, outer, strict=True))
-    carries = sum(
-        len(o.aval.shape) == len(i.aval.shape) for i, o in zip(body.jaxpr.outvars, eqn.outvars, strict=True)
-    )
+    carries = sum(len(o.aval.shape) == len(i.aval.shape) for i, o in zip(body.jaxpr.outvars, eqn.outvars, strict=True))
     return Loop(body, len(outer) - carries - scanned, carries, scanned)
 
 

@@ -53,7 +53,10 @@ def _walk(ctx: Context, program: Program, operands: Sequence[Weight | None]) -> 
             for sub in inner:
                 _walk(here, sub, known[len(known) - len(sub.jaxpr.invars) :])
         elif name in RULES:
-            given = [w if w is not None else jnp.zeros(v.aval.shape, v.aval.dtype) for w, v in zip(known, eqn.invars, strict=True)]
+            given = [
+                w if w is not None else jnp.zeros(v.aval.shape, v.aval.dtype)
+                for w, v in zip(known, eqn.invars, strict=True)
+            ]
             results = RULES[name](here, eqn, given) or []
             env.update({v: r for v, r in zip(eqn.outvars, results, strict=False) if isinstance(r, Weight)})
 

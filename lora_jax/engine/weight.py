@@ -166,9 +166,7 @@ def _outer(term: Term, axes: tuple[int, ...], dtype: Any, where: Any) -> Any:
     order = {axis: i for i, axis in enumerate(dict.fromkeys((*term.a.axes, *term.b.axes)))}
     labels = [[order[axis] for axis in names] for names in (term.a.axes, term.b.axes, axes)]
     a, b = (factor.array.astype(dtype) for factor in (term.a, term.b))
-    return jnp.einsum(
-        a, labels[0], b, labels[1], labels[2], precision=jax.lax.Precision.HIGHEST, out_sharding=where
-    )
+    return jnp.einsum(a, labels[0], b, labels[1], labels[2], precision=jax.lax.Precision.HIGHEST, out_sharding=where)
 
 
 def _front(axes: tuple[int, ...], axis: int) -> list[int]:

@@ -34,7 +34,10 @@ class Folder:
     @property
     def finished(self) -> bool:
         """Whether it holds a finished run."""
-        return self.adapter.exists() and not self.state.exists()
+        return self.config.exists() and self.adapter.exists() and not self.state.exists()
+
+    def _own(self) -> tuple[Path, ...]:
+        return self.config, self.adapter, self.metrics, self.image, self.state
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse what would lose or mix up a run.
@@ -46,13 +49,17 @@ class Folder:
             raise FolderError("--resume continues a run and --overwrite deletes it: give one of them")
         if resume and not self.config.exists():
             raise FolderError(f"nothing to resume in {self.path}: leave out --resume to start a run there")
-        if self.config.exists() and not resume and not overwrite:
+        if not resume and not overwrite and (present := [path.name for path in self._own() if path.exists()]):
             if self.finished:
                 raise FolderError(
                     f"{self.path} holds a finished run: choose another --out, or --overwrite to replace it"
                 )
+            if self.config.exists():
+                raise FolderError(
+                    f"{self.path} holds an unfinished run: --resume to continue it, or --overwrite to replace it"
+                )
             raise FolderError(
-                f"{self.path} holds an unfinished run: --resume to continue it, or --overwrite to replace it"
+                f"{self.path} holds {', '.join(present)}: choose another --out, or --overwrite to replace them"
             )
         existing = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -72,10 +79,11 @@ class Folder:
     def start(self, config: dict[str, Any]) -> None:
         """Create the folder, delete a former run's files and nothing else, and write the config."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for directory in (self.adapter, self.state):
-            shutil.rmtree(directory, ignore_errors=True)
-        for file in (self.config, self.metrics, self.image):
-            file.unlink(missing_ok=True)
+        for path in self._own():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         partial = self.config.with_suffix(".partial")
         partial.write_text(json.dumps(config, indent=2) + "\n")
         partial.replace(self.config)

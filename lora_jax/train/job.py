@@ -1,5 +1,6 @@
 """The job behind `lora-jax finetune`: pre-train, freeze, adapt, evaluate, save, load, merge, verify, sample."""
 
+import re
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +73,7 @@ class FinetuneJob:
         self._abstract = jax.eval_shape(self._model.init, jax.random.key(0), tokens)
         self._sites = lora.find_sites(self._model.apply, self._abstract, tokens)
         init_key, self._step_key = jax.random.split(jax.random.key(plan.training.seed))
-        self._fresh = lora.init(init_key, plan.config, self._abstract, self._sites)
+        self._fresh = jax.jit(lambda key: lora.init(key, plan.config, self._abstract, self._sites))(init_key)
 
     def run(self) -> None:
         """Do it all, and say what happens.
@@ -164,7 +165,8 @@ class FinetuneJob:
 
     def _sample(self, base: Any, merged: Any) -> None:
         text = self._plan.target.held_out.tobytes()
-        start = text.find(b"\n", 0, -_PROMPT) + 1
+        prose = re.search(rb"\n\n(?=[A-Z].{%d})" % _PROMPT, text)
+        start = prose.end() if prose else 0
         prompt = text[start : start + _PROMPT]
         tokens = jnp.frombuffer(prompt, jnp.uint8)[None]
         self._title("Samples, from a held-out beginning")

@@ -61,10 +61,8 @@ def _cache_folder() -> Path:
 
 def load_cached(path: Path, like: Any) -> Any | None:
     """The parameters cached at `path`, or None if there are none that fit `like`."""
-    if not path.exists():
-        return None
     try:
-        return read_arrays(path, like)
+        return read_arrays(path, like) if path.exists() else None
     except (ValueError, TypeError, LookupError, OSError, RuntimeError):
         return None
 

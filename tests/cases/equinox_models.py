@@ -25,9 +25,31 @@ def batched(module: Any, x: Any) -> Any:
 
 
 layer("linear", lambda key: eqx.nn.Linear(4, 3, key=key), batched, {"weight": "dense oi"}, (2, 4), affine=True)
-layer("linear_one_example", lambda key: eqx.nn.Linear(4, 3, key=key), lambda m, x: m(x), {"weight": "dense oi"}, (4,), affine=True, variant=True)
-layer("conv2d", lambda key: eqx.nn.Conv2d(2, 4, (3, 2), 2, 1, key=key), batched, {"weight": "conv oiii"}, (2, 2, 5, 6), affine=True)
-layer("embedding", lambda key: eqx.nn.Embedding(7, 4, key=key), batched, {"weight": "embedding io"}, jnp.array([1, 6, 0]), affine=True)
+layer(
+    "linear_one_example",
+    lambda key: eqx.nn.Linear(4, 3, key=key),
+    lambda m, x: m(x),
+    {"weight": "dense oi"},
+    (4,),
+    affine=True,
+    variant=True,
+)
+layer(
+    "conv2d",
+    lambda key: eqx.nn.Conv2d(2, 4, (3, 2), 2, 1, key=key),
+    batched,
+    {"weight": "conv oiii"},
+    (2, 2, 5, 6),
+    affine=True,
+)
+layer(
+    "embedding",
+    lambda key: eqx.nn.Embedding(7, 4, key=key),
+    batched,
+    {"weight": "embedding io"},
+    jnp.array([1, 6, 0]),
+    affine=True,
+)
 layer(
     "mlp", lambda key: eqx.nn.MLP(4, 3, 5, 2, key=key), batched, {f"layers/{i}/weight": "dense oi" for i in range(3)}, (2, 4),
 )  # fmt: skip
@@ -52,4 +74,10 @@ class Stack(eqx.Module):
 
 
 layer("scan_of_remat", Stack, batched, {"layers/weight": "dense boi"}, (2, 4))
-layer("ensemble", Stack, lambda m, x: jax.vmap(lambda layer, x: layer(x))(m.layers, x), {"layers/weight": "dense boi"}, (3, 4))
+layer(
+    "ensemble",
+    Stack,
+    lambda m, x: jax.vmap(lambda layer, x: layer(x))(m.layers, x),
+    {"layers/weight": "dense boi"},
+    (3, 4),
+)

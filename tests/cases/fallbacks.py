@@ -9,7 +9,9 @@ from jax.experimental import pallas as pl
 from cases.registry import Draw, Model, case
 
 
-def fallback(name: str, shape: tuple[int, ...], fn, *given: tuple[int, ...], roles: str = "dense io", found: bool = False) -> None:
+def fallback(
+    name: str, shape: tuple[int, ...], fn, *given: tuple[int, ...], roles: str = "dense io", found: bool = False
+) -> None:
     """Add a use of one parameter `w`."""
     sites, hidden = ({"w": roles}, {}) if found else ({}, {"w": roles})
 
@@ -51,7 +53,7 @@ def _(draw: Draw) -> Model:
     return Model(lambda p, x: ((p["gate"] * 2) * x) @ p["w"], {"gate": draw(5, 4), "w": draw(4, 3)}, (draw(5, 4),))
 
 
-@case("plain", {"w": "dense io"}, "pallas_call", materialised=("w",))
+@case("plain", {"w": "dense io"}, "pallas_call", materialised=("w",), reverse=False)
 def _(draw: Draw) -> Model:
     def kernel(x, w, out):
         out[...] = jnp.dot(x[...], w[...])
@@ -62,7 +64,13 @@ def _(draw: Draw) -> Model:
     return Model(fn, {"w": draw(4, 3)}, (draw(2, 4),))
 
 
-@case("linen", {}, "weight_norm", hidden={"params/layer_instance/kernel": "dense io"}, materialised=("params/layer_instance/kernel",))
+@case(
+    "linen",
+    {},
+    "weight_norm",
+    hidden={"params/layer_instance/kernel": "dense io"},
+    materialised=("params/layer_instance/kernel",),
+)
 def _(draw: Draw) -> Model:
     module, x = nn.WeightNorm(nn.Dense(3)), draw(2, 4)
     return Model(module.apply, draw.fill(jax.eval_shape(module.init, jax.random.key(0), x)), (x,))

@@ -22,7 +22,13 @@ def layer(name: str, forward: Any, sites: dict[str, str], *shapes: Any, **facts:
 
 layer("linear", lambda x: hk.Linear(3)(x), {"linear/w": "dense io"}, (2, 5, 4), affine=True)
 layer("conv2d", lambda x: hk.Conv2D(4, (3, 2), 2)(x), {"conv2_d/w": "conv iiio"}, (2, 5, 6, 2), affine=True)
-layer("conv_transpose", lambda x: hk.Conv1DTranspose(3, 3, 2)(x), {"conv1_d_transpose/w": "conv ioi"}, (2, 5, 2), affine=True)
+layer(
+    "conv_transpose",
+    lambda x: hk.Conv1DTranspose(3, 3, 2)(x),
+    {"conv1_d_transpose/w": "conv ioi"},
+    (2, 5, 2),
+    affine=True,
+)
 layer("embed", lambda t: hk.Embed(7, 4)(t), {"embed/embeddings": "embedding io"}, jnp.array([[1, 6, 0]]), affine=True)
 layer(
     "attention", lambda x: hk.MultiHeadAttention(2, 3, w_init=hk.initializers.Constant(1))(x, x, x),

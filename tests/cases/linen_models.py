@@ -34,14 +34,38 @@ layer(
 )  # fmt: skip
 
 for padding in ("SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL", 1, [(0, 2)]):
-    affine(f"conv1d_{str(padding).lower()}", nn.Conv(3, (3,), padding=padding), {"kernel": "conv iio"}, (2, 7, 2), variant=True)
+    affine(
+        f"conv1d_{str(padding).lower()}",
+        nn.Conv(3, (3,), padding=padding),
+        {"kernel": "conv iio"},
+        (2, 7, 2),
+        variant=True,
+    )
 affine("conv2d_circular", nn.Conv(4, (3, 2), 2, "CIRCULAR", kernel_dilation=2), {"kernel": "conv iiio"}, (2, 5, 6, 2))
-affine("conv2d_reflect_grouped", nn.Conv(4, (3, 2), feature_group_count=2, padding="REFLECT"), {"kernel": "conv iiio"}, (2, 5, 6, 4), variant=True)
+affine(
+    "conv2d_reflect_grouped",
+    nn.Conv(4, (3, 2), feature_group_count=2, padding="REFLECT"),
+    {"kernel": "conv iiio"},
+    (2, 5, 6, 4),
+    variant=True,
+)
 affine("conv3d", nn.Conv(3, (2, 2, 2), strides=(1, 2, 1)), {"kernel": "conv iiiio"}, (1, 3, 4, 3, 2), variant=True)
 affine("conv_without_batch", nn.Conv(3, (3,)), {"kernel": "conv iio"}, (7, 2), variant=True)
-affine("conv_input_dilation", nn.Conv(3, (3,), padding=1, input_dilation=2), {"kernel": "conv iio"}, (2, 7, 2), variant=True)
+affine(
+    "conv_input_dilation",
+    nn.Conv(3, (3,), padding=1, input_dilation=2),
+    {"kernel": "conv iio"},
+    (2, 7, 2),
+    variant=True,
+)
 affine("conv_transpose", nn.ConvTranspose(3, (3, 2), (2, 1)), {"kernel": "conv iiio"}, (2, 5, 6, 2))
-affine("conv_transpose_kernel", nn.ConvTranspose(3, (3,), (2,), "CIRCULAR", transpose_kernel=True), {"kernel": "conv ioi"}, (2, 5, 2), variant=True)
+affine(
+    "conv_transpose_kernel",
+    nn.ConvTranspose(3, (3,), (2,), "CIRCULAR", transpose_kernel=True),
+    {"kernel": "conv ioi"},
+    (2, 5, 2),
+    variant=True,
+)
 affine("conv_local", nn.ConvLocal(3, (3,)), {"kernel": "dense bio"}, (2, 7, 2))
 
 
@@ -54,7 +78,12 @@ class Tied(nn.Module):
         return embed.attend(embed(tokens) + jnp.tanh(nn.Dense(4)(embed(tokens))))
 
 
-layer("tied_attend", Tied(), {"Embed_0/embedding": "embedding io", "Dense_0/kernel": "dense io"}, jnp.array([[1, 6, 0], [3, 3, 2]]))
+layer(
+    "tied_attend",
+    Tied(),
+    {"Embed_0/embedding": "embedding io", "Dense_0/kernel": "dense io"},
+    jnp.array([[1, 6, 0], [3, 3, 2]]),
+)
 
 
 class TwoOfOneShape(nn.Module):
@@ -99,7 +128,9 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.scan(self.block, {"params": self.axis}, split_rngs={"params": True}, length=3)(name="layers")(x, None)[0]
+        return nn.scan(self.block, {"params": self.axis}, split_rngs={"params": True}, length=3)(name="layers")(
+            x, None
+        )[0]
 
 
 def block_sites(insert: Any) -> dict[str, str]:

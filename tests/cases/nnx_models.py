@@ -24,7 +24,9 @@ def layer(name: str, make: Callable[..., nnx.Module], sites: dict[str, str], *sh
 
 affine = partial(layer, affine=True)
 affine("linear", partial(nnx.Linear, 4, 3), {"kernel": "dense io"}, (2, 5, 4))
-affine("linear_general", partial(nnx.LinearGeneral, (3, 4), (2, 3), axis=(-2, -1)), {"kernel": "dense iioo"}, (2, 5, 3, 4))
+affine(
+    "linear_general", partial(nnx.LinearGeneral, (3, 4), (2, 3), axis=(-2, -1)), {"kernel": "dense iioo"}, (2, 5, 3, 4)
+)
 affine("einsum", partial(nnx.Einsum, "btd,ndh->btnh", (2, 4, 3), (2, 3)), {"kernel": "dense oio"}, (2, 5, 4))
 affine("embed", partial(nnx.Embed, 7, 4), {"embedding": "embedding io"}, jnp.array([[1, 6, 0]]))
 affine("conv", partial(nnx.Conv, 2, 4, (3, 2), 2, padding="CIRCULAR"), {"kernel": "conv iiio"}, (2, 5, 6, 2))
@@ -48,7 +50,9 @@ class Tied(nnx.Module):
         return self.embed.attend(self.embed(tokens) + jnp.tanh(self.up(self.embed(tokens))))
 
 
-layer("tied_attend", Tied, {"embed/embedding": "embedding io", "up/kernel": "dense io"}, jnp.array([[1, 6, 0], [3, 3, 2]]))
+layer(
+    "tied_attend", Tied, {"embed/embedding": "embedding io", "up/kernel": "dense io"}, jnp.array([[1, 6, 0], [3, 3, 2]])
+)
 
 
 class Shared(nnx.Module):
@@ -109,7 +113,12 @@ STACKED = {"layers/up/kernel": "dense bio", "layers/down/kernel": "dense bio"}
 layer("scan", Stack, STACKED, (2, 4))
 layer("scan_of_remat", RematStack, STACKED, (2, 4))
 layer("ensemble", Ensemble, STACKED, (2, 4))
-layer("jit", lambda rngs: nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), nnx.jit(nnx.relu)), {"layers/0/kernel": "dense io"}, (2, 4))
+layer(
+    "jit",
+    lambda rngs: nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), nnx.jit(nnx.relu)),
+    {"layers/0/kernel": "dense io"},
+    (2, 4),
+)
 layer(
     "recurrent", lambda rngs: nnx.RNN(nnx.SimpleCell(4, 3, rngs=rngs)),
     {"cell/dense_i/kernel": "dense io", "cell/dense_h/kernel": "dense io"}, (2, 5, 4),

@@ -12,7 +12,9 @@ from cases.registry import Draw, Model, case
 plain = partial(case, "plain")
 
 
-def operation(name: str, sites: dict[str, str], shapes: dict[str, tuple[int, ...]], fn: Any, *given: Any, **facts: Any) -> None:
+def operation(
+    name: str, sites: dict[str, str], shapes: dict[str, tuple[int, ...]], fn: Any, *given: Any, **facts: Any
+) -> None:
     """Add a function of some parameters and random arguments of the given shapes."""
 
     def build(draw: Draw) -> Model:
@@ -22,9 +24,13 @@ def operation(name: str, sites: dict[str, str], shapes: dict[str, tuple[int, ...
     case("plain", sites, name, **facts)(build)
 
 
-def product(name: str, roles: str, shape: tuple[int, ...], fn: Any, *given: Any, kind: str = "dense", **facts: Any) -> None:
+def product(
+    name: str, roles: str, shape: tuple[int, ...], fn: Any, *given: Any, kind: str = "dense", **facts: Any
+) -> None:
     """Add one linear use of one parameter `w`."""
-    operation(name, {"w": f"{kind} {roles}"}, {"w": shape}, lambda p, *args: fn(p["w"], *args), *given, affine=True, **facts)
+    operation(
+        name, {"w": f"{kind} {roles}"}, {"w": shape}, lambda p, *args: fn(p["w"], *args), *given, affine=True, **facts
+    )
 
 
 def variant(name: str, roles: str, shape: tuple[int, ...], fn: Any, *given: Any, **facts: Any) -> None:
@@ -51,10 +57,25 @@ variant("integer_input", "io", (4, 3), lambda w, x: x @ w, jnp.arange(8).reshape
 # Stacks of weights.
 product("experts", "bio", (3, 4, 5), lambda w, x: jnp.einsum("ebd,edh->ebh", x, w), (3, 2, 4))
 variant("experts_inner_axis", "iob", (4, 5, 3), lambda w, x: jnp.einsum("ebd,dhe->beh", x, w), (3, 2, 4))
-product("every_token_to_every_expert", "iio", (3, 4, 5), lambda w, x, g: jnp.einsum("td,te,edh->th", x, g, w), (2, 4), (2, 3))
+product(
+    "every_token_to_every_expert",
+    "iio",
+    (3, 4, 5),
+    lambda w, x, g: jnp.einsum("td,te,edh->th", x, g, w),
+    (2, 4),
+    (2, 3),
+)
 variant("all_experts_at_once", "oio", (3, 4, 5), lambda w, x: jnp.einsum("td,edh->teh", x, w), (2, 4))
-product("gathered_experts", "bio", (3, 4, 5), lambda w, x: jnp.einsum("td,tdh->th", x, w[jnp.array([2, 0, 1, 0])]), (4, 4))
-product("top_two_experts", "bio", (3, 4, 5), lambda w, x: jnp.einsum("td,tkdh->tkh", x, w[jnp.array([[2, 0], [1, 2]])]), (2, 4))
+product(
+    "gathered_experts", "bio", (3, 4, 5), lambda w, x: jnp.einsum("td,tdh->th", x, w[jnp.array([2, 0, 1, 0])]), (4, 4)
+)
+product(
+    "top_two_experts",
+    "bio",
+    (3, 4, 5),
+    lambda w, x: jnp.einsum("td,tkdh->tkh", x, w[jnp.array([[2, 0], [1, 2]])]),
+    (2, 4),
+)
 product("ragged_dot", "bio", (3, 4, 5), lambda w, x: lax.ragged_dot(x, w, jnp.array([2, 0, 4])), (6, 4), kind="ragged")
 product(
     "ragged_dot_of_transposed", "boi", (3, 5, 4), lambda w, x: lax.ragged_dot(x, w.mT, jnp.array([2, 3, 1])), (6, 4), kind="ragged",
@@ -64,14 +85,18 @@ product("sliced_layer", "bio", (3, 4, 5), lambda w, x: x @ lax.dynamic_index_in_
 product("unrolled_layers", "bio", (3, 4, 4), lambda w, x: x @ w[0] @ w[1] @ w[2], (2, 4))
 product("ensemble", "bio", (3, 4, 5), lambda w, x: jax.vmap(lambda w, x: x @ w)(w, x), (3, 2, 4))
 variant("ensemble_of_one_input", "oio", (3, 4, 5), lambda w, x: jax.vmap(lambda w: x @ w)(w), (2, 4))
-variant("ensemble_last_axis", "iob", (4, 5, 3), lambda w, x: jax.vmap(lambda w, x: x @ w, in_axes=(2, 0))(w, x), (3, 2, 4))
+variant(
+    "ensemble_last_axis", "iob", (4, 5, 3), lambda w, x: jax.vmap(lambda w, x: x @ w, in_axes=(2, 0))(w, x), (3, 2, 4)
+)
 product("vmapped_input", "io", (4, 3), lambda w, x: jax.vmap(jax.vmap(lambda v: v @ w, 1), 0)(x), (2, 4, 5))
 
 # One parameter that holds several weights.
 product("fused_qkv_sliced", "io", (4, 9), lambda w, x: [x @ w[:, :3], x @ w[:, 3:6], x @ w[:, 6:]], (2, 4))
 product("fused_qkv_split", "io", (4, 9), lambda w, x: [x @ part for part in jnp.split(w, 3, 1)], (2, 4))
 product("fused_qkv_indexed", "ibo", (4, 3, 5), lambda w, x: [x @ w[:, i] for i in range(3)], (2, 4))
-product("fused_qkv_reshaped", "io", (4, 30), lambda w, x: jnp.einsum("btd,dcnh->cbnth", x, w.reshape(4, 3, 2, 5)), (2, 3, 4))
+product(
+    "fused_qkv_reshaped", "io", (4, 30), lambda w, x: jnp.einsum("btd,dcnh->cbnth", x, w.reshape(4, 3, 2, 5)), (2, 3, 4)
+)
 product("fused_on_the_input", "io", (8, 3), lambda w, x: x @ w[:4] + x @ w[4:], (2, 4))
 product("heads_merged", "ioo", (4, 2, 3), lambda w, x: x @ w.reshape(4, 6), (2, 4))
 variant("strided", "io", (4, 6), lambda w, x: x @ w[:, ::2] + x @ w[:, ::-2], (2, 4))
@@ -84,7 +109,13 @@ product("equal_shapes_as_activation", "io", (4, 4), lambda w, x: (x + 1) @ (x @ 
 
 # Convolutions: channels first and last, every geometry.
 def convolution(
-    name: str, shape: tuple[int, ...], image: tuple[int, ...], strides: tuple[int, ...], padding: Any, numbers: Any, **more: Any
+    name: str,
+    shape: tuple[int, ...],
+    image: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding: Any,
+    numbers: Any,
+    **more: Any,
 ) -> None:
     """Add a convolution; the letters of the kernel's layout give its roles."""
     roles = "".join("o" if letter == "O" else "i" for letter in numbers[1])
@@ -102,8 +133,24 @@ convolution("conv2d_fractional", (3, 2, 2, 4), (2, 3, 4, 2), (1, 1), [(1, 1), (0
 convolution("conv2d_grouped", (3, 2, 2, 6), (2, 5, 6, 4), (1, 1), "SAME", LAST, feature_group_count=2)
 convolution("conv2d_depthwise", (3, 2, 1, 8), (2, 5, 6, 4), (1, 1), "SAME", LAST, feature_group_count=4)
 convolution("conv3d", (2, 2, 2, 2, 3), (1, 3, 4, 3, 2), (1, 1, 2), "SAME", ("NDHWC", "DHWIO", "NDHWC"))
-product("conv_transpose", "iioi", (3, 2, 4, 2), lambda w, x: lax.conv_transpose(x, w, (2, 1), "SAME", transpose_kernel=True), (2, 3, 4, 2), kind="conv")  # noqa: E501
-product("vmapped_conv", "iio", (3, 2, 4), lambda w, x: jax.vmap(lambda x: lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")))(x), (2, 1, 7, 2), kind="conv")  # noqa: E501
+product(
+    "conv_transpose",
+    "iioi",
+    (3, 2, 4, 2),
+    lambda w, x: lax.conv_transpose(x, w, (2, 1), "SAME", transpose_kernel=True),
+    (2, 3, 4, 2),
+    kind="conv",
+)
+product(
+    "vmapped_conv",
+    "iio",
+    (3, 2, 4),
+    lambda w, x: jax.vmap(
+        lambda x: lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+    )(x),
+    (2, 1, 7, 2),
+    kind="conv",
+)
 
 # Look-ups.
 TOKENS = jnp.array([[1, 6, 0], [3, 3, 2]])
@@ -134,7 +181,13 @@ operation(
     "equal_shapes", {"a": "dense io", "b": "dense io", "c": "dense io"}, dict.fromkeys("abc", (4, 4)),
     lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"] + x @ p["c"], (3, 4),
 )  # fmt: skip
-operation("used_three_times", {"w": "dense io"}, {"w": (4, 4)}, lambda p, x: jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"]) @ p["w"], (2, 4))
+operation(
+    "used_three_times",
+    {"w": "dense io"},
+    {"w": (4, 4)},
+    lambda p, x: jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"]) @ p["w"],
+    (2, 4),
+)
 operation("used_both_ways", {"w": "dense io"}, {"w": (4, 3)}, lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, (2, 4))
 operation(
     "product_of_weights", {"a": "dense oi", "b": "dense io"}, {"a": (4, 3), "b": (3, 5)},
@@ -142,7 +195,12 @@ operation(
 )  # fmt: skip
 operation("gram", {"w": "dense oi"}, {"w": (4, 3)}, lambda p, x: x @ (p["w"] @ p["w"].T), (2, 4), materialised=("w",))
 operation(
-    "penalised", {"w": "dense io"}, {"w": (4, 3)}, lambda p, x: (x @ p["w"], jnp.sum(p["w"] ** 2)), (2, 4), materialised=("w",)
+    "penalised",
+    {"w": "dense io"},
+    {"w": (4, 3)},
+    lambda p, x: (x @ p["w"], jnp.sum(p["w"] ** 2)),
+    (2, 4),
+    materialised=("w",),
 )
 operation(
     "unused_and_returned", {"w": "dense io"}, {"w": (4, 3), "unused": (4, 3)}, lambda p, x: (x @ p["w"], p["w"]), (2, 4),

@@ -14,7 +14,9 @@ def program(sites: dict[str, str], shapes: dict[str, tuple[int, ...]], *inputs: 
 
     def add(fn: Any) -> Any:
         def build(draw: Draw) -> Model:
-            return Model(fn, {key: draw(*shape) for key, shape in shapes.items()}, tuple(draw(*each) for each in inputs))
+            return Model(
+                fn, {key: draw(*shape) for key, shape in shapes.items()}, tuple(draw(*each) for each in inputs)
+            )
 
         case("plain", sites, fn.__name__.strip("_"), **facts)(build)
         return fn
@@ -100,7 +102,6 @@ def decoding(p, x):
     return lax.scan(step, x, length=3)
 
 
-
 @program({"w": "dense io"}, {"w": (4, 4)}, (2, 4))
 def fori_loop(p, x):
     return lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ p["w"]), x)
@@ -160,7 +161,9 @@ def clipped(x, w):
     return x @ w
 
 
-clipped.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (g.clip(-0.1, 0.1) @ saved[1].T, saved[0].T @ g.clip(-0.1, 0.1)))
+clipped.defvjp(
+    lambda x, w: (x @ w, (x, w)), lambda saved, g: (g.clip(-0.1, 0.1) @ saved[1].T, saved[0].T @ g.clip(-0.1, 0.1))
+)
 
 
 @program({"w": "dense io"}, {"w": (4, 3)}, (2, 4), materialised=("w",))

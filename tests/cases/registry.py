@@ -104,7 +104,9 @@ class Case:
     @property
     def drops(self) -> bool:
         """Whether dropout acts anywhere: on everything but look-ups and weights that are formed."""
-        return any(not kind.startswith("embedding") and path not in self.materialised for path, kind in self.sites.items())
+        return any(
+            not kind.startswith("embedding") and path not in self.materialised for path, kind in self.sites.items()
+        )
 
 
 def site(path: str, leaf: Any, roles: str) -> Site:
