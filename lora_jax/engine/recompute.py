@@ -12,6 +12,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from lora_jax.engine import jaxprs
+from lora_jax.engine.weight import Weight
 
 _REPEATED = {"add", "sub", "neg", "mul", "div", "convert_element_type", "broadcast_in_dim", "reshape", "squeeze"}
 """What is repeated: linear in each operand, and cheap."""
@@ -98,8 +99,11 @@ class Frame:
                 leaves.append(var)
         if any(not self.kept(leaf) and 8 * _size(leaf) > _size(atom) for leaf in leaves):
             return None
+        values = [self.read(leaf) for leaf in leaves]
+        if any(isinstance(value, Weight) for value in values):
+            return None
         order = [eqn for eqn in self.jaxpr.eqns if any(eqn is step for step in steps)]
-        return Recipe([self.read(leaf) for leaf in leaves], lambda values: _replay(order, atom, leaves, values))
+        return Recipe(values, lambda values: _replay(order, atom, leaves, values))
 
     def _repeats(self, var: Any) -> bool:
         return var in self.makers and self.makers[var].primitive.name in _REPEATED

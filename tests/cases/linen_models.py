@@ -154,6 +154,6 @@ layer(
 )  # fmt: skip
 layer("recurrent", nn.RNN(nn.SimpleCell(3)), {"cell/i/kernel": "dense io", "cell/h/kernel": "dense io"}, (2, 5, 4))
 layer(
-    "mlp_with_batch_norm", nn.Sequential([nn.Dense(5), nn.BatchNorm(use_running_average=True), nn.relu, nn.Dense(3)]),
+    "mlp_with_batch_norm", nn.Sequential([nn.Dense(5), nn.BatchNorm(use_running_average=True, epsilon=9.0), nn.relu, nn.Dense(3)]),
     {"layers_0/kernel": "dense io", "layers_3/kernel": "dense io"}, (2, 4),
 )  # fmt: skip
