@@ -55,15 +55,11 @@ class Finetune:
             options = folder.read_config()["options"]
             options["data"] = options["data"] and Path(options["data"])
             options["adapter"]["targets"] = tuple(options["adapter"]["targets"])
-            groups = {
-                "adapter": AdapterOptions(**options["adapter"]),
-                "training": TrainingOptions(**options["training"]),
-            }
-            return replace(self, **options | groups)
+            options["adapter"] = AdapterOptions(**options["adapter"])
+            options["training"] = TrainingOptions(**options["training"])
+            return replace(self, **options)
         except (KeyError, TypeError) as error:
-            raise OptionError(
-                f"{folder.config} is from another version of lora_jax ({error!r}): start again"
-            ) from error
+            raise OptionError(f"{folder.config} was written by another version of lora_jax: {error!r}") from error
 
     def prepare(self, saved: "Finetune | None") -> FinetuneJob:
         """Check the options and read the texts; nothing is written.
