@@ -114,7 +114,9 @@ def fori_loop_over_layers(p, x):
 
 @program({"w": "dense io"}, {"w": (4, 4)}, (2, 4), reverse=False)
 def while_loop(p, x):
-    return lax.while_loop(lambda x: (x @ p["w"]).sum() < 9, lambda x: jnp.tanh(x @ p["w"]) + 2, x)
+    # With some weights the sum never gets there.
+    go_on = lambda c: (c[0] < 5) & ((c[1] @ p["w"]).sum() < 9)  # noqa: E731
+    return lax.while_loop(go_on, lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["w"]) + 2), (0, x))[1]
 
 
 @program({"w": "dense io"}, {"w": (4, 4)}, (2, 4), reverse=False)
