@@ -1,0 +1,165 @@
+"""`adapter_config.json`: what it may say for the numbers beside it to mean what they seem to mean."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.errors import CheckpointError
+from lora_jax.io.peft_match import exact_key, in_pattern
+
+# PEFT's defaults of the fields that decide about the numbers. A file that lacks a field means these.
+_DEFAULTS = {"lora_alpha": 8, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
+
+# Fields that the arrays do not depend on: bookkeeping, training, and how the modules were chosen.
+_NEUTRAL = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_bias",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "target_parameters",
+    "task_type",
+    "trainable_token_indices",
+    "use_dora",
+    "use_rslora",
+}
+
+_VARIANTS = {
+    "alora_invocation_tokens": "Activated LoRA acts only after its invocation tokens, which no weight can express",
+    "arrow_config": "Arrow routes every token to other adapters, which no weight can express",
+    "kasa_config": "KaSA truncates the base's weights and has a diagonal between the factors",
+    "layer_replication": "the model repeats layers that share weights, and each repetition has factors of its own",
+    "megatron_config": "Megatron layers are split over devices, and so are the factors",
+    "monteclora_config": "MonteCLoRA draws the factors anew in every training step",
+    "use_bdlora": "BD-LoRA stores block-diagonal factors packed",
+    "use_qalora": "QALoRA averages groups of inputs before A",
+    "velora_config": "VeLoRA trains with compressed activations and stores their projections",
+}
+
+# Start values that PEFT subtracts from the base: the adapter alone then is not the change of the model.
+_MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
+
+_CONVERT = (
+    "With the base it was trained on: model.save_pretrained(path, path_initial_model_for_weight_conversion=...) in "
+    "PEFT writes a plain adapter."
+)
+
+
+def check(where: str, config: Mapping[str, Any]) -> None:
+    """Refuse a config under which the arrays would not mean `W + scale·B·A`.
+
+    Raises:
+      CheckpointError: it is not LoRA, belongs to a base with other weights, or uses an unknown variant.
+    """
+    if str(config.get("peft_type", "LORA")).upper() != "LORA":
+        raise CheckpointError(f"{where}: peft_type={config['peft_type']!r} is not LoRA; only 'LORA' can be read")
+    for field, reason in _VARIANTS.items():
+        if config.get(field):
+            raise CheckpointError(f"{where}: {field} is set, and {reason}. Such an adapter cannot be represented here.")
+    unknown = sorted(field for field in config.keys() - _NEUTRAL - _VARIANTS.keys() if config[field])
+    if unknown:
+        raise CheckpointError(
+            f"{where}: {', '.join(f'{field}={config[field]!r}' for field in unknown)} is nothing this version knows, "
+            "and it may change what the arrays mean. Remove the field if you know that it does not."
+        )
+    _check_init(where, config.get("init_lora_weights", True))
+    _check_types(where, config)
+
+
+def _check_init(where: str, init: Any) -> None:
+    name = str(init).lower()
+    if name.startswith(_MUTATING):
+        raise CheckpointError(
+            f"{where}: init_lora_weights={init!r} changes the base's weights when it starts, so the factors alone are "
+            f"not the difference to the base you have. {_CONVERT}"
+        )
+    if name not in _INITS:
+        raise CheckpointError(f"{where}: init_lora_weights={init!r} is unknown; possible: true, false, {_INITS[:4]}")
+
+
+def _check_types(where: str, config: Mapping[str, Any]) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(field) or {}, Mapping):
+            raise CheckpointError(f"{where}: {field}={config[field]!r} must be an object")
+    numbers = {"lora_alpha": config.get("lora_alpha"), "r": config.get("r")}
+    for field in ("rank_pattern", "alpha_pattern"):
+        numbers |= {f"{field}[{key!r}]": value for key, value in (config.get(field) or {}).items()}
+    for field, value in numbers.items():
+        whole = "rank" in field or field == "r"
+        if value is not None and not _is_number(value, whole):
+            needs = "a positive integer" if whole else "a finite number"
+            raise CheckpointError(f"{where}: {field}={value!r} must be {needs}")
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return (isinstance(value, int) and value > 0) if whole else math.isfinite(value)
+
+
+def rank_of(config: Mapping[str, Any], name: str) -> int | None:
+    """The rank that a config gives a module or parameter, or None if it says nothing."""
+    found = in_pattern(config.get("rank_pattern"), name)
+    return config.get("r") if found is None else found
+
+
+def alpha_of(config: Mapping[str, Any], name: str) -> float:
+    """The alpha that a config gives a module or parameter; PEFT's default is 8."""
+    found = in_pattern(config.get("alpha_pattern"), name)
+    return float(setting(config, "lora_alpha") if found is None else found)
+
+
+def scale_of(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """`alpha / rank`, or `alpha / sqrt(rank)` under `use_rslora`."""
+    return alpha_of(config, name) / (math.sqrt(rank) if setting(config, "use_rslora") else rank)
+
+
+def setting(config: Mapping[str, Any], field: str) -> Any:
+    """A field, or PEFT's default where the file leaves it out."""
+    value = config.get(field)
+    return _DEFAULTS[field] if value is None else value
+
+
+def inferred(ranks: Mapping[str, int], saved: list[str]) -> dict[str, Any]:
+    """A config for arrays that came without one: the ranks are the arrays', and every scale is 1.
+
+    Args:
+      ranks: rank of each module.
+      saved: modules stored whole.
+
+    Example:
+      >>> config = inferred({"q": 4, "k": 4, "v": 2}, [])
+      >>> config["r"], config["lora_alpha"], config["rank_pattern"], config["target_modules"]
+      (4, 4, {'^v': 2}, ['k', 'q', 'v'])
+    """
+    common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
+    pattern = {exact_key(name): rank for name, rank in ranks.items() if rank != common}
+    return {
+        "peft_type": "LORA", "r": common, "lora_alpha": common, "target_modules": sorted(ranks),
+        "rank_pattern": pattern, "alpha_pattern": dict(pattern), "modules_to_save": saved or None,
+    }  # fmt: skip

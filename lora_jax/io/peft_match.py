@@ -1,0 +1,86 @@
+"""How PEFT's files name what they adapt: its matchers, and the shortest names that make them hit the right modules."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+
+def targets(wanted: str | Collection[str] | None, module: str) -> bool:
+    """Whether PEFT's `target_modules` hits a module: one regex for the whole name, or names that end it.
+
+    Args:
+      wanted: the field as it is in `adapter_config.json`.
+      module: name of the module in the base model, as in `model.layers.0.self_attn.q_proj`.
+
+    Example:
+      >>> targets(["q_proj"], "layers.0.q_proj"), targets(["q_proj"], "layers.0.seq_proj"), targets(".*0.*", "x.0.y")
+      (True, False, True)
+    """
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in wanted or ())
+
+
+def saves(wanted: Collection[str] | None, name: str) -> bool:
+    """Whether PEFT's `modules_to_save` covers a tensor: a module around it has a name that *ends* with an entry.
+
+    There is no boundary before the entry, so `head` covers `subhead.weight` too. That is how PEFT wraps modules.
+
+    Example:
+      >>> saves(["head"], "model.head.weight"), saves(["head"], "subhead.weight"), saves(["head"], "head_2.weight")
+      (True, True, False)
+    """
+    parts = name.split(".")
+    around = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return any(module.endswith(entry) for module in around for entry in wanted or ())
+
+
+def in_pattern(patterns: Mapping[str, Any] | None, module: str) -> Any:
+    """The value of the first key of `rank_pattern` or `alpha_pattern` that matches a module, or None.
+
+    The order of the keys decides, not how specific they are.
+
+    Example:
+      >>> in_pattern({"q_proj": 4, "layers.0.q_proj": 2}, "layers.0.q_proj"), in_pattern({"q": 4}, "seq")
+      (4, None)
+    """
+    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), None)
+
+
+def exact_key(module: str) -> str:
+    """A pattern key that matches one module and nothing else.
+
+    PEFT puts `(.*\\.)?` in front of a key; `^`, which holds only where the whole name begins, undoes that.
+
+    Example:
+      >>> patterns = {exact_key("q.0"): 4}
+      >>> in_pattern(patterns, "q.0"), in_pattern(patterns, "x.q.0"), in_pattern(patterns, "q10")
+      (4, None, None)
+    """
+    return f"^{re.escape(module)}"
+
+
+def shortest(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The fewest and shortest endings that hit the chosen modules and none of the others under PEFT's matcher.
+
+    Args:
+      chosen: names of the adapted modules.
+      others: names of every module that must not be hit.
+
+    Returns:
+      Endings, sorted. Where no ending tells a chosen module from another, its full name is used.
+
+    Example:
+      >>> shortest(["layers.0.q", "layers.1.q", "up"], ["layers.0.k", "x.up"])
+      ['q', 'up']
+      >>> shortest(["layers.0.q"], ["layers.1.q"])
+      ['0.q']
+    """
+    chosen, avoided = sorted(set(chosen)), {end for other in others for end in _endings(other)}
+    return sorted({next((end for end in _endings(name) if end not in avoided), name) for name in chosen})
+
+
+def _endings(name: str) -> list[str]:
+    """`c`, `b.c`, `a.b.c` for `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
