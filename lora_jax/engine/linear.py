@@ -11,8 +11,10 @@ from jax import lax
 from lora_jax.engine import contract, jaxprs, planner
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import dense, rule
-from lora_jax.engine.placement import unreduced
-from lora_jax.engine.planner import Plan, added
+from lora_jax.engine.placement import spread, unreduced
+from lora_jax.engine.planner import Plan
+from lora_jax.engine.product import adapted_product, added
+from lora_jax.engine.recompute import Recipe
 from lora_jax.engine.weight import RANK, Labelled, Term, Weight
 
 
@@ -46,34 +48,36 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     planned = planner.plan(weight, x, out, ctx.strategy, dropout)
     _record(ctx, eqn, weight, x, contracted, remains[0], out, planned)
     precision = eqn.params["precision"]
-    if planned.call:
-        return [
-            planner.merged(
-                dot, x, weight,
-                lambda v, terms, like: contract.low_rank(v, terms, out, [v] * len(terms), precision, like), planned,
-                ctx.frame.recipe(eqn.invars[1 - side]) if ctx.frame is not None else None,
-            )
-        ]  # fmt: skip
-    y = dot(other, weight.base)
     if not weight.terms:
-        return [y]
+        return [dot(other, weight.base)]
+    recipe = _recipe(ctx, eqn.invars[1 - side], x, weight)
     with jax.named_scope("lora"):
-        change = contract.low_rank(x, weight.terms, out, _inputs(ctx, weight, x), precision, y)
-    return [added(y, change)]
+        return [adapted_product(dot, x, weight, out, precision, planned, recipe, _masks(ctx, weight, x))]
+
+
+def _recipe(ctx: Context, atom: Any, x: Labelled, weight: Weight) -> Recipe | None:
+    """How to compute the activation again for the gradient of A, where that is worth it."""
+    return None if ctx.frame is None or spread(x.array, weight.base) else ctx.frame.recipe(atom)
 
 
 def _floating(x: Any, dtype: Any) -> Any:
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
 
 
-def _inputs(ctx: Context, weight: Weight, x: Labelled) -> list[Labelled]:
-    """What each term reads: the activation, with that term's own dropout where there is a key."""
-    if ctx.key is None:
-        return [x] * len(weight.terms)
+def _masks(ctx: Context, weight: Weight, x: Labelled) -> list[Any]:
+    """For each term the elements of the activation that its own dropout keeps; None for all."""
     return [
-        contract.dropped(x, term.dropout, ctx.dropout_key(weight.path, term.slot)) if term.dropout else x
+        contract.survivors(x, term.dropout, ctx.dropout_key(weight.path, term.slot))
+        if ctx.key is not None and term.dropout
+        else None
         for term in weight.terms
     ]
+
+
+def _inputs(ctx: Context, weight: Weight, x: Labelled) -> list[Labelled]:
+    """What each term reads: the activation, with that term's own dropout where there is a key."""
+    pairs = zip(weight.terms, _masks(ctx, weight, x), strict=True)
+    return [contract.dropped(x, term.dropout, mask) for term, mask in pairs]
 
 
 def _record(

@@ -45,7 +45,7 @@ fallback(
     "conv_of_the_weight", (3, 4),
     lambda w, x: lax.conv_general_dilated(w[None], x, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")), (3, 4, 2),
 )  # fmt: skip
-fallback("convolved_kernel", (3, 2, 4), lambda w, x: jax.vmap(lambda x: jnp.convolve(x, w[:, 0, 0]))(x), (2, 5))
+fallback("convolved_kernel", (3, 4), lambda w, x: jax.vmap(lambda x: jnp.convolve(x, w[:, 0]))(x), (2, 5))
 
 
 @case("plain", {"w": "dense io"}, "weight_as_activation", hidden={"gate": "dense io"}, materialised=("gate",))
