@@ -1,0 +1,304 @@
+"""Reading a PEFT adapter into a JAX model: every tensor finds its place, or is listed."""
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapter import Adapter
+from lora_jax.errors import CheckpointError, nearest
+from lora_jax.fit import fit
+from lora_jax.io import layouts
+from lora_jax.io.join import Piece, join, stack
+from lora_jax.io.known_names import find_names
+from lora_jax.io.names import Names
+from lora_jax.io.peft_config import setting
+from lora_jax.io.peft_delta import Module
+from lora_jax.io.peft_files import PeftFiles, read_peft
+from lora_jax.io.peft_match import saves, targets
+from lora_jax.io.twin import Place, Twin, is_tied, twin
+from lora_jax.paths import named_leaves
+from lora_jax.site import Site, Sites
+from lora_jax.updates import LowRank, Replace, Update
+
+_SHOWN = 5
+
+
+class Unmatched(NamedTuple):
+    """What `load(..., strict=False)` left out.
+
+    Attributes:
+      missing: modules that the adapter's config names and the model has, but the file does not.
+      unexpected: modules and tensors of the file that the model does not have.
+      mismatched: modules and tensors that are shaped differently, with both shapes.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+
+
+@overload
+def load(
+    path: str | PathLike[str],
+    params: Any,
+    sites: Sites,
+    names: Names | str | None = None,
+    *,
+    subfolder: str | None = None,
+    strict: Literal[True] = True,
+) -> Adapter: ...
+@overload
+def load(
+    path: str | PathLike[str],
+    params: Any,
+    sites: Sites,
+    names: Names | str | None = None,
+    *,
+    subfolder: str | None = None,
+    strict: Literal[False],
+) -> tuple[Adapter, Unmatched]: ...
+def load(
+    path: str | PathLike[str],
+    params: Any,
+    sites: Sites,
+    names: Names | str | None = None,
+    *,
+    subfolder: str | None = None,
+    strict: bool = True,
+) -> Adapter | tuple[Adapter, Unmatched]:
+    """Read an adapter that PyTorch PEFT wrote.
+
+    Unlike in PEFT, a tensor that fits nothing is an error, and so is a module that the config names and the file lacks.
+    As in PEFT, factors become float32 whatever they are stored in.
+
+    Args:
+      path: the directory that `save_pretrained` wrote, or a `.safetensors` file.
+      params: the base's parameters; left untouched. Values are needed only where the file holds whole tables of the
+        base, to see whether they changed; otherwise `jax.ShapeDtypeStruct` leaves do.
+      sites: from `find_sites`.
+      names: what PyTorch calls the parameters: a `Names`, the name of a known map (`"lora_jax"`, `"hf_flax"`,
+        `"hf_flax_gpt2"`, `"tunix"`, `"gemma"`, ...), or None for the identity: `layers_0/attn/query/kernel` is
+        `layers.0.attn.query`.
+      subfolder: name of an adapter in a subdirectory.
+      strict: raise if anything is left over. If False, return what was left out instead.
+
+    Returns:
+      The adapter, with a `LowRank` per adapted parameter and a `Replace` per parameter stored whole; without `strict`
+      also an `Unmatched`. Layers of a stack that the file leaves out, or that have lower ranks, are padded with
+      zeros, which changes nothing.
+
+    Raises:
+      CheckpointError: the file is damaged, does not fit the model, or holds what cannot be represented.
+      MatchError: the map gives two parameters the same name.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora, tempfile
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
+      >>> sites = lora.find_sites(lambda p, x: x @ p["dense"]["kernel"], params, jnp.ones((2, 4)))
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="dense"), params, sites)
+      >>> folder = tempfile.mkdtemp() + "/adapter"
+      >>> lora.peft.save(folder, adapter)
+      >>> loaded = lora.peft.load(folder, params, sites)
+      >>> bool((loaded["dense/kernel"].a == adapter["dense/kernel"].a).all()), float(loaded["dense/kernel"].scale)
+      (True, 2.0)
+    """
+    files = read_peft(path, subfolder)
+    leaves, _ = named_leaves(params)
+    reader = _Reader(files, leaves, sites, find_names(names))
+    adapter, unmatched = reader.adapter()
+    fit(adapter, leaves)
+    if not strict:
+        return adapter, unmatched
+    if any(unmatched):
+        raise CheckpointError(reader.complaint(unmatched))
+    if not adapter:
+        raise CheckpointError(f"{files.where} holds nothing for these parameters")
+    return adapter
+
+
+class _Reader:
+    """One adapter on its way into one model."""
+
+    def __init__(self, files: PeftFiles, leaves: Mapping[str, Any], sites: Sites, names: Names):
+        self.files, self.leaves, self.sites, self.names = files, leaves, sites, names
+        self.twin: Twin = twin(names, sites)
+        self.unexpected: list[str] = []
+        self.mismatched: list[str] = []
+
+    def adapter(self) -> tuple[Adapter, Unmatched]:
+        """The adapter, and what is left over."""
+        pieces: dict[str, list[Piece]] = {}
+        placed = self._placed()
+        for name, (place, owner) in placed.items():
+            piece = self._piece(name, place, owner)
+            if piece is not None:
+                pieces.setdefault(place.site.path, []).append(piece)
+        updates: dict[str, Update] = {path: self._low_rank(self.sites[path], found) for path, found in pieces.items()}
+        for name, array in self.files.saved.items():
+            self._whole(name, array, updates)
+        missing = self._missing({*placed, *self.files.modules})
+        return Adapter(updates), Unmatched(missing, tuple(self.unexpected), tuple(self.mismatched))
+
+    def complaint(self, unmatched: Unmatched) -> str:
+        """All that is left over, with the nearest names."""
+        known = sorted({*self.twin.modules, *self.twin.tensors})
+        lines = [f"{self.files.where} does not fit these parameters."]
+        if unmatched.unexpected:
+            first = unmatched.unexpected[0]
+            near = nearest(first.replace(".", "/"), [name.replace(".", "/") for name in known]).replace("/", ".")
+            lines.append(f"Unexpected: {_listed(unmatched.unexpected)}. Nearest to {first}: {near}.")
+        if unmatched.missing:
+            lines.append(f"Missing, although its config names them: {_listed(unmatched.missing)}.")
+        if unmatched.mismatched:
+            lines.append(f"Shaped differently: {_listed(unmatched.mismatched)}.")
+        if self.twin.unnamed:
+            path, error = next(iter(self.twin.unnamed.items()))
+            lines.append(f"{len(self.twin.unnamed)} sites have no PyTorch name, e.g. {path}: {error}")
+        return "\n".join([*lines, "Pass the map of names for this model (names=), or strict=False to leave these out."])
+
+    def _placed(self) -> dict[str, tuple[Place, str]]:
+        """Places and entries of the file, by the name that PEFT's patterns go by."""
+        modules = dict(self.files.modules)
+        found: dict[str, tuple[Place, str]] = {}
+        stacked = {name for name, module in modules.items() if module.kind == "parameter"}
+        if stacked:
+            shapes = self.twin.shapes(self.names)
+            for name, owner in self.files.owners(shapes, ordered=bool(tuple(self.names.rules))).items():
+                found[name] = (self.twin.modules.get(name) or self.twin.modules[name.removesuffix(".weight")], owner)
+        heads = self._tied_heads(modules)
+        for name in modules:
+            place = self.twin.modules.get(name)
+            if name in stacked or name in heads:
+                continue
+            if place is None or place.target.parameter:
+                self.unexpected.append(name)
+            else:
+                found[name] = (place, name)
+        return found
+
+    def _tied_heads(self, modules: Mapping[str, Module]) -> set[str]:
+        """Output heads that are the embedding; PEFT stores the embedding's factors for them again, transposed."""
+        heads = set()
+        for name, place in self.twin.modules.items():
+            head = self.names.tied.get(name, "")
+            embedding, other = modules.get(name), modules.get(head)
+            if not is_tied(place.site) or (embedding is None and other is None):
+                continue
+            same = (
+                embedding is not None and other is not None
+                and np.array_equal(other.a, embedding.b.T) and np.array_equal(other.b, embedding.a.T)
+            )  # fmt: skip
+            if not same:
+                only = f"{name} alone" if other is None else f"{head}, and not {name} alike"
+                raise CheckpointError(
+                    f"{self.files.where} adapts {only}, but here {place.site.path!r} is one table for both look-up and "
+                    "output head, and an update of it acts on both. PEFT applies it to one use only, unless trained "
+                    "with ensure_weight_tying=True."
+                )
+            heads.add(head)
+        return heads
+
+    def _piece(self, name: str, place: Place, owner: str) -> Piece | None:
+        module = self.files.modules[owner]
+        self._check_representable(name, module)
+        site, target = place
+        experts = site.batch_shape[-1] if target.parameter else 1
+        rank = module.a.shape[0] // experts
+        wanted = layouts.shapes(site, target, rank)
+        if (module.a.shape, module.b.shape) != wanted:
+            given = f"A {module.a.shape} and B {module.b.shape}"
+            self.mismatched.append(f"{name} has {given}, where {site.path} needs {wanted[0]} and {wanted[1]}")
+            return None
+        scale = self.files.scale(owner, name, experts)
+        a, b = module.a.astype(np.float32), module.b.astype(np.float32)
+        return Piece(target, layouts.a_from_torch(site, target, a), layouts.b_from_torch(site, target, b), scale)
+
+    def _check_representable(self, name: str, module: Module) -> None:
+        reasons = {
+            "DoRA magnitudes (use_dora)": module.magnitude,
+            "a bias on B (lora_bias)": module.b_bias,
+        }
+        for what, array in reasons.items():
+            if array is not None:
+                raise CheckpointError(
+                    f"{self.files.where}: {name} has {what}, which no update here holds; without it the adapter would "
+                    "compute something else. Merge it in PEFT (merge_and_unload) and convert the merged model."
+                )
+
+    def _low_rank(self, site: Site, pieces: list[Piece]) -> LowRank:
+        by_index: dict[tuple[int, ...], list[Piece]] = {}
+        for piece in pieces:
+            by_index.setdefault(piece.target.index, []).append(piece)
+        joined = {index: join(site, found) for index, found in by_index.items()}
+        a, b, scale = stack(site, joined)
+        dropout = float(self.files.config.get("lora_dropout") or 0.0)
+        return LowRank(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale), site, dropout)
+
+    def _whole(self, name: str, array: np.ndarray, updates: dict[str, Update]) -> None:
+        if name.endswith(".trainable_tokens_delta"):
+            raise CheckpointError(
+                f"{self.files.where}: {name} replaces rows of a table (trainable_token_indices), which no update here "
+                "holds. Merge it in PEFT (merge_and_unload) and convert the merged model."
+            )
+        heads = {f"{head}.weight": f"{embedding}.weight" for embedding, head in self.names.tied.items()}
+        path = self.twin.tensors.get(name) or self.twin.tensors.get(heads.get(name, ""))
+        if path is None:
+            self.unexpected.append(name)
+            return
+        site = self.sites.get(path) or Site(
+            path=path, shape=tuple(self.leaves[path].shape), dtype=str(self.leaves[path].dtype), kind="full"
+        )
+        transposed = bool(setting(self.files.config, "fan_in_fan_out"))
+        wanted = layouts.weight_to_torch(site, np.empty(site.shape, np.bool_), transposed=transposed).shape
+        if array.shape != wanted:
+            self.mismatched.append(f"{name} has shape {array.shape}, where {path} needs {wanted}")
+            return
+        value = layouts.weight_from_torch(site, array, transposed=transposed)
+        self._replace(name, site, value, updates)
+
+    def _replace(self, name: str, site: Site, value: np.ndarray, updates: dict[str, Update]) -> None:
+        """Train in full what the config trains in full; a copy of the base is no update."""
+        asked = saves(self.files.config.get("modules_to_save"), name) or name.endswith(".bias")
+        if not asked and self._unchanged(site.path, value):
+            return
+        if site.path in updates:
+            raise CheckpointError(
+                f"{self.files.where}: {name} is the base's own table (save_embedding_layers), it differs from "
+                f"{site.path!r}, and factors are stored for it too. Put that table into the parameters first."
+            )
+        dtype = jnp.promote_types(self.leaves[site.path].dtype, jnp.float32)
+        updates[site.path] = Replace(jnp.asarray(np.ascontiguousarray(value), dtype), site)
+
+    def _unchanged(self, path: str, value: np.ndarray) -> bool:
+        leaf = self.leaves[path]
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return False
+        return np.array_equal(np.asarray(leaf), value.astype(np.asarray(leaf).dtype))
+
+    def _missing(self, present: set[str]) -> tuple[str, ...]:
+        """Modules that the config adapts or saves, and that the file does not have."""
+        config = self.files.config
+        saved = {name.rpartition(".")[0] for name in self.files.saved}
+        absent = [
+            entry for entry in config.get("modules_to_save") or ()
+            if not any(name.endswith(entry) for name in saved)
+            and any(name.endswith(entry) for name in self.twin.known())
+        ]  # fmt: skip
+        # What layers_to_transform leaves out is left out on purpose.
+        if config.get("layers_to_transform") is None:
+            absent += [
+                name for name, place in self.twin.modules.items()
+                if name not in present and not place.target.parameter
+                and targets(config.get("target_modules"), name) and not targets(config.get("exclude_modules"), name)
+                and not saves(config.get("modules_to_save"), f"{name}.weight")
+            ]  # fmt: skip
+        return tuple(absent)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return "; ".join(names[:_SHOWN]) + more

@@ -1,0 +1,300 @@
+"""Writing an adapter as PyTorch PEFT would have written it, so that PEFT computes the same."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from lora_jax.adapter import Adapter
+from lora_jax.errors import CheckpointError, ParameterError
+from lora_jax.fit import fit
+from lora_jax.io import layouts
+from lora_jax.io.known_names import find_names
+from lora_jax.io.names import Names, Target
+from lora_jax.io.peft_delta import Module, ModuleKind
+from lora_jax.io.peft_files import PeftFiles, write_peft
+from lora_jax.io.peft_match import exact_key, shortest, targets
+from lora_jax.io.twin import is_tied, tensor_name, twin
+from lora_jax.paths import named_leaves
+from lora_jax.site import Site, Sites
+from lora_jax.updates import LowRank, Replace
+
+
+def save(
+    path: str | PathLike[str],
+    adapter: Adapter,
+    names: Names | str | None = None,
+    *,
+    sites: Sites | None = None,
+    params: Any = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+    overwrite: bool = False,
+) -> None:
+    """Write an adapter as a directory that PyTorch PEFT loads, and so vLLM and the rest of that world.
+
+    Nothing of the base is written unless asked for: the file is as large as the adapter. PEFT writes the whole table
+    when it adapts `embed_tokens` or `lm_head`.
+
+    Scales become `lora_alpha / r` per module, so that PEFT's scale is the same number. A stack of layers becomes a
+    module per layer, a fused kernel one per part, each with its own copy of A.
+
+    Args:
+      path: the directory to create.
+      adapter: what to save; left untouched.
+      names: what PyTorch calls the parameters, as for `load`.
+      sites: every site of the model. With it, `target_modules` are the shortest endings that hit the adapted modules
+        and nothing else; without, full names.
+      params: the base's parameters, needed for `save_embedding_layers` and for whole modules of which only a part
+        was trained.
+      base_model: `base_model_name_or_path` for the config.
+      task_type: `task_type` for the config, such as `"CAUSAL_LM"`.
+      save_embedding_layers: True writes the tables and heads of the base too. `"auto"` does so only if
+        `base_model` is a local directory whose `config.json` has another `vocab_size`. False never does.
+      overwrite: replace an adapter that is there already.
+
+    Raises:
+      CheckpointError: `path` exists, or PEFT could not compute what the adapter computes.
+      MatchError: an adapted parameter has no name, or two have the same.
+      ParameterError: the adapter does not fit `params`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora, tempfile
+      >>> params = {"layers_0": {"query": {"kernel": jnp.ones((4, 3))}}}
+      >>> fn = lambda p, x: x @ p["layers_0"]["query"]["kernel"]
+      >>> sites = lora.find_sites(fn, params, jnp.ones((2, 4)))
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="layers_0.query"), params, sites)
+      >>> folder = tempfile.mkdtemp() + "/adapter"
+      >>> lora.peft.save(folder, adapter, sites=sites)
+      >>> files = lora.peft.read_peft(folder)
+      >>> files.config["target_modules"], files.modules["layers.0.query"].a.shape
+      (['query'], (2, 4))
+    """
+    leaves = {} if params is None else named_leaves(params)[0]
+    if leaves:
+        fit(adapter, leaves)
+    writer = _Writer(adapter, find_names(names), sites, leaves)
+    files = writer.files()
+    if save_embedding_layers is True or (save_embedding_layers == "auto" and writer.resized(base_model)):
+        files = PeftFiles(files.config, files.modules, {**writer.tables(), **files.saved})
+    extra = {"base_model_name_or_path": base_model, "task_type": task_type}
+    write_peft(path, PeftFiles({**files.config, **extra}, files.modules, files.saved), overwrite=overwrite)
+
+
+class _Writer:
+    """One adapter on its way out."""
+
+    def __init__(self, adapter: Adapter, names: Names, sites: Sites | None, leaves: Mapping[str, Any]):
+        self.adapter, self.names, self.leaves = adapter, names, leaves
+        self.low_rank = {path: each for path, each in adapter.items() if isinstance(each, LowRank)}
+        self.replaced = {path: each for path, each in adapter.items() if isinstance(each, Replace)}
+        others = sorted(adapter.keys() - self.low_rank.keys() - self.replaced.keys())
+        if others:
+            kind = type(adapter[others[0]]).__name__
+            raise CheckpointError(f"PEFT's files have no place for {others[0]!r}, which is a {kind}")
+        self.whole = sites is not None
+        own = [update.site for update in adapter.values()]
+        self.sites = sites or Sites([site for site in own if site.kind != "full"], tuple(adapter))
+        self.targets = names.resolve(update.site for update in self.low_rank.values())
+        self.twin = twin(names, self.sites)
+        # Rank and alpha by the name that PEFT's patterns go by.
+        self.scales: dict[str, tuple[int, float]] = {}
+        self.ties = False
+
+    def files(self) -> PeftFiles:
+        """Everything to write, in PEFT's layout."""
+        modules: dict[str, Module] = {}
+        stacks: dict[str, list[tuple[int, str, Module]]] = {}
+        for path, found in self.targets.items():
+            update = jax.tree.map(np.asarray, self.low_rank[path])
+            for target in found:
+                module = self._module(update, target)
+                if module is not None and target.parameter:
+                    order = (self.names.order(path), target.name, module)
+                    stacks.setdefault(target.name.rpartition(".")[0], []).append(order)
+                elif module is not None:
+                    modules[target.name] = module
+                    self._tie(update.site, target, module, modules)
+        plain = set(modules)
+        for owner, stacked in stacks.items():
+            modules |= self._nested(owner, stacked)
+        saved = {tensor_name(self.names, path, each.site): self._value(each) for path, each in self.replaced.items()}
+        parameters = sorted(name for stacked in stacks.values() for _, name, _ in stacked)
+        return PeftFiles(self._config(plain, parameters, saved), modules, saved)
+
+    def _module(self, update: LowRank, target: Target) -> Module | None:
+        """The factors at one target, or None where a stack holds nothing."""
+        site = update.site
+        a, b, scale = (np.asarray(each[target.index], np.float32) for each in (update.a, update.b, update.scale))
+        if target.parameter:
+            # PEFT has one scale for all experts.
+            first = scale[np.flatnonzero(scale)[0]] if scale.any() else scale[0]
+            ratio = np.where(scale == first, np.float32(1), scale / (first or np.float32(1)))
+            b, scale = b * ratio.reshape(-1, *(1,) * (b.ndim - 1)), first
+        elif site.batch_axes:
+            used = [bool(a[term].any() or b[term].any()) for term in range(len(a))]
+            if not any(used) and not scale:
+                return None
+            kept = max((term + 1 for term, any_used in enumerate(used) if any_used), default=1)
+            a, b = a[:kept], b[:kept]
+        rank = a.shape[1] if target.parameter else a.shape[0]
+        self.scales[target.name] = (rank, _alpha(np.float32(scale), rank))
+        kinds: dict[str, ModuleKind] = {"conv": "conv", "embedding": "embedding"}
+        kind = "parameter" if target.parameter else kinds.get(site.kind, "linear")
+        return Module(kind, layouts.a_to_torch(site, target, a), layouts.b_to_torch(site, target, b))
+
+    def _tie(self, site: Site, target: Target, module: Module, modules: dict[str, Module]) -> None:
+        """Write a table that is the head too as `ensure_weight_tying` does: PEFT then applies it to both uses."""
+        if not is_tied(site):
+            return
+        head = self.names.tied.get(target.name)
+        if head is None:
+            raise CheckpointError(
+                f"{site.path!r} is look-up table and output head at once, and PEFT would apply the update to the "
+                f"look-up only. If PyTorch's model ties them too, name its head: Names(tied={{{target.name!r}: "
+                "'lm_head'}); or do not adapt the table."
+            )
+        self.ties = True
+        self.scales[head] = self.scales[target.name]
+        modules[head] = Module("linear", module.b.T, module.a.T)
+
+    def _nested(self, owner: str, stacked: list[tuple[int, str, Module]]) -> dict[str, Module]:
+        """Names of several parameters of one module: the first that PyTorch declares is nested deepest."""
+        if len({order for order, _, _ in stacked}) < len(stacked):
+            raise CheckpointError(
+                f"{owner} has several adapted parameters ({', '.join(name for _, name, _ in stacked)}), and PEFT tells "
+                "them apart by the order in which the module declares them. Give names with rules in that order."
+            )
+        ordered = [module for _, _, module in sorted(stacked, key=lambda each: each[0])]
+        depth = len(ordered)
+        return {owner + ".base_layer" * (depth - 1 - place): module for place, module in enumerate(ordered)}
+
+    def _value(self, update: Replace) -> np.ndarray:
+        return self._weight(update.site, np.asarray(update.value))
+
+    def _weight(self, site: Site, value: np.ndarray) -> np.ndarray:
+        if site.kind == "full" and value.ndim > 1 and not site.path.endswith("/bias"):
+            raise CheckpointError(
+                f"{site.path!r} has shape {value.shape} and is not used linearly, so its layout in PyTorch is unknown. "
+                f"Leave it out of the export: adapter.without({site.path!r})"
+            )
+        return layouts.weight_to_torch(site, value, transposed=self.names.fan_in_fan_out)
+
+    def _config(self, plain: set[str], parameters: list[str], saved: dict[str, np.ndarray]) -> dict[str, Any]:
+        modules_to_save, bias = self._saved(plain, saved)
+        ranks = Counter(rank for rank, _ in self.scales.values())
+        alphas = Counter(alpha for _, alpha in self.scales.values())
+        rank = ranks.most_common(1)[0][0] if ranks else 8
+        alpha = alphas.most_common(1)[0][0] if alphas else 8.0
+        own = {exact_key(name): each for name, each in sorted(self.scales.items())}
+        return {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": _number(alpha),
+            "rank_pattern": {key: each for key, (each, _) in own.items() if each != rank},
+            "alpha_pattern": {key: _number(each) for key, (_, each) in own.items() if each != alpha},
+            "target_modules": self._wanted(plain, modules_to_save),
+            "target_parameters": parameters or None,
+            "modules_to_save": modules_to_save or None,
+            "bias": bias,
+            "lora_dropout": 0.0 if parameters else self._dropout(),
+            "fan_in_fan_out": self.names.fan_in_fan_out,
+            "init_lora_weights": True,
+            "use_rslora": False,
+            "use_dora": False,
+            "ensure_weight_tying": self.ties,
+        }
+
+    def _dropout(self) -> float:
+        rates = {update.dropout for update in self.low_rank.values()}
+        if len(rates) > 1:
+            raise CheckpointError(
+                f"The updates have different dropout rates ({sorted(rates)}), and PEFT has one for all"
+            )
+        return rates.pop() if rates else 0.0
+
+    def _wanted(self, plain: set[str], modules_to_save: list[str]) -> list[str] | str:
+        """`target_modules` that hit the adapted modules and nothing else that is known."""
+        others = self.twin.known() - plain
+        # Nothing inside a saved module is ever targeted.
+        others = {name for name in others if not any(name.endswith(entry) for entry in modules_to_save)}
+        chosen = shortest(plain, others) if self.whole else sorted(plain)
+        if any(targets(chosen, other) for other in others):
+            return "|".join(re.escape(name) for name in sorted(plain))
+        return chosen
+
+    def _saved(self, plain: set[str], saved: dict[str, np.ndarray]) -> tuple[list[str], str]:
+        """`modules_to_save` and `bias` that make PEFT load the whole tensors, completing modules from the base."""
+        owners: dict[str, set[str]] = {}
+        for name in saved:
+            owner, _, leaf = name.rpartition(".")
+            owners.setdefault(owner, set()).add(leaf)
+        biases = {owner for owner, leaves in owners.items() if leaves == {"bias"}}
+        modules = sorted(owners.keys() - biases)
+        for owner in modules:
+            self._complete(owner, saved)
+            self._check_alone(owner, plain | set(modules))
+        return modules, "none" if not biases else "lora_only" if biases <= plain else "all"
+
+    def _complete(self, owner: str, saved: dict[str, np.ndarray]) -> None:
+        """PEFT saves modules whole, so what was not trained of one is written as it is in the base."""
+        for path in self.leaves:
+            site = self.sites.get(path)
+            try:
+                name = tensor_name(self.names, path, site)
+            except (ValueError, LookupError):
+                continue
+            if name.rpartition(".")[0] == owner and name not in saved:
+                leaf = self.leaves[path]
+                full = site or Site(path=path, shape=tuple(leaf.shape), dtype=str(leaf.dtype), kind="full")
+                saved[name] = self._weight(full, self._base(path))
+
+    def _check_alone(self, owner: str, adapted: set[str]) -> None:
+        """PEFT's `modules_to_save` also takes every module whose name merely ends alike, and shields what is inside."""
+        for other in sorted((self.twin.known() | adapted) - {owner}):
+            if other.endswith(owner) or (other in adapted and re.match(rf"(^|.*\.){owner}($|\..*)", other)):
+                raise CheckpointError(
+                    f"{owner!r} is trained in full, and PEFT would take {other!r} for it too, because modules_to_save "
+                    "matches the ends of names. Rename it in PyTorch, or leave one of them out of the export."
+                )
+
+    def resized(self, base_model: str | None) -> bool:
+        """Whether a local base model says that its vocabulary has another size than here."""
+        config = Path(base_model or "") / "config.json"
+        if not base_model or not config.is_file():
+            return False
+        size = json.loads(config.read_text()).get("vocab_size")
+        return size is not None and any(
+            site.kind == "embedding" and site.fan_in != size for site in self.sites.values()
+        )
+
+    def tables(self) -> dict[str, np.ndarray]:
+        """The base's look-up tables and output heads."""
+        wanted = {
+            name: place.site for name, place in self.twin.modules.items()
+            if not place.site.batch_axes and (place.site.kind == "embedding" or place.site.head)
+        }  # fmt: skip
+        return {f"{name}.weight": self._weight(site, self._base(site.path)) for name, site in wanted.items()}
+
+    def _base(self, path: str) -> np.ndarray:
+        leaf = self.leaves.get(path)
+        if leaf is None or isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ParameterError(f"The value of {path!r} is to be written too: pass params=, with arrays")
+        return np.asarray(leaf)
+
+
+def _alpha(scale: np.float32, rank: int) -> float:
+    """The shortest number that PEFT turns into the same scale when it divides by the rank."""
+    alphas = (float(f"{float(scale) * rank:.{digits}g}") for digits in range(1, 18))
+    return next((alpha for alpha in alphas if np.float32(alpha / rank) == scale), float(scale) * rank)
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else float(value)

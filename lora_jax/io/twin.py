@@ -1,0 +1,105 @@
+"""The PyTorch twin of a JAX model: every name that a map gives to its parameters, and the way back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lora_jax.errors import MatchError
+from lora_jax.io.layouts import share_shape
+from lora_jax.io.names import Names, Target
+from lora_jax.site import Site, Sites
+
+_WEIGHTS = ("kernel", "embedding", "scale", "w", "weight", "input_embedding", "embeddings")
+
+
+class Place(NamedTuple):
+    """Where a PyTorch module is in the JAX model."""
+
+    site: Site
+    target: Target
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Names of a model's parameters in PyTorch.
+
+    Attributes:
+      modules: places of linear weights by the name of their module, or of their stacked parameter.
+      tensors: paths by the name of the tensor, for parameters that PyTorch has whole.
+      unnamed: why other sites have no name.
+    """
+
+    modules: Mapping[str, Place]
+    tensors: Mapping[str, str]
+    unnamed: Mapping[str, MatchError] = field(default_factory=dict)
+
+    def known(self) -> set[str]:
+        """Every module, those that contain others included."""
+        owners = {name.rpartition(".")[0] for name in (*self.tensors, *self._parameters())}
+        names = {name for name, place in self.modules.items() if not place.target.parameter} | owners
+        return {".".join(parts[:end]) for parts in (n.split(".") for n in names) for end in range(1, len(parts) + 1)}
+
+    def _parameters(self) -> list[str]:
+        return [name for name, place in self.modules.items() if place.target.parameter]
+
+    def shapes(self, names: Names) -> dict[str, tuple[int, ...]]:
+        """Shapes of stacked parameters, in the order of the rules, and of the weights of modules."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name in sorted(self._parameters(), key=lambda name: names.order(self.modules[name].site.path)):
+            site, target = self.modules[name]
+            found[name] = (site.batch_shape[-1], _outputs(site, target), site.fan_in)
+        weights = {name: place for name, place in self.modules.items() if not place.target.parameter}
+        return found | {f"{name}.weight": (_outputs(*place), place.site.fan_in) for name, place in weights.items()}
+
+
+def twin(names: Names, sites: Sites) -> Twin:
+    """Name everything that the map can name.
+
+    Raises:
+      MatchError: two sites have the same name.
+    """
+    unnamed: dict[str, MatchError] = {}
+    named: list[Site] = []
+    for site in sites.values():
+        try:
+            names.targets(site)
+            named.append(site)
+        except MatchError as error:
+            unnamed[site.path] = error
+    places = {
+        target.name: Place(sites[path], target)
+        for path, targets in names.resolve(named).items()
+        for target in targets
+    }  # fmt: skip
+    tensors: dict[str, str] = {}
+    for path in sites.all_paths:
+        try:
+            tensors[tensor_name(names, path, sites.get(path))] = path
+        except MatchError:
+            continue
+    return Twin(places, tensors, unnamed)
+
+
+def tensor_name(names: Names, path: str, site: Site | None) -> str:
+    """What PyTorch calls a parameter that it has whole.
+
+    Raises:
+      MatchError: it has no name, or is stacked or fused.
+    """
+    leaf = path.rpartition("/")[2]
+    if site is not None and site.batch_axes:
+        raise MatchError(f"{path!r} is a stack of weights, and PEFT trains whole modules only, one at a time")
+    weight = leaf in _WEIGHTS or (site is not None and site.kind != "full")
+    return f"{names.module(path)}.{'weight' if weight else leaf}"
+
+
+def is_tied(site: Site) -> bool:
+    """Whether a look-up table is the output head too."""
+    return site.kind == "embedding" and site.head and site.uses > 1
+
+
+def _outputs(site: Site, target: Target) -> int:
+    size = 1
+    for extent in share_shape(site, target):
+        size *= extent
+    return size
