@@ -47,7 +47,7 @@ def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..
       >>> sites = lora.find_sites(fn, params, x)
       >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
       >>> adapted = jax.jit(lora.adapt(fn))
-      >>> bool((adapted(params, adapter, x) == fn(params, x)).all())  # B is zero: the base, bit for bit
+      >>> bool((adapted(params, adapter, x) == fn(params, x)).all())  # B is zero: the base
       True
 
     References:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from lora_jax.errors import ParameterError
+
 Kind = Literal["dense", "conv", "embedding", "ragged", "full"]
 
 
@@ -30,6 +32,9 @@ class Site:
       head: whether the result is an output of the program (an output head), possibly after a
         bias, a cast or another function of each element.
 
+    Raises:
+      ParameterError: the axes do not account for every axis of the shape exactly once.
+
     Example:
       >>> site = Site(path="w", shape=(3, 4, 5), dtype="float32", kind="dense",
       ...             in_axes=(1,), out_axes=(2,), batch_axes=(0,))
@@ -46,6 +51,14 @@ class Site:
     batch_axes: tuple[int, ...] = ()
     uses: int = 1
     head: bool = False
+
+    def __post_init__(self) -> None:
+        axes = (*self.in_axes, *self.out_axes, *self.batch_axes)
+        if self.kind != "full" and sorted(axes) != list(range(len(self.shape))):
+            raise ParameterError(
+                f"Site {self.path!r} of shape {self.shape} has in_axes={self.in_axes}, out_axes={self.out_axes} and "
+                f"batch_axes={self.batch_axes}. Together they must name each of its {len(self.shape)} axes once."
+            )
 
     def sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         """Sizes of the given axes, in the order given."""

@@ -1,4 +1,4 @@
-"""The JAX counterparts of the models that tests/golden/make.py adapts with PEFT, and their parameters from PyTorch's."""
+"""JAX counterparts of the models that tests/golden/make.py adapts with PEFT, and their parameters from PyTorch's."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

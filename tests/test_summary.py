@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from helpers import random_adapter
 
+import lora_jax as lora
 from lora_jax.adapter import Adapter
 from lora_jax.site import Site, render
 from lora_jax.summary import summary, trainable_line
@@ -19,6 +21,14 @@ PARAMS = {
     "act": jax.nn.relu,
 }
 FACTORS = 2 * (100 + 40) + 3 * 2 * (10 + 20)
+
+
+@pytest.mark.parametrize(
+    "axes", [{"in_axes": (0,)}, {"in_axes": (0, 1), "out_axes": (1,)}, {"in_axes": (0,), "out_axes": (-1,)}]
+)
+def test_a_site_accounts_for_every_axis_once(axes: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(lora.ParameterError, match=r"Site 'w' of shape \(4, 3\)"):
+        Site(path="w", shape=(4, 3), dtype="float32", kind="dense", **axes)
 
 
 def make() -> Adapter:

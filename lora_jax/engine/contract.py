@@ -39,7 +39,12 @@ def hidden(
 
 
 def mixed(
-    inner: Sequence[Labelled], x_axes: Sequence[int], terms: Sequence[Term], out: Sequence[int], precision: Any, like: Any
+    inner: Sequence[Labelled],
+    x_axes: Sequence[int],
+    terms: Sequence[Term],
+    out: Sequence[int],
+    precision: Any,
+    like: Any,
 ) -> Any:
     """The sum of the second products, with axes `out`: `inner`, from an activation with axes `x_axes`, through `b`."""
     total, owners = None, (Labelled(like, tuple(out)),)
@@ -107,7 +112,7 @@ def survivors(x: Labelled, rate: float, key: Any) -> Any:
 
 
 def dropped(x: Labelled, rate: float, mask: Any) -> Labelled:
-    """The activation with the survivors scaled up, to keep the expectation, and the rest zero; all of it without mask."""
+    """The activation with survivors scaled up, to keep the expectation, and the rest zero; all of it without mask."""
     if mask is None:
         return x
     return Labelled(jnp.where(mask, x.array / (1.0 - rate), jnp.zeros((), x.array.dtype)), x.axes)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jec
 
+# JAX 0.12 has one class for open and closed programs, and keeps this name for older code only.
+_closed: Callable[[Any, Any], Any] = getattr(jec, "ClosedJaxpr", lambda jaxpr, consts: jaxpr)
 _DEBUG_INFO = jec.DebugInfo("lora_jax", "one equation", None, None)
 
 
@@ -50,7 +52,7 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Evaluate one equation on ordinary values, whatever its primitive and its parameters are."""
     operands = {v: value for v, value in zip(eqn.invars, values, strict=True) if not is_literal(v)}
     single = jec.Jaxpr((), list(operands), eqn.outvars, [eqn], eqn.effects, _DEBUG_INFO)
-    return list(jec.jaxpr_as_fun(jec.ClosedJaxpr(single, ()))(*operands.values()))
+    return list(jec.jaxpr_as_fun(_closed(single, ()))(*operands.values()))
 
 
 def bind_as(eqn: Any, values: Sequence[Any]) -> list[Any]:
