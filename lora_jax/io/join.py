@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_jax.io.names import Target
+from lora_jax.io.rules import Target
 from lora_jax.site import Site
 
 

@@ -1,9 +1,11 @@
-"""Maps for models that people have: this project's own, Hugging Face's former Flax classes, tunix, and gemma."""
+"""Maps for models that people have: this project's own, Hugging Face's former Flax classes, tunix, gemma, MaxText."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from lora_jax.errors import MatchError
-from lora_jax.io.names import Names, Rule
+from lora_jax.io.names import Names
+from lora_jax.io.rules import Rule
 
 _LAYER = "model.layers.{i}"
 _OWN = {
@@ -27,6 +29,34 @@ _EINSUM_ATTENTION = {
 }
 _HEAD = {"model.embed_tokens": "lm_head"}
 
+_MAXTEXT = {
+    "self_attention/query/kernel": "self_attn.q_proj",
+    "self_attention/key/kernel": "self_attn.k_proj",
+    "self_attention/value/kernel": "self_attn.v_proj",
+    "self_attention/out/kernel": "self_attn.o_proj",
+    "mlp/wi_0/kernel": "mlp.gate_proj",
+    "mlp/wi_1/kernel": "mlp.up_proj",
+    "mlp/wo/kernel": "mlp.down_proj",
+    "pre_self_attention_layer_norm/scale": "input_layernorm",
+    "post_self_attention_layer_norm/scale": "post_attention_layernorm",
+}
+
+
+def _maxtext(special: Mapping[str, Mapping[str, Any]]) -> Names:
+    """MaxText's decoder with scanned layers or without; `special` is what else rules for some paths say."""
+    layers = [
+        Rule(f"decoder/{stem}/{path}", f"{_LAYER}.{module}", **special.get(path, {}))
+        for stem in ("layers", "layers_{i}")
+        for path, module in _MAXTEXT.items()
+    ]
+    outside = [
+        Rule("token_embedder/embedding", "model.embed_tokens"),
+        Rule("decoder/decoder_norm/scale", "model.norm"),
+        Rule("decoder/logits_dense/kernel", "lm_head"),
+    ]
+    return Names([*outside, *layers], tied=_HEAD)
+
+
 KNOWN: Mapping[str, Names] = {
     # models/transformer.py is a Llama with tied embeddings: PyTorch's LlamaForCausalLM computes the same.
     "lora_jax": Names(
@@ -39,9 +69,9 @@ KNOWN: Mapping[str, Names] = {
         tied=_HEAD,
     ),
     # Flax classes of transformers < 5 keep PyTorch's names.
-    "hf_flax": Names(),
-    "hf_flax_gemma": Names(tied=_HEAD),
-    "hf_flax_gpt2": Names(fan_in_fan_out=True, tied={"transformer.wte": "lm_head"}),
+    "hf_flax": Names(literal=True),
+    "hf_flax_gemma": Names(tied=_HEAD, literal=True),
+    "hf_flax_gpt2": Names(fan_in_fan_out=True, tied={"transformer.wte": "lm_head"}, literal=True),
     "tunix": Names(
         [
             ("embedder/input_embedding", "model.embed_tokens"),
@@ -60,6 +90,15 @@ KNOWN: Mapping[str, Names] = {
             ("layer_{i}/mlp/linear", f"{_LAYER}.mlp.down_proj"),
         ],
         tied=_HEAD,
+    ),
+    # Qwen: the numbers are those of PyTorch.
+    "maxtext": _maxtext({}),
+    # Llama: neighbouring features rotate, and the query kernel holds the scale of the attention.
+    "maxtext_llama": _maxtext(
+        {
+            "self_attention/query/kernel": {"rotary": -1, "query_scaled": True},
+            "self_attention/key/kernel": {"rotary": -1},
+        }
     ),
 }
 """Maps by name, for `names=` of `lora_jax.peft.load` and `save`."""

@@ -8,7 +8,7 @@ from math import prod
 
 import numpy as np
 
-from lora_jax.io.names import Target
+from lora_jax.io.rules import Target
 from lora_jax.site import Site
 
 

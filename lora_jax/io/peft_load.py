@@ -213,7 +213,7 @@ class _Reader:
             given = f"A {module.a.shape} and B {module.b.shape}"
             self.mismatched.append(f"{name} has {given}, where {site.path} needs {wanted[0]} and {wanted[1]}")
             return None
-        scale = self.files.scale(owner, name, experts)
+        scale = self.files.scale(owner, name, experts) * target.gain
         a, b = module.a.astype(np.float32), module.b.astype(np.float32)
         return Piece(target, layouts.a_from_torch(site, target, a), layouts.b_from_torch(site, target, b), scale)
 

@@ -16,10 +16,11 @@ from lora_jax.errors import CheckpointError, ParameterError
 from lora_jax.fit import fit
 from lora_jax.io import layouts
 from lora_jax.io.known_names import find_names
-from lora_jax.io.names import Names, Target
+from lora_jax.io.names import Names
 from lora_jax.io.peft_delta import Module, ModuleKind
 from lora_jax.io.peft_files import PeftFiles, write_peft
 from lora_jax.io.peft_match import exact_key, shortest, targets
+from lora_jax.io.rules import Target
 from lora_jax.io.twin import is_tied, tensor_name, twin
 from lora_jax.paths import named_leaves
 from lora_jax.site import Site, Sites
@@ -133,6 +134,7 @@ class _Writer:
         """The factors at one target, or None where a stack holds nothing."""
         site = update.site
         a, b, scale = (np.asarray(each[target.index], np.float32) for each in (update.a, update.b, update.scale))
+        scale = scale / np.float32(target.gain)
         if target.parameter:
             # PEFT has one scale for all experts.
             first = scale[np.flatnonzero(scale)[0]] if scale.any() else scale[0]

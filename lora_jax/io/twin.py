@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from lora_jax.errors import MatchError
 from lora_jax.io.layouts import share_shape
-from lora_jax.io.names import Names, Target
+from lora_jax.io.names import Names
+from lora_jax.io.rules import Target
 from lora_jax.site import Site, Sites
 
 _WEIGHTS = ("kernel", "embedding", "scale", "w", "weight", "input_embedding", "embeddings")

@@ -1,0 +1,305 @@
+"""Names and layouts: every rule is checked on numbers, against PyTorch's weight written out by hand."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, random_adapter
+from peft_models import nested
+
+import lora_jax as lora
+from lora_jax.io.known_names import find_names
+from lora_jax.io.peft import KNOWN, Module, Names, PeftFiles, Rule, read_peft, write_peft
+from lora_jax.site import Kind, Site, Sites
+
+Weights = dict[str, np.ndarray]
+
+
+def site(path: str, shape: tuple[int, ...], roles: str, kind: Kind = "dense") -> Site:
+    """A site from one letter per axis: `i` for in, `o` for out, `b` for stacked."""
+    into, out, batch = (tuple(axis for axis, role in enumerate(roles) if role == letter) for letter in "iob")
+    return Site(path=path, shape=shape, dtype="float32", kind=kind, in_axes=into, out_axes=out, batch_axes=batch)
+
+
+class Row(NamedTuple):
+    """A parameter under a map, and PyTorch's weights `(out, in)` (tables `(vocabulary, features)`) for its value."""
+
+    names: Names | str | None
+    site: Site
+    torch: Callable[[np.ndarray], Weights]
+
+
+def one(name: str, rows: int) -> Callable[[np.ndarray], Weights]:
+    """A kernel that has its `rows` inputs first."""
+    return lambda w: {name: w.reshape(rows, -1).T}
+
+
+def halves(w: np.ndarray, size: int) -> np.ndarray:
+    """Rows of PyTorch's weight whose heads rotate neighbours, put in the order in which PyTorch's rotate halves."""
+    order = [*range(0, size, 2), *range(1, size, 2)]
+    return np.concatenate([w[start : start + size][order] for start in range(0, len(w), size)])
+
+
+LLAMA = "model.layers.{}.self_attn.{}_proj"
+BERT = "bert.encoder.layer.1.attention.self.query"
+QKV = ("q", "k", "v")
+ROWS = {
+    "identity": Row(None, site("params/layers_1/attn_2/query/kernel", (6, 2, 4), "ioo"), one("layers.1.attn.2.query", 6)),
+    "identity keeps inner numbers": Row(None, site("fc_1_in/kernel", (6, 4), "io"), one("fc_1_in", 6)),
+    "heads in": Row(None, site("out/kernel", (2, 4, 6), "iio"), one("out", 8)),
+    "PyTorch's layout": Row(None, site("layers/0/weight", (4, 6), "oi"), lambda w: {"layers.0": w}),
+    "input in the middle": Row(None, site("q/w", (2, 6, 4), "oio"), lambda w: {"q": w.transpose(0, 2, 1).reshape(8, 6)}),
+    "table": Row(None, site("wte/embedding", (9, 4), "io", "embedding"), lambda w: {"wte": w}),
+    "unstacked on axis 0": Row(
+        Names([("layers/{name}/kernel", "h.{i}.{name}")]), site("params/layers/q/kernel", (3, 6, 4), "bio"),
+        lambda w: {f"h.{i}.q": w[i].T for i in range(3)},
+    ),
+    "unstacked on axis 1": Row(
+        Names([("layers/q/kernel", "h.{i}.q")]), site("layers/q/kernel", (6, 3, 2, 4), "iboo"),
+        lambda w: {f"h.{i}.q": w[:, i].reshape(6, 8).T for i in range(3)},
+    ),
+    "unstacked twice": Row(
+        Names([("layers/q/kernel", "h.{i}.{j}.q")]), site("layers/q/kernel", (2, 3, 6, 4), "bbio"),
+        lambda w: {f"h.{i}.{j}.q": w[i, j].T for i in range(2) for j in range(3)},
+    ),
+    "unstacked in a numbered block": Row(
+        Names([("block_{i}/q/kernel", "h.{i}.{j}.q")]), site("block_7/q/kernel", (2, 6, 4), "bio"),
+        lambda w: {f"h.7.{j}.q": w[j].T for j in range(2)},
+    ),
+    "fused": Row(
+        Names([("gate_up/kernel", ("gate", "up"))]), site("gate_up/kernel", (6, 8), "io"),
+        lambda w: {"gate": w[:, :4].T, "up": w[:, 4:].T},
+    ),
+    "fused in unequal shares": Row(
+        Names([Rule("qkv/kernel", QKV, shares=(4, 1, 1))]), site("qkv/kernel", (6, 6, 2), "ioo"),
+        lambda w: {"q": w[:, :4].reshape(6, 8).T, "k": w[:, 4].T, "v": w[:, 5].T},
+    ),
+    "fused on the second output axis": Row(
+        Names([Rule("qkv/kernel", QKV, axis=1)]), site("qkv/kernel", (6, 2, 3, 4), "iooo"),
+        lambda w: {name: w[:, :, n].reshape(6, 8).T for n, name in enumerate(QKV)},
+    ),
+    "fused and stacked": Row(
+        Names([("h/qkv/kernel", tuple(f"h.{{i}}.{name}" for name in QKV))]), site("h/qkv/kernel", (6, 2, 9), "ibo"),
+        lambda w: {f"h.{i}.{name}": w[:, i, 3 * n : 3 * n + 3].T for n, name in enumerate(QKV) for i in range(2)},
+    ),
+    "rotary": Row(
+        Names([Rule("q/kernel", "q_proj", rotary=4)]), site("q/kernel", (6, 12), "io"),
+        lambda w: {"q_proj": halves(w.T, 4)},
+    ),
+    "rotary of the last axis": Row(
+        Names([Rule("q/kernel", "q_proj", rotary=-1)]), site("q/kernel", (6, 3, 4), "ioo"),
+        lambda w: {"q_proj": halves(w.reshape(6, 12).T, 4)},
+    ),
+    "rotary but for the values": Row(
+        Names([Rule("qkv/kernel", QKV, rotary=(4, 4, 0))]), site("qkv/kernel", (6, 3, 2, 4), "iooo"),
+        lambda w: {n: (halves if n != "v" else lambda w, _: w)(w[:, k].reshape(6, 8).T, 4) for k, n in enumerate(QKV)},
+    ),
+    "scaled query": Row(
+        Names([Rule("q/kernel", "q", query_scaled=True)]), site("q/kernel", (6, 3, 5), "ioo"),
+        lambda w: {"q": w.reshape(6, 15).T * np.sqrt(5)},
+    ),
+    "lora_jax unrolled": Row("lora_jax", site("params/layers_1/attn/key/kernel", (6, 2, 4), "ioo"), one(LLAMA.format(1, "k"), 6)),
+    "lora_jax scanned": Row(
+        "lora_jax", site("params/layers/attn/out/kernel", (2, 3, 4, 6), "biio"),
+        lambda w: {LLAMA.format(i, "o"): w[i].reshape(12, 6).T for i in range(2)},
+    ),
+    "HF Llama": Row("hf_flax", site("params/model/layers/0/mlp/up_proj/kernel", (6, 8), "io"), one("model.layers.0.mlp.up_proj", 6)),
+    "HF Gemma": Row("hf_flax_gemma", site("model/layers/0/mlp/up_proj/kernel", (6, 8), "io"), one("model.layers.0.mlp.up_proj", 6)),
+    "HF BERT": Row("hf_flax", site("bert/encoder/layer/1/attention/self/query/kernel", (6, 8), "io"), one(BERT, 6)),
+    "HF T5": Row("hf_flax", site("encoder/block/0/layer/0/SelfAttention/q/kernel", (6, 8), "io"), one("encoder.block.0.layer.0.SelfAttention.q", 6)),
+    "HF GPT-2": Row("hf_flax_gpt2", site("transformer/h/0/attn/c_attn/kernel", (12, 4), "oi"), lambda w: {"transformer.h.0.attn.c_attn": w}),
+    "tunix Llama": Row("tunix", site("layers/1/attn/o_proj/w", (3, 4, 6), "iio"), one(LLAMA.format(1, "o"), 12)),
+    "tunix feed-forward": Row("tunix", site("layers/1/mlp/down_proj/kernel", (8, 6), "io"), one("model.layers.1.mlp.down_proj", 8)),
+    "tunix head": Row("tunix", site("lm_head/w", (6, 9), "io"), one("lm_head", 6)),
+    "tunix table": Row("tunix", site("embedder/input_embedding", (9, 6), "io", "embedding"), lambda w: {"model.embed_tokens": w}),
+    "tunix Gemma": Row(
+        "tunix", site("layers/0/attn/kv_einsum/w", (2, 1, 6, 4), "ooio"),
+        lambda w: {LLAMA.format(0, n): w[k, 0].T for k, n in enumerate("kv")},
+    ),
+    "gemma multi-head": Row(
+        "gemma", site("params/layer_1/attn/qkv_einsum/w", (3, 2, 6, 4), "ooio"),
+        lambda w: {LLAMA.format(1, n): w[k].transpose(0, 2, 1).reshape(8, 6) for k, n in enumerate(QKV)},
+    ),
+    "gemma attention": Row("gemma", site("layer_1/attn/attn_vec_einsum/w", (2, 4, 6), "iio"), one(LLAMA.format(1, "o"), 8)),
+    "gemma gate": Row(
+        "gemma", site("layer_0/mlp/gating_einsum", (2, 8, 6), "ooi"),
+        lambda w: {"model.layers.0.mlp.gate_proj": w[0], "model.layers.0.mlp.up_proj": w[1]},
+    ),
+    "gemma down": Row("gemma", site("layer_0/mlp/linear", (8, 6), "io"), one("model.layers.0.mlp.down_proj", 8)),
+    "MaxText": Row(
+        "maxtext", site("params/decoder/layers/self_attention/query/kernel", (6, 3, 2, 4), "iboo"),
+        lambda w: {LLAMA.format(i, "q"): w[:, i].reshape(6, 8).T for i in range(3)},
+    ),
+    "MaxText unrolled": Row("maxtext", site("decoder/layers_2/mlp/wi_0/kernel", (6, 8), "io"), one("model.layers.2.mlp.gate_proj", 6)),
+    "MaxText Llama query": Row(
+        "maxtext_llama", site("decoder/layers/self_attention/query/kernel", (6, 3, 2, 4), "iboo"),
+        lambda w: {LLAMA.format(i, "q"): 2 * halves(w[:, i].reshape(6, 8).T, 4) for i in range(3)},
+    ),
+    "MaxText Llama key": Row(
+        "maxtext_llama", site("decoder/layers/self_attention/key/kernel", (6, 3, 1, 4), "iboo"),
+        lambda w: {LLAMA.format(i, "k"): halves(w[:, i].reshape(6, 4).T, 4) for i in range(3)},
+    ),
+    "MaxText Llama out": Row(
+        "maxtext_llama", site("decoder/layers/self_attention/out/kernel", (2, 3, 4, 6), "ibio"),
+        lambda w: {LLAMA.format(i, "o"): w[:, i].reshape(8, 6).T for i in range(3)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_written_for_pytorch(row: Row, tmp_path: Path) -> None:
+    adapter = random_adapter([row.site])
+    lora.peft.save(tmp_path / "a", adapter, row.names)
+    files = read_peft(tmp_path / "a")
+    written = {name: files.scale(name) * _product(module) for name, module in files.modules.items()}
+    expected = row.torch(np.asarray(adapter[row.site.path].delta()))
+    assert_close({k: written[k].astype(np.float32) for k in sorted(written)}, _sorted(expected))
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_read_from_pytorch(row: Row, tmp_path: Path) -> None:
+    shapes = {name: value.shape for name, value in row.torch(np.zeros(row.site.shape, np.float32)).items()}
+    files = _random_files(shapes, table=row.site.kind == "embedding")
+    write_peft(tmp_path / "a", files)
+    adapter = lora.peft.load(tmp_path / "a", _zeros(row.site), Sites([row.site]), row.names)
+    expected = {name: np.float32(files.scale(name)) * _product(module) for name, module in files.modules.items()}
+    assert_close(_sorted(row.torch(np.asarray(adapter[row.site.path].delta()))), _sorted(expected))
+
+
+def _product(module: Module) -> np.ndarray:
+    return (module.b @ module.a).T if module.kind == "embedding" else module.b @ module.a
+
+
+def _sorted(weights: Weights) -> Weights:
+    return {name: weights[name].astype(np.float32) for name in sorted(weights)}
+
+
+def _zeros(of: Site) -> dict[str, object]:
+    return nested({of.path: np.zeros(of.shape, np.float32)})
+
+
+def _random_files(shapes: dict[str, tuple[int, ...]], table: bool) -> PeftFiles:
+    """Factors of other ranks, alphas and values for every module."""
+    draw = np.random.default_rng(0)
+    normal = lambda *shape: draw.normal(size=shape).astype(np.float32)  # noqa: E731
+    modules = {}
+    for rank, (name, (out, into)) in enumerate(shapes.items(), start=1):
+        out, into = (into, out) if table else (out, into)
+        modules[name] = Module("embedding" if table else "linear", normal(rank, into), normal(out, rank))
+    patterns = {f"^{name}$": 1 + place for place, name in enumerate(shapes)}
+    alphas = {name: 2 / alpha for name, alpha in patterns.items()}
+    config = {"r": 1, "rank_pattern": patterns, "alpha_pattern": alphas, "target_modules": sorted(shapes)}
+    return PeftFiles(config, modules)
+
+
+def test_every_known_map_is_in_the_table() -> None:
+    assert {row.names for row in ROWS.values() if isinstance(row.names, str)} == KNOWN.keys()
+    assert find_names(None) == Names() and find_names(KNOWN["gemma"]) is KNOWN["gemma"]
+    with pytest.raises(lora.MatchError, match=r"'llama' is not a known map; there are gemma, "):
+        find_names("llama")
+
+
+def test_known_maps_name_whole_parameters() -> None:
+    norms = {
+        "lora_jax": ("params/layers_3/mlp_norm/scale", "model.layers.3.post_attention_layernorm"),
+        "hf_flax_gemma": ("model/layers/3/input_layernorm/scale", "model.layers.3.input_layernorm"),
+        "hf_flax_gpt2": ("transformer/h/3/ln_1/bias", "transformer.h.3.ln_1"),
+        "tunix": ("layers/3/attn/q_proj/bias", "model.layers.3.self_attn.q_proj"),
+        "gemma": ("embedder/input_embedding", "model.embed_tokens"),
+        "maxtext": ("params/decoder/layers_3/pre_self_attention_layer_norm/scale", "model.layers.3.input_layernorm"),
+    }
+    assert {known: find_names(known).module(path) for known, (path, _) in norms.items()} == {
+        known: module for known, (_, module) in norms.items()
+    }
+
+
+EXPERTS = site("moe/up", (3, 6, 8), "bio")
+
+
+@pytest.mark.parametrize(
+    ("names", "of"),
+    [
+        (Names([("moe/up", "mlp.experts.up")]), EXPERTS),
+        (None, site("mlp/experts/up", (3, 6, 8), "bio", "ragged")),
+        (Names([("moe/up", "layers.{i}.up")]), site("moe/up", (2, 3, 6, 8), "bbio")),
+    ],
+)
+def test_a_stack_that_no_number_counts_is_a_parameter(names: Names | None, of: Site) -> None:
+    targets = find_names(names).targets(of)
+    assert all(target.parameter for target in targets)
+    assert [target.name for target in targets] in (["mlp.experts.up"], ["layers.0.up", "layers.1.up"])
+
+
+@pytest.mark.parametrize(
+    ("names", "sites", "message"),
+    [
+        ([("{name}/w", "q")], [site("a/w", (2, 3), "io"), site("b/w", (2, 3), "io")], "'a/w' and 'b/w' are both .* 'q'"),
+        ([("a/w", ("q", "q"))], [site("a/w", (2, 4), "io")], "'a/w' and 'a/w' are both called 'q'"),
+        ([], [site("l_0/w", (2, 3), "io"), site("l/0/w", (2, 3), "io")], r"both called 'l\.0'"),
+        ([("quary/w", "q")], [site("query/w", (2, 3), "io")], "No rule names 'query/w' .* nearest rules: quary/w"),
+        ([], [site("w", (2, 3), "io")], "belongs to no module"),
+        ([], [site("layers/q/w", (5, 2, 3), "bio")], r"stacks 5 weights, but the name 'layers\.q' leaves 0"),
+        ([("l/w", "l.{i}.{j}")], [site("l/w", (5, 2, 3), "bio")], "leaves 2 numbers"),
+        ([("l/w", "l.q")], [site("l/w", (4, 5, 2, 3), "bbio")], "stacks 4×5 weights"),
+        ([("l_{i}/w", "l.{i}.q")], [site("l_x/w", (2, 3), "io")], "No rule names"),
+        ([("l/w", ("q", "k"))], [site("l/w", (2, 3), "io")], "3 outputs on axis 0, which cannot be shared 1:1"),
+        ([Rule("l/w", ("q", "k"), axis=1)], [site("l/w", (2, 4), "io")], "splits output axis 1, but it has 1"),
+        ([Rule("l/w", "q", rotary=4)], [site("l/w", (2, 6), "io")], "rotary=4, which does not divide 6"),
+        ([Rule("l/w", "q", rotary=-1)], [site("l/w", (2, 3), "io")], "rotary=3, which does not divide 3 in pairs"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_named_is_refused(names: list[Rule], sites: list[Site], message: str, tmp_path: Path) -> None:
+    with pytest.raises(lora.MatchError, match=message):
+        Names(names).resolve(sites)
+    with pytest.raises(lora.MatchError, match=message):
+        lora.peft.save(tmp_path / "a", random_adapter(sites), Names(names))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (dict(modules=("q", "k"), shares=(1, 2, 3)), r"shares=\(1, 2, 3\) must be 2 positive"),
+        (dict(modules=("q", "k"), shares=(1, 0)), "must be 2 positive"),
+        (dict(modules="q", rotary=3), "rotary=3 must be even"),
+        (dict(modules="q", rotary=-2), "rotary=-2 must be even"),
+        (dict(modules=("q", "k"), rotary=(4,)), "must have 2 numbers"),
+        (dict(modules=()), "names no module"),
+        (dict(modules="layers.{layer}.q"), "{layer} is not in the path"),
+    ],
+)
+def test_rules_that_contradict_themselves(rule: dict[str, object], message: str) -> None:
+    with pytest.raises(lora.MatchError, match=message):
+        Rule("q/kernel", **rule)
+
+
+def test_the_first_rule_that_matches_decides() -> None:
+    names = Names([("layers_{i}/{name}/kernel", "h.{i}.{name}"), ("layers_0/q/kernel", "never"), ("{a}/{a}/w", "{a}")])
+    assert names.module("layers_0/q/kernel") == "h.0.q"
+    assert names.module("layers_0/q/bias") == "h.0.q", "a rule serves the module's other parameters"
+    assert names.order("params/x/x/w") == 2
+    with pytest.raises(lora.MatchError, match="No rule names 'x/y/w'"):
+        names.module("x/y/w")
+
+
+@pytest.mark.parametrize(
+    ("rule", "path"),
+    [
+        (Rule("qkv/kernel", QKV), "qkv/bias"),
+        (Rule("layers/q/kernel", "layers.{i}.q"), "layers/q/bias"),
+        (Rule("q/kernel", "q", rotary=4), "q/bias"),
+        (Rule("q/kernel", "q", query_scaled=True), "q/kernel"),
+    ],
+)
+def test_whole_parameters_with_other_numbers_in_pytorch_are_refused(rule: Rule, path: str, tmp_path: Path) -> None:
+    bias = lora.Replace(jnp.ones(8), Site(path=path, shape=(8,), dtype="float32", kind="full"))
+    with pytest.raises(lora.MatchError, match="possible for low-rank factors only"):
+        lora.peft.save(tmp_path / "a", lora.Adapter({path: bias}), Names([rule]))
+
+
+def test_parameters_at_the_root_are_no_siblings() -> None:
+    with pytest.raises(lora.MatchError, match="No rule names 'k'"):
+        Names([("q", "q_proj")]).module("k")
