@@ -73,7 +73,7 @@ def merge(
         exact = exact_sum(leaves[path], updates)
         dtype = leaves[path].dtype
         own = None if key is None else jax.random.fold_in(key, crc32(path.encode()))
-        rounded = exact.astype(dtype) if own is None else _round_stochastically(exact, dtype, own)
+        rounded = exact.astype(dtype) if own is None else round_stochastically(exact, dtype, own)
         merged[path] = _like(rounded, leaves[path])
     _check_finite(merged, leaves)
     return rebuild(treedef, leaves | merged)
@@ -105,7 +105,7 @@ def exact_sum(weight: Any, updates: Sequence[Update]) -> Array:
     return (replaced[0] if replaced else wide) + sum(deltas[1:], deltas[0]).astype(wide.dtype)
 
 
-def _round_stochastically(exact: Array, dtype: Any, key: Array) -> Array:
+def round_stochastically(exact: Array, dtype: Any, key: Array) -> Array:
     """Round to one of the two neighbours in `dtype`, the nearer one with the greater probability."""
     nearest_value = exact.astype(dtype)
     if jnp.finfo(dtype).bits >= jnp.finfo(exact.dtype).bits:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -45,49 +46,78 @@ class Module:
 
 def delta(where: str, module: Module, scale: float, shape: tuple[int, ...], transposed: bool | None) -> np.ndarray:
     """`scale · B·A` in float32; see `PeftFiles.delta`."""
+    left, right = matrices(where, module, shape, transposed)
+    return (left * np.float32(scale) @ right).reshape(shape)
+
+
+def matrices(
+    where: str, module: Module, shape: tuple[int, ...], transposed: bool | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The factors in the layout of the weight they change.
+
+    Args:
+      where: file and module, for error messages.
+      module: the factors.
+      shape: shape of the weight.
+      transposed: whether the weight's outputs are its last axis; None to read it off the shape.
+
+    Returns:
+      Float32 matrices `[stack, rows, rank]` and `[stack, rank, columns]`. The weight has the rows of its first axis,
+      and all other axes are columns; a stack of experts is one matrix each.
+
+    Raises:
+      CheckpointError: the factors do not fit, or the shape leaves open how the weight lies.
+    """
     a, b = (array.astype(np.float32) for array in (module.a, module.b))
-    b *= np.float32(scale)
-    if module.kind == "embedding":
-        return _fitting(where, module, shape, np.ascontiguousarray((b @ a).T))
-    if module.kind == "conv":
-        return _conv(where, module, a, b, shape)
     if module.kind == "parameter" and len(shape) == 3:
-        return _experts(where, module, a, b, shape, transposed)
-    square = b @ a
-    flip = transposed if square.shape[0] == square.shape[1] else square.shape != shape
-    return _fitting(where, module, shape, np.ascontiguousarray(square.T) if flip else square)
+        left, right = _experts(where, module, shape, transposed)
+    elif module.kind == "conv":
+        _check_groups(where, module, shape)
+        left, right = b.reshape(1, len(b), -1), a.reshape(1, len(a), -1)
+    elif module.kind == "embedding" or _lies_transposed((len(b), a.shape[1]), shape, transposed):
+        left, right = a.T[None], b.T[None]
+    else:
+        left, right = b[None], a[None]
+    stack = shape[:1] if module.kind == "parameter" and len(shape) == 3 else ()
+    columns = shape[len(stack) + 1 :]
+    if (*stack, left.shape[1]) != shape[: len(stack) + 1] or right.shape[-1] != prod(columns):
+        raise _misfit(where, module, shape)
+    return np.ascontiguousarray(left), np.ascontiguousarray(right)
 
 
-def _conv(where: str, module: Module, a: np.ndarray, b: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _lies_transposed(out_in: tuple[int, int], shape: tuple[int, ...], given: bool | None) -> bool:
+    """Whether a weight has its outputs last: as told where it is square, otherwise as its shape says."""
+    if out_in[0] == out_in[1]:
+        return bool(given)
+    return shape == (out_in[1], out_in[0])
+
+
+def _check_groups(where: str, module: Module, shape: tuple[int, ...]) -> None:
+    a, b = module.a, module.b
     if b.shape[1] != a.shape[0] or (len(shape) > 1 and shape[1] != a.shape[1]):
         raise CheckpointError(
             f"{where} is a convolution in groups: PEFT's A reads every input channel, the weight only those of its "
             "group, so the adapter is no change to the weight. PEFT refuses to merge it too."
         )
-    return _fitting(where, module, shape, np.tensordot(b.reshape(b.shape[:2]), a, 1))
 
 
 def _experts(
-    where: str, module: Module, a: np.ndarray, b: np.ndarray, shape: tuple[int, ...], transposed: bool | None
-) -> np.ndarray:
+    where: str, module: Module, shape: tuple[int, ...], transposed: bool | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows of A are grouped by expert, columns of B by rank."""
-    if a.shape[0] % shape[0]:
+    stack = shape[0]
+    if not stack or len(module.a) % stack:
         raise _misfit(where, module, shape)
-    a, b = a.reshape(shape[0], -1, a.shape[-1]), b.reshape(b.shape[0], -1, shape[0])
-    out_first, in_first = (b.shape[0], a.shape[-1]), (a.shape[-1], b.shape[0])
+    a = module.a.astype(np.float32).reshape(stack, -1, module.a.shape[-1])
+    b = module.b.astype(np.float32).reshape(len(module.b), -1, stack).transpose(2, 0, 1)
+    out_first, in_first = (b.shape[1], a.shape[2]), (a.shape[2], b.shape[1])
     if transposed is None and out_first == in_first == shape[1:]:
         raise CheckpointError(
             f"{where} has square weights, shape {shape}, so the shape does not tell whether they are stored "
             "(experts, out, in) or (experts, in, out): pass transposed=False or True."
         )
     flip = transposed if transposed is not None else shape[1:] == in_first and shape[1:] != out_first
-    return _fitting(where, module, shape, np.einsum("ore,eri->eio" if flip else "ore,eri->eoi", b, a, optimize=True))
-
-
-def _fitting(where: str, module: Module, shape: tuple[int, ...], value: np.ndarray) -> np.ndarray:
-    if value.shape != tuple(shape):
-        raise _misfit(where, module, shape)
-    return value
+    return (a.swapaxes(1, 2), b.swapaxes(1, 2)) if flip else (b, a)
 
 
 def _misfit(where: str, module: Module, shape: tuple[int, ...]) -> CheckpointError:

@@ -1,0 +1,254 @@
+"""What adapters do to a checkpoint: every module finds its tensors, and tied tables stay tied or are told apart."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from lora_jax.errors import CheckpointError, nearest
+from lora_jax.io.hf.changes import Change, Part, bias_part, merged_with
+from lora_jax.io.hf.folder import Checkpoint
+from lora_jax.io.hf.tensors import Tensor
+from lora_jax.io.peft_config import setting
+from lora_jax.io.peft_delta import Module, matrices
+from lora_jax.io.peft_files import PeftFiles
+from lora_jax.io.peft_match import saves
+
+_TABLES = re.compile(r"(.*\.)?(embed_tokens|wte|shared|word_embeddings|embed_in|tok_embeddings)\.weight")
+_HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|cls\.predictions\.decoder)\.weight")
+_GENERATES = re.compile(r".*(ForCausalLM|LMHeadModel|DoubleHeadsModel|ForConditionalGeneration|ForMaskedLM)")
+# Models whose stacked experts are (experts, in, out); PEFT reads it off the module.
+_EXPERTS_IN_FIRST = {"gpt_oss", "llama4", "llama4_text"}
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is written.
+
+    Attributes:
+      changes: by the name of the base's tensor.
+      copies: new tensors that start as one of the base's: its name and the change, by new name.
+      added: new tensors, trained whole, that the base does not have.
+      untied: whether the config must say that tables are no longer tied.
+    """
+
+    changes: Mapping[str, Change]
+    copies: Mapping[str, tuple[str, Change]] = field(default_factory=dict)
+    added: Mapping[str, np.ndarray] = field(default_factory=dict)
+    untied: bool = False
+
+
+def plan(base: Checkpoint, adapters: Sequence[tuple[PeftFiles, float]], untie: bool) -> Plan:
+    """Place every tensor of the adapters.
+
+    Args:
+      base: the checkpoint.
+      adapters: each with its weight.
+      untie: whether tied tables may become two.
+
+    Raises:
+      CheckpointError: something fits nothing, or cannot be merged exactly.
+    """
+    tensors = base.tensors
+    found: dict[str, Change] = {}
+    for files, weight in adapters:
+        for name, change in _Adapter(base, files, weight).changes().items():
+            found[name] = merged_with(found[name], change, name) if name in found else change
+    known = {*tensors, *(tied_tables(base) or ())}
+    added = {name: change.value for name, change in found.items() if name not in known and change.value is not None}
+    planned = _tied(base, {name: change for name, change in found.items() if name not in added}, untie)
+    for name, change in planned.changes.items():
+        change.check(tensors[name])
+    for source, change in planned.copies.values():
+        change.check(tensors[source])
+    return replace(planned, added=added)
+
+
+class _Adapter:
+    """One adapter on its way into one checkpoint."""
+
+    def __init__(self, base: Checkpoint, files: PeftFiles, weight: float):
+        self.base, self.files, self.weight = base, files, weight
+        self.tensors = base.tensors
+        self.place = _renaming(base, files)
+
+    def changes(self) -> dict[str, Change]:
+        """Changes by tensor."""
+        found = {self.place(name): self._saved(name, value) for name, value in self._whole().items()}
+        found |= {self.place(f"{name}.weight"): self._rows(name, rows) for name, rows in self._tokens().items()}
+        for name, (entry, module) in self._modules().items():
+            tensor = self._tensor(name)
+            change = self._low_rank(name, entry, module, tensor)
+            before = found.get(tensor.name)
+            if before is not None and before.rows:
+                raise CheckpointError(f"{self.files.where}: {name} has both factors and trained rows; merge it in PEFT")
+            found[tensor.name] = change if before is None else replace(change, value=before.value)
+            if module.b_bias is not None:
+                bias = self._bias(name)
+                scale = self.weight * self.files.scale(entry)
+                before = found.get(bias, Change())
+                found[bias] = replace(before, parts=(*before.parts, bias_part(module.b_bias, scale)))
+        return found
+
+    def _modules(self) -> dict[str, tuple[str, Module]]:
+        """Entry and module of the file by the full name of the weight."""
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        owners = self.files.owners(shapes)
+        modules = self.files.modules
+        named = {f"{name}.weight": (name, module) for name, module in modules.items() if module.kind != "parameter"}
+        return named | {parameter: (entry, modules[entry]) for parameter, entry in owners.items()}
+
+    def _tensor(self, name: str) -> Tensor:
+        """The base's tensor; for a head that is tied to the table, the table."""
+        placed = self.place(name)
+        if placed in self.tensors:
+            return self.tensors[placed]
+        tied = tied_tables(self.base)
+        if tied and tied[1] == placed:
+            return self.tensors[tied[0]]._replace(name=placed)
+        raise CheckpointError(f"{self.files.where}: the base has no {placed}")
+
+    def _low_rank(self, name: str, entry: str, module: Module, tensor: Tensor) -> Change:
+        stacked = module.kind == "parameter" and len(tensor.shape) == 3
+        scale = self.files.scale(entry, name if stacked else None, tensor.shape[0] if stacked else 1)
+        transposed = self._transposed(module)
+        where = f"{self.files.where}: {name}"
+        part = Part(self.weight * scale, *matrices(where, module, tensor.shape, transposed))
+        if module.magnitude is None:
+            return Change(parts=(part,))
+        if self.weight != 1:
+            raise CheckpointError(f"{where} uses DoRA, which rescales the weight itself: its weight must be 1")
+        last = module.kind == "embedding" or (module.kind == "linear" and bool(transposed))
+        return Change(parts=(part,), magnitude=module.magnitude, outputs_last=last)
+
+    def _transposed(self, module: Module) -> bool | None:
+        if module.kind == "parameter":
+            return self.base.config.get("model_type") in _EXPERTS_IN_FIRST
+        return bool(setting(self.files.config, "fan_in_fan_out")) if module.kind == "linear" else None
+
+    def _bias(self, name: str) -> str:
+        bias = self.place(f"{name.removesuffix('.weight')}.bias")
+        if bias not in self.tensors:
+            raise CheckpointError(
+                f"{self.files.where}: {name} has a bias on B (lora_bias), but the base has no {bias} to add it to. "
+                "PEFT refuses to merge it too."
+            )
+        return bias
+
+    def _whole(self) -> dict[str, np.ndarray]:
+        return {name: value for name, value in self.files.saved.items() if not name.endswith(".trainable_tokens_delta")}
+
+    def _saved(self, name: str, value: np.ndarray) -> Change:
+        if self.weight != 1:
+            raise CheckpointError(
+                f"{self.files.where}: {name} is stored whole and replaces the base's: this adapter's weight must be 1"
+            )
+        return Change(value=value, shared=not saves(self.files.config.get("modules_to_save"), name))
+
+    def _tokens(self) -> dict[str, np.ndarray]:
+        """Trained rows by the module that holds the table."""
+        return {
+            re.sub(r"(\.token_adapter)?\.trainable_tokens_delta$", "", name): rows
+            for name, rows in self.files.saved.items()
+            if name.endswith(".trainable_tokens_delta")
+        }
+
+    def _rows(self, name: str, rows: np.ndarray) -> Change:
+        given = self.files.config.get("trainable_token_indices")
+        if isinstance(given, Mapping):
+            given = next((ids for key, ids in given.items() if name == key or name.endswith(f".{key}")), None)
+        if not isinstance(given, Sequence) or len(given) != len(rows) or self.weight != 1:
+            raise CheckpointError(
+                f"{self.files.where}: {name} has {len(rows)} trained rows, and trainable_token_indices={given!r} must "
+                f"name one index for each (adapter weight {self.weight:g}, which must be 1)"
+            )
+        size = self.tensors[self.place(f"{name}.weight")].shape[0]
+        if not all(isinstance(index, int) and 0 <= index < size for index in given):
+            raise CheckpointError(
+                f"{self.files.where}: trainable_token_indices of {name} leave its table of {size} rows"
+            )
+        return Change(rows=tuple(zip(given, rows, strict=True)), shared=True)
+
+
+def _renaming(base: Checkpoint, files: PeftFiles) -> Callable[[str], str]:
+    """From the adapter's names to the checkpoint's, which may lack the outermost module, or have one more."""
+    tensors, tied = base.tensors, tied_tables(base)
+    known = {*tensors, *(tied or ())}
+    wanted = _names(files)
+    tries: list[Callable[[str], str]] = [lambda name: name, lambda name: name.partition(".")[2]]
+    tries += [lambda name, first=first: f"{first}.{name}" for first in sorted({name.split(".")[0] for name in known})]
+
+    def place(rename: Callable[[str], str], name: str) -> str:
+        return name if name in known or rename(name) not in known else rename(name)
+
+    best = max(tries, key=lambda rename: sum(place(rename, name) in known for name in wanted))
+    new = {name for name in files.saved if saves(files.config.get("modules_to_save"), name)}
+    lost = [name for name in wanted if place(best, name) not in known and name not in new]
+    if lost:
+        near = nearest(lost[0].replace(".", "/"), [name.replace(".", "/") for name in known]).replace("/", ".")
+        more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        raise CheckpointError(
+            f"{base.path} has no {', '.join(lost[:_SHOWN])}{more}, which {files.where} changes. Nearest: {near}. "
+            "The adapter belongs to another base."
+        )
+    return lambda name: place(best, name)
+
+
+def _names(files: PeftFiles) -> list[str]:
+    """Every tensor of the base that an adapter names; of experts, any parameter would do."""
+    modules = [f"{name}.weight" for name, module in files.modules.items() if module.kind != "parameter"]
+    tokens = re.compile(r"(\.token_adapter)?\.trainable_tokens_delta$")
+    return [*modules, *(tokens.sub(".weight", name) for name in files.saved)]
+
+
+def tied_tables(base: Checkpoint) -> tuple[str, str] | None:
+    """Names of the look-up table and of the output head that is the same table, or None.
+
+    The head's tensor may be missing from the files, as it usually is.
+    """
+    tensors = base.tensors
+    tables = [name for name in tensors if _TABLES.fullmatch(name)]
+    heads = [name for name in tensors if _HEADS.fullmatch(name)]
+    text = base.config.get("text_config")
+    said = base.config.get(
+        "tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
+    )
+    generates = any(_GENERATES.fullmatch(str(name)) for name in base.config.get("architectures") or ())
+    if not tables or said is False or (said is None and (heads or not generates)):
+        return None
+    return tables[0], heads[0] if heads else "lm_head.weight"
+
+
+def _tied(base: Checkpoint, found: dict[str, Change], untie: bool) -> Plan:
+    """Keep a tied table one table, or write two."""
+    tied, tensors = tied_tables(base), base.tensors
+    table, head = (found.get(name) for name in tied or ("", ""))
+    if tied is None or (table is None and head is None):
+        return Plan(found)
+    stored = tied[1] in tensors
+    rest = {name: change for name, change in found.items() if name not in tied}
+    if (table and head and table.same(head)) or (table and not head and not table.parts and table.shared):
+        return Plan(rest | {name: table for name in tied if name in tensors})
+    if not untie:
+        only = "the table alone" if head is None else "the head alone" if table is None else "each in its own way"
+        raise CheckpointError(
+            f"{base.path} has one table for {tied[0]} and {tied[1]} (tie_word_embeddings), and the adapter changes "
+            f"{only}. One table cannot hold both. --untie (untie=True) writes two tables and says so in the config; "
+            "PEFT's own merge writes the sum into both and computes other logits."
+        )
+    changes = rest | {tied[0]: table or Change()}
+    if stored:
+        return Plan(changes | {tied[1]: head or Change()}, untied=True)
+    return Plan(changes, {tied[1]: (tied[0], head or Change())}, untied=True)
+
+
+def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model whose head is a table of its own."""
+    new = {**config, "tie_word_embeddings": False}
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and "tie_word_embeddings" in text:
+        new["text_config"] = {**text, "tie_word_embeddings": False}
+    return new

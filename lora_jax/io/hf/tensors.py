@@ -1,0 +1,122 @@
+"""Safetensors files as named ranges of bytes, so that a file of any size is rewritten in bounded memory."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lora_jax.errors import CheckpointError
+
+FLOATS = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+"""The dtypes that can be changed, by their names in the files. Others are copied as bytes."""
+
+_PIECE = 16 << 20
+
+
+class Tensor(NamedTuple):
+    """One tensor in a file: `begin` and `end` are positions in the file, in bytes."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the tensor occupies."""
+        return self.end - self.begin
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Its bytes, some megabytes at a time. A piece is overwritten by the next one."""
+        buffer = memoryview(bytearray(min(_PIECE, self.nbytes)))
+        left = self.nbytes
+        with self.file.open("rb") as file:
+            file.seek(self.begin)
+            while left:
+                count = file.readinto(buffer[: min(left, len(buffer))])
+                if not count:
+                    raise CheckpointError(
+                        f"{self.file} ends in the middle of {self.name}: it changed while it was read"
+                    )
+                yield buffer[:count]
+                left -= count
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows of the tensor seen as a matrix whose columns are its last axis."""
+        dtype, columns = FLOATS[self.dtype], self.shape[-1]
+        return np.fromfile(
+            self.file, dtype, (stop - start) * columns, offset=self.begin + start * columns * dtype.itemsize
+        ).reshape(stop - start, columns)
+
+
+class Item(NamedTuple):
+    """A tensor to write: its bytes come in pieces, in order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    pieces: Iterable[Any]
+
+
+def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
+    """The metadata of a file, and its tensors in the order of their bytes.
+
+    Raises:
+      CheckpointError: the file is damaged.
+    """
+    try:
+        # It checks the header's size, every dtype and shape, and that the ranges neither overlap nor leave holes.
+        with safe_open(path, framework="np"):
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors: {error}. It is damaged or cut short; copy it again."
+        ) from None
+    metadata = header.pop("__metadata__", {})
+    tensors = [
+        Tensor(path, name, entry["dtype"], tuple(entry["shape"]), *(8 + size + end for end in entry["data_offsets"]))
+        for name, entry in header.items()
+    ]
+    return metadata, sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end))
+
+
+def write_file(path: Path, metadata: Mapping[str, str], items: list[Item], advance: Callable[[int], None]) -> None:
+    """Write a file piece by piece; `advance` is told the bytes of each."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for item in items:
+        header[item.name] = {"dtype": item.dtype, "shape": item.shape, "data_offsets": [end, end + item.nbytes]}
+        end += item.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for item in items:
+            for piece in item.pieces:
+                file.write(piece)
+                advance(len(piece))
+
+
+def new_item(name: str, value: np.ndarray) -> Item:
+    """An array as something to write."""
+    names = {dtype: name for name, dtype in FLOATS.items()}
+    if value.dtype not in names:
+        raise CheckpointError(f"{name} is {value.dtype}; only {', '.join(names.values())} can be added to a checkpoint")
+    raw = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    return Item(name, names[value.dtype], value.shape, prod(value.shape) * value.dtype.itemsize, [raw.data])

@@ -1,0 +1,305 @@
+"""Adapters merged into checkpoints on disk: the weights PEFT makes, and everything that is refused."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, assert_same
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import lora_jax as lora
+from lora_jax.io.hf import changes
+from lora_jax.io.peft import Module, PeftFiles, merge_checkpoint, write_peft
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(str(file.parent.relative_to(GOLDEN)) for file in GOLDEN.rglob("expected.safetensors"))
+
+
+def write_base(path: Path, state: Mapping[str, Any], shards: int = 1, config: Mapping[str, Any] | None = None) -> Path:
+    """A checkpoint directory with other files beside it."""
+    path.mkdir()
+    state = {name: np.ascontiguousarray(value) for name, value in state.items()}
+    (path / "config.json").write_text(json.dumps(config or {"model_type": "test"}))
+    (path / "tokenizer.json").write_text("{}")
+    (path / "pytorch_model.bin").write_bytes(b"the same weights")
+    if shards == 1:
+        save_file(state, path / "model.safetensors", {"format": "pt"})
+        return path
+    files = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(sorted(state))}
+    for file in set(files.values()):
+        save_file({name: state[name] for name in state if files[name] == file}, path / file, {"format": "pt"})
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"x": 1}, "weight_map": files}))
+    return path
+
+
+def read_all(path: Path) -> dict[str, np.ndarray]:
+    return {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def write_adapter(path: Path, modules: Mapping[str, Module], saved: Mapping[str, Any] = {}, **config: Any) -> Path:
+    rank = next((module.a.shape[0] for module in modules.values()), 2)
+    given = {"r": rank, "lora_alpha": 2 * rank, "target_modules": sorted(modules), **config}
+    write_peft(path, PeftFiles(given, modules, saved))
+    return path
+
+
+def factors(out: int, into: int, rank: int = 2, seed: int = 0, kind: Any = "linear") -> Module:
+    draw = np.random.default_rng(seed)
+    a, b = draw.normal(size=(rank, into)), draw.normal(size=(out, rank))
+    return Module(kind, a.astype(np.float32), b.astype(np.float32))
+
+
+def state(*shapes: tuple[str, tuple[int, ...]], dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(7)
+    return {name: draw.normal(size=shape).astype(dtype) for name, shape in shapes}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[Path, Path]:
+    """A base of two layers and a norm, and an adapter on one of them."""
+    base = write_base(tmp_path / "base", state(("q.weight", (6, 4)), ("k.weight", (5, 4)), ("norm.weight", (4,))))
+    return base, write_adapter(tmp_path / "lora", {"q": factors(6, 4)})
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_weights_are_pefts(name: str, shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "_BLOCK", 8)  # a row or two at a time
+    expected = load_file(GOLDEN / name / "expected.safetensors")
+    before, after = (
+        {key.removeprefix(prefix): value for key, value in expected.items() if key.startswith(prefix)}
+        for prefix in ("base.", "merged.")
+    )
+    config = {"model_type": "gpt_oss"} if "transposed" in name else {}
+    write_base(tmp_path / "base", before, shards, config)
+    merged = merge_checkpoint(tmp_path / "base", GOLDEN / name, tmp_path / "out")
+    written = read_all(tmp_path / "out")
+    assert_close(written, after)
+    same = {key for key in before if key not in merged.changed}
+    assert_same({key: written[key] for key in same}, {key: before[key] for key in same})
+    assert merged.changed and all((written[key] != before[key]).any() for key in merged.changed)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_stands_in_the_directory(small: tuple[Path, Path], shards: int, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "sharded", read_all(small[0]), shards)
+    told: list[tuple[int, int]] = []
+    merged = merge_checkpoint(base, small[1], tmp_path / "out", progress=lambda done, total: told.append((done, total)))
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {file.name for file in base.iterdir()} - {"pytorch_model.bin"}
+    assert merged.left_out == (Path("pytorch_model.bin"),)
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(file, "np") as now, safe_open(base / file.name, "np") as before:
+            assert (now.metadata(), list(now.keys())) == (before.metadata(), list(before.keys()))
+        assert file.stat().st_size == (base / file.name).stat().st_size
+    if shards > 1:
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        assert index["metadata"] == {"x": 1, "total_size": merged.nbytes}
+        assert index["weight_map"] == json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    assert told[-1] == (merged.nbytes, merged.nbytes)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_bases_are_rounded_once(dtype: str, tmp_path: Path) -> None:
+    before = state(("q.weight", (64, 48)), dtype=jnp.dtype(dtype))
+    write_base(tmp_path / "base", before)
+    module = factors(64, 48)
+    write_adapter(tmp_path / "lora", {"q": module})
+    merge_checkpoint(tmp_path / "base", tmp_path / "lora", tmp_path / "out")
+    exact = before["q.weight"].astype(np.float32) + (module.b * np.float32(2)) @ module.a
+    assert_same(read_all(tmp_path / "out")["q.weight"], exact.astype(jnp.dtype(dtype)))
+
+
+def test_stochastic_rounding_keeps_small_updates_on_average(tmp_path: Path) -> None:
+    before = np.ones((256, 64), jnp.bfloat16)
+    write_base(tmp_path / "base", {"q.weight": before})
+    # A tenth of a bfloat16 step at 1: rounding to nearest loses all of it.
+    module = Module("linear", np.ones((1, 64), np.float32), np.full((256, 1), 2**-7 / 20, np.float32))
+    write_adapter(tmp_path / "lora", {"q": module})
+    results = {}
+    for name, options in {"nearest": {}, "one": {"seed": 1}, "again": {"seed": 1}, "other": {"seed": 2}}.items():
+        rounding: Any = "nearest" if name == "nearest" else "stochastic"
+        merge_checkpoint(tmp_path / "base", tmp_path / "lora", tmp_path / name, rounding=rounding, **options)
+        results[name] = read_all(tmp_path / name)["q.weight"].astype(np.float64) - 1
+    assert not results["nearest"].any()
+    assert abs(results["one"].mean() / (2**-7 / 10) - 1) < 0.1
+    assert_same(results["one"], results["again"])
+    assert (results["one"] != results["other"]).any()
+
+
+def test_several_adapters_add_up_with_weights(small: tuple[Path, Path], tmp_path: Path) -> None:
+    base, first = small
+    second = write_adapter(tmp_path / "second", {"q": factors(6, 4, 3, seed=1), "k": factors(5, 4, 3, seed=2)})
+    merge_checkpoint(base, [first, second], tmp_path / "out", weights=[0.5, -2])
+    before, after = read_all(base), read_all(tmp_path / "out")
+    one, two = lora.peft.read_peft(first), lora.peft.read_peft(second)
+    q = before["q.weight"] + 0.5 * one.delta("q", (6, 4)) - 2 * two.delta("q", (6, 4))
+    assert_close(after["q.weight"], q)
+    assert_close(after["k.weight"], before["k.weight"] - 2 * two.delta("k", (5, 4)))
+
+
+@pytest.mark.parametrize(("inside", "outside"), [("q", "model.q"), ("model.q", "q")])
+def test_the_outermost_module_may_be_missing_on_either_side(inside: str, outside: str, tmp_path: Path) -> None:
+    write_base(tmp_path / "base", state((f"{inside}.weight", (6, 4)), (f"{inside}.bias", (6,))))
+    write_adapter(tmp_path / "lora", {outside: factors(6, 4)})
+    assert merge_checkpoint(tmp_path / "base", tmp_path / "lora", tmp_path / "out").changed == (f"{inside}.weight",)
+
+
+def test_a_new_head_is_added(small: tuple[Path, Path], tmp_path: Path) -> None:
+    saved = state(("score.weight", (2, 4)))
+    adapter = write_adapter(tmp_path / "classifier", {"q": factors(6, 4)}, saved, modules_to_save=["score"])
+    merged = merge_checkpoint(small[0], adapter, tmp_path / "out")
+    assert merged.added == ("score.weight",)
+    assert_same(read_all(tmp_path / "out")["score.weight"], saved["score.weight"])
+
+
+TIED = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+TABLE, HEAD = factors(4, 9, kind="embedding"), factors(9, 4, seed=3)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("modules", [{"embed_tokens": TABLE}, {"lm_head": HEAD}, {"embed_tokens": TABLE, "lm_head": HEAD}])  # fmt: skip  # noqa: E501
+def test_one_use_of_a_tied_table_needs_untying(stored: bool, modules: dict[str, Module], tmp_path: Path) -> None:
+    before = state(("embed_tokens.weight", (9, 4)), ("norm.weight", (4,)))
+    if stored:
+        before["lm_head.weight"] = before["embed_tokens.weight"]
+    base = write_base(tmp_path / "base", before, 2, TIED)
+    adapter = write_adapter(tmp_path / "lora", modules)
+    with pytest.raises(lora.CheckpointError, match="--untie"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    merge_checkpoint(base, adapter, tmp_path / "out", untie=True)
+    after, files, table = read_all(tmp_path / "out"), lora.peft.read_peft(adapter), before["embed_tokens.weight"]
+    for name in ("embed_tokens", "lm_head"):
+        delta = files.delta(name, (9, 4)) if name in modules else 0
+        assert_close(after[f"{name}.weight"], table + delta)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {**TIED, "tie_word_embeddings": False}
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert sorted(index["weight_map"]) == sorted(after)
+
+
+def test_a_tied_table_whose_uses_agree_stays_one(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", state(("embed_tokens.weight", (9, 4))), config=TIED)
+    adapter = write_adapter(
+        tmp_path / "lora", {"embed_tokens": TABLE, "lm_head": Module("linear", TABLE.b.T, TABLE.a.T)}
+    )
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    after, before = read_all(tmp_path / "out"), read_all(base)
+    assert list(after) == ["embed_tokens.weight"]
+    delta = lora.peft.read_peft(adapter).delta("embed_tokens", (9, 4))
+    assert_close(after["embed_tokens.weight"], before["embed_tokens.weight"] + delta)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == TIED
+
+
+def corrupt(base: Path, adapter: Path) -> None:
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def lose_a_shard(base: Path, adapter: Path) -> None:
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"q.weight": "gone.safetensors"}}))
+
+
+def escape(base: Path, adapter: Path) -> None:
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"q.weight": "../m.safetensors"}}))
+
+
+def disagree(base: Path, adapter: Path) -> None:
+    names = dict.fromkeys(("q.weight", "k.weight"), "model.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def quantise(base: Path, adapter: Path) -> None:
+    (base / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
+
+
+def integers(base: Path, adapter: Path) -> None:
+    save_file({"q.weight": np.ones((6, 4), np.int8)}, base / "model.safetensors")
+
+
+def pickle(base: Path, adapter: Path) -> None:
+    (base / "model.safetensors").unlink()
+
+
+def smaller(base: Path, adapter: Path) -> None:
+    save_file({"q.weight": np.ones((6, 3), np.float32)}, base / "model.safetensors")
+
+
+def another(base: Path, adapter: Path) -> None:
+    save_file({"query.weight": np.ones((6, 4), np.float32)}, base / "model.safetensors")
+
+
+def no_bias(base: Path, adapter: Path) -> None:
+    module = factors(6, 4)
+    os.remove(adapter / "adapter_model.safetensors")
+    biased = Module("linear", module.a, module.b, b_bias=np.ones(6, np.float32))
+    files = PeftFiles({"r": 2, "lora_bias": True, "target_modules": ["q"]}, {"q": biased})
+    write_peft(adapter, files, overwrite=True)
+
+
+def existing(base: Path, adapter: Path) -> None:
+    (base.parent / "out").mkdir()
+
+
+def infinite(base: Path, adapter: Path) -> None:
+    save_file({"q.weight": np.full((6, 4), np.inf, np.float32)}, base / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (corrupt, "model.safetensors cannot be read"),
+        (lose_a_shard, "gone.safetensors is named in"),
+        (escape, "not in its own directory"),
+        (disagree, "disagree about 1 tensors, such as 'norm.weight'"),
+        (quantise, "is quantised .*'gptq'.*unquantised checkpoint"),
+        (integers, "q.weight is I8"),
+        (pickle, "pytorch_model.bin is a pickle"),
+        (smaller, r"q.weight: factors of shapes \(2, 4\) and \(6, 2\) .* do not fit a weight of shape \(6, 3\)"),
+        (another, "has no q.weight.*Nearest: query.weight"),
+        (no_bias, "no q.bias to add it to"),
+        (existing, "exists already"),
+        (infinite, "NaN or infinite entries in 'q.weight'"),
+    ],
+)
+def test_refusals_leave_nothing_behind(damage: Any, message: str, small: tuple[Path, Path]) -> None:
+    base, adapter = small
+    damage(base, adapter)
+    before = sorted(base.parent.rglob("*"))
+    with pytest.raises((lora.CheckpointError, lora.MergeError), match=message):
+        merge_checkpoint(base, adapter, base.parent / "out")
+    assert sorted(base.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, float("nan")], [1.0, 1.0, 1.0]])
+def test_weights_must_be_one_number_each(small: tuple[Path, Path], weights: list[float], tmp_path: Path) -> None:
+    with pytest.raises(lora.MergeError, match="one finite number for each adapter"):
+        merge_checkpoint(small[0], [small[1]] * 2, tmp_path / "out", weights=weights)
+
+
+@pytest.mark.parametrize("case", ["merge_only/dora", "saved"])
+def test_what_replaces_cannot_be_weighted_or_combined(case: str, tmp_path: Path) -> None:
+    expected = load_file(GOLDEN / case / "expected.safetensors")
+    base = write_base(
+        tmp_path / "base", {k.removeprefix("base."): v for k, v in expected.items() if k.startswith("base.")}
+    )
+    with pytest.raises(lora.CheckpointError, match="weight must be 1"):
+        merge_checkpoint(base, GOLDEN / case, tmp_path / "out", weights=[0.5])
+    with pytest.raises(lora.CheckpointError, match="two adapters"):
+        merge_checkpoint(base, [GOLDEN / case, GOLDEN / case], tmp_path / "out")
+
+
+def test_an_interrupted_merge_leaves_nothing(small: tuple[Path, Path], tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoint(*small, tmp_path / "out", progress=stop)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
