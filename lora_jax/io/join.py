@@ -32,7 +32,8 @@ def join(site: Site, pieces: list[Piece]) -> Joined:
     Pieces with the same A share their ranks; ranks of the others add up, and B is zero where a piece has no outputs.
     """
     experts = 1 if pieces[0].target.parameter else 0
-    scale = next((piece.scale for piece in pieces if piece.scale), 0.0)
+    # The largest, so that the others become factors below one, which cannot overflow.
+    scale = max((piece.scale for piece in pieces), key=abs)
     groups: list[tuple[np.ndarray, np.ndarray]] = []
     for piece in pieces:
         a, b = _group(groups, piece, site, experts)

@@ -68,6 +68,11 @@ def shapes(site: Site, target: Target, rank: int) -> tuple[tuple[int, ...], tupl
     return (stacked, site.fan_in), (out, stacked)
 
 
+def is_transposed(site: Site, fan_in_fan_out: bool) -> bool:
+    """Whether PyTorch stores a whole weight `(in, out)`: as `Conv1D` does, which no model has as its output head."""
+    return fan_in_fan_out and site.kind == "dense" and not site.head
+
+
 def weight_to_torch(site: Site, value: np.ndarray, *, transposed: bool) -> np.ndarray:
     """A whole parameter as PyTorch stores it: `(out, in)`, `(out, in, *kernel)`, a table, a vector.
 

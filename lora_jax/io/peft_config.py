@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_jax.errors import CheckpointError
 from lora_jax.io.peft_match import exact_key, in_pattern
+from lora_jax.io.peft_types import check_types
 
 # PEFT's defaults of the fields that decide about the numbers. A file that lacks a field means these.
 _DEFAULTS = {"lora_alpha": 8, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
@@ -88,7 +89,7 @@ def check(where: str, config: Mapping[str, Any]) -> None:
             "and it may change what the arrays mean. Remove the field if you know that it does not."
         )
     _check_init(where, config.get("init_lora_weights", True))
-    _check_types(where, config)
+    check_types(where, config)
 
 
 def _check_init(where: str, init: Any) -> None:
@@ -100,26 +101,6 @@ def _check_init(where: str, init: Any) -> None:
         )
     if name not in _INITS:
         raise CheckpointError(f"{where}: init_lora_weights={init!r} is unknown; possible: true, false, {_INITS[:4]}")
-
-
-def _check_types(where: str, config: Mapping[str, Any]) -> None:
-    for field in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(field) or {}, Mapping):
-            raise CheckpointError(f"{where}: {field}={config[field]!r} must be an object")
-    numbers = {"lora_alpha": config.get("lora_alpha"), "r": config.get("r")}
-    for field in ("rank_pattern", "alpha_pattern"):
-        numbers |= {f"{field}[{key!r}]": value for key, value in (config.get(field) or {}).items()}
-    for field, value in numbers.items():
-        whole = "rank" in field or field == "r"
-        if value is not None and not _is_number(value, whole):
-            needs = "a positive integer" if whole else "a finite number"
-            raise CheckpointError(f"{where}: {field}={value!r} must be {needs}")
-
-
-def _is_number(value: Any, whole: bool) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return (isinstance(value, int) and value > 0) if whole else math.isfinite(value)
 
 
 def rank_of(config: Mapping[str, Any], name: str) -> int | None:

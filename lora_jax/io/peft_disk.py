@@ -13,6 +13,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 _DTYPES = {"F16", "BF16", "F32", "F64"}
+_MAX_CONFIG = 1 << 24
 
 
 def locate(path: Path, subfolder: str | None) -> tuple[Path, Path]:
@@ -29,7 +30,7 @@ def locate(path: Path, subfolder: str | None) -> tuple[Path, Path]:
     if weights.is_file():
         return weights, folder / CONFIG
     if weights.exists():
-        raise CheckpointError(f"{weights} is a directory where a file belongs")
+        raise CheckpointError(f"{weights} is no regular file, which belongs there")
     _refuse_pickle(folder / "adapter_model.bin")
     inner = sorted(child.name for child in folder.iterdir() if (child / WEIGHTS).is_file())
     hint = f" It holds the adapters {', '.join(inner)}: pass subfolder={inner[0]!r}." if inner else ""
@@ -48,9 +49,14 @@ def _refuse_pickle(path: Path) -> None:
 
 def read_config(path: Path) -> dict[str, Any] | None:
     """The parsed file, or None if there is none."""
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return None
+    if not path.is_file():
+        # Taken for no config at all it would change the scales, and reading a pipe would wait for ever.
+        raise CheckpointError(f"{path} is no regular file, which belongs there")
     try:
+        if path.stat().st_size > _MAX_CONFIG:
+            raise ValueError(f"{path.stat().st_size} bytes are too many")
         config = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
@@ -68,11 +74,24 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             keys = list(file.keys())
             for key in keys:
                 _check_tensor(path, key, file.get_slice(key))
-            return {key: file.get_tensor(key) for key in keys}
+            arrays = {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors: {error}. It is damaged or cut short; copy it again."
         ) from None
+    for key, array in arrays.items():
+        _check_finite(path, key, array)
+    return arrays
+
+
+def _check_finite(path: Path, key: str, array: np.ndarray) -> None:
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(array.astype(np.float32))
+    if not finite.all():
+        raise CheckpointError(
+            f"{path}: {key} has {finite.size - np.count_nonzero(finite)} values that are NaN or infinite in float32. "
+            "The training diverged, or the file is damaged; use an earlier checkpoint."
+        )
 
 
 def _check_tensor(path: Path, key: str, tensor: Any) -> None:

@@ -25,9 +25,9 @@ from lora_jax.io.peft_match import saves, targets
 _MAX_RANK = 1 << 16
 _SHOWN = 5
 # Layers that `save_embedding_layers` writes although no config names them.
-_EMBEDDINGS = (
+EMBEDDINGS = (
     "embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_in", "embed_out", "tok_embeddings",
-    "token_embedding", "embed", "embedding", "embeddings", "output",
+    "token_embedding", "embed", "embedding", "embeddings", "output", "head",
 )  # fmt: skip
 
 
@@ -187,10 +187,17 @@ def write_peft(path: str | PathLike[str], files: PeftFiles, *, overwrite: bool =
     where = Path(path).expanduser().absolute()
     if not files.modules and not files.saved:
         raise CheckpointError(f"Nothing to write to {where}: the adapter is empty")
-    if where.exists():
+    if where.exists() or where.is_symlink():
         _check_replaceable(where, overwrite)
     arrays = _tensors(files)
     text = json.dumps(_plain({**files.config, "inference_mode": True}), indent=2, sort_keys=True) + "\n"
+    try:
+        _write(where, arrays, text)
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be written: {error}") from None
+
+
+def _write(where: Path, arrays: dict[str, np.ndarray], text: str) -> None:
     where.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=where.parent, prefix=f".{where.name}-") as folder:
         beside = Path(folder) / "adapter"
@@ -231,6 +238,9 @@ def _check_replaceable(where: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{where} exists already. Choose another path, or pass overwrite=True to replace it.")
     if not (where / CONFIG).is_file() and not (where / WEIGHTS).is_file():
         raise CheckpointError(f"{where} exists and is no PEFT adapter, so it is left alone. Choose another path.")
+    for name in (WEIGHTS, CONFIG):
+        if (where / name).is_dir():
+            raise CheckpointError(f"{where / name} is a directory where a file belongs, so {where} is left alone.")
 
 
 def _assemble(where: str, config: dict[str, Any] | None, arrays: Mapping[str, np.ndarray]) -> PeftFiles:
@@ -248,8 +258,8 @@ def _assemble(where: str, config: dict[str, Any] | None, arrays: Mapping[str, np
             _put(where, parts.setdefault(key.name, {}), key.part, array, raw)
             embeddings |= {key.name} if key.embedding else set()
     if config is None:
-        config = peft_config.inferred({name: len(found["a"]) for name, found in parts.items() if "a" in found},
-                                      sorted({name.rpartition(".")[0] for name in whole}))  # fmt: skip
+        ranks = {name: found["a"].shape[0] for name, found in parts.items() if "a" in found and found["a"].ndim}
+        config = peft_config.inferred(ranks, sorted({name.rpartition(".")[0] for name in whole}))
     unknown += [name for name in whole if not _belongs(name, config, parts)]
     _refuse_unknown(where, unknown)
     modules = {name: _module(where, name, found, name in embeddings, config) for name, found in sorted(parts.items())}
@@ -275,7 +285,7 @@ def _belongs(name: str, config: Mapping[str, Any], modules: Iterable[str]) -> bo
         return True
     if leaf == "bias" and peft_config.setting(config, "bias") != "none":
         return True
-    return leaf in ("weight", "bias") and owner.rpartition(".")[2] in _EMBEDDINGS
+    return leaf in ("weight", "bias") and owner.rpartition(".")[2] in EMBEDDINGS
 
 
 def _refuse_unknown(where: str, keys: list[str]) -> None:
@@ -314,7 +324,8 @@ def _kind(name: str, a: np.ndarray, embedding: bool, config: Mapping[str, Any]) 
 def _check_rank(where: str, name: str, module: Module, wanted: int | None) -> None:
     a, b = module.a.shape, module.b.shape
     key = f"{unparse(name, 'a', embedding=module.kind == 'embedding')} of shape {a}"
-    if len(a) != len(b) or len(a) < 2 or (module.kind != "conv" and a[0] != b[1]) or a[0] % max(b[1], 1):
+    flat = module.kind != "conv"
+    if len(a) != len(b) or len(a) < 2 or (flat and (len(a) > 2 or a[0] != b[1])) or a[0] % max(b[1], 1):
         raise CheckpointError(f"{where}: {key} does not fit lora_B of shape {b}: they must share the rank")
     if a[0] > _MAX_RANK and module.kind != "parameter":
         raise CheckpointError(f"{where}: {key} has rank {a[0]}, more than the {_MAX_RANK} that is believable")

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal, NamedTuple, overload
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,14 +14,14 @@ from lora_jax.io import layouts
 from lora_jax.io.join import Piece, join, stack
 from lora_jax.io.known_names import find_names
 from lora_jax.io.names import Names
-from lora_jax.io.peft_config import setting
 from lora_jax.io.peft_delta import Module
 from lora_jax.io.peft_files import PeftFiles, read_peft
 from lora_jax.io.peft_match import saves, targets
+from lora_jax.io.peft_whole import WholeReader
 from lora_jax.io.twin import Place, Twin, is_tied, twin
 from lora_jax.paths import named_leaves
 from lora_jax.site import Site, Sites
-from lora_jax.updates import LowRank, Replace, Update
+from lora_jax.updates import LowRank, Update
 
 _SHOWN = 5
 
@@ -138,10 +137,11 @@ class _Reader:
             if piece is not None:
                 pieces.setdefault(place.site.path, []).append(piece)
         updates: dict[str, Update] = {path: self._low_rank(self.sites[path], found) for path, found in pieces.items()}
-        for name, array in self.files.saved.items():
-            self._whole(name, array, updates)
+        whole = WholeReader(self.files, self.leaves, self.sites, self.names, self.twin)
+        updates |= whole.updates(updates.keys())
+        unexpected, mismatched = self.unexpected + whole.unexpected, self.mismatched + whole.mismatched
         missing = self._missing({*placed, *self.files.modules})
-        return Adapter(updates), Unmatched(missing, tuple(self.unexpected), tuple(self.mismatched))
+        return Adapter(updates), Unmatched(missing, tuple(unexpected), tuple(mismatched))
 
     def complaint(self, unmatched: Unmatched) -> str:
         """All that is left over, with the nearest names."""
@@ -237,47 +237,6 @@ class _Reader:
         a, b, scale = stack(site, joined)
         dropout = float(self.files.config.get("lora_dropout") or 0.0)
         return LowRank(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale), site, dropout)
-
-    def _whole(self, name: str, array: np.ndarray, updates: dict[str, Update]) -> None:
-        if name.endswith(".trainable_tokens_delta"):
-            raise CheckpointError(
-                f"{self.files.where}: {name} replaces rows of a table (trainable_token_indices), which no update here "
-                "holds. Merge it in PEFT (merge_and_unload) and convert the merged model."
-            )
-        heads = {f"{head}.weight": f"{embedding}.weight" for embedding, head in self.names.tied.items()}
-        path = self.twin.tensors.get(name) or self.twin.tensors.get(heads.get(name, ""))
-        if path is None:
-            self.unexpected.append(name)
-            return
-        site = self.sites.get(path) or Site(
-            path=path, shape=tuple(self.leaves[path].shape), dtype=str(self.leaves[path].dtype), kind="full"
-        )
-        transposed = bool(setting(self.files.config, "fan_in_fan_out"))
-        wanted = layouts.weight_to_torch(site, np.empty(site.shape, np.bool_), transposed=transposed).shape
-        if array.shape != wanted:
-            self.mismatched.append(f"{name} has shape {array.shape}, where {path} needs {wanted}")
-            return
-        value = layouts.weight_from_torch(site, array, transposed=transposed)
-        self._replace(name, site, value, updates)
-
-    def _replace(self, name: str, site: Site, value: np.ndarray, updates: dict[str, Update]) -> None:
-        """Train in full what the config trains in full; a copy of the base is no update."""
-        asked = saves(self.files.config.get("modules_to_save"), name) or name.endswith(".bias")
-        if not asked and self._unchanged(site.path, value):
-            return
-        if site.path in updates:
-            raise CheckpointError(
-                f"{self.files.where}: {name} is the base's own table (save_embedding_layers), it differs from "
-                f"{site.path!r}, and factors are stored for it too. Put that table into the parameters first."
-            )
-        dtype = jnp.promote_types(self.leaves[site.path].dtype, jnp.float32)
-        updates[site.path] = Replace(jnp.asarray(np.ascontiguousarray(value), dtype), site)
-
-    def _unchanged(self, path: str, value: np.ndarray) -> bool:
-        leaf = self.leaves[path]
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return False
-        return np.array_equal(np.asarray(leaf), value.astype(np.asarray(leaf).dtype))
 
     def _missing(self, present: set[str]) -> tuple[str, ...]:
         """Modules that the config adapts or saves, and that the file does not have."""

@@ -1,18 +1,16 @@
 """Writing an adapter as PyTorch PEFT would have written it, so that PEFT computes the same."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from lora_jax.adapter import Adapter
-from lora_jax.errors import CheckpointError, ParameterError
+from lora_jax.errors import CheckpointError
 from lora_jax.fit import fit
 from lora_jax.io import layouts
 from lora_jax.io.known_names import find_names
@@ -20,8 +18,9 @@ from lora_jax.io.names import Names
 from lora_jax.io.peft_delta import Module, ModuleKind
 from lora_jax.io.peft_files import PeftFiles, write_peft
 from lora_jax.io.peft_match import exact_key, shortest, targets
+from lora_jax.io.peft_tables import WholeWriter, untied
 from lora_jax.io.rules import Target
-from lora_jax.io.twin import is_tied, tensor_name, twin
+from lora_jax.io.twin import is_tied, twin
 from lora_jax.paths import named_leaves
 from lora_jax.site import Site, Sites
 from lora_jax.updates import LowRank, Replace
@@ -83,8 +82,8 @@ def save(
         fit(adapter, leaves)
     writer = _Writer(adapter, find_names(names), sites, leaves)
     files = writer.files()
-    if save_embedding_layers is True or (save_embedding_layers == "auto" and writer.resized(base_model)):
-        files = PeftFiles(files.config, files.modules, {**writer.tables(), **files.saved})
+    if save_embedding_layers is True or (save_embedding_layers == "auto" and writer.whole.resized(base_model)):
+        files = PeftFiles(files.config, files.modules, {**writer.whole.tables(writer.twin), **files.saved})
     extra = {"base_model_name_or_path": base_model, "task_type": task_type}
     write_peft(path, PeftFiles({**files.config, **extra}, files.modules, files.saved), overwrite=overwrite)
 
@@ -93,18 +92,20 @@ class _Writer:
     """One adapter on its way out."""
 
     def __init__(self, adapter: Adapter, names: Names, sites: Sites | None, leaves: Mapping[str, Any]):
-        self.adapter, self.names, self.leaves = adapter, names, leaves
+        self.names = names
         self.low_rank = {path: each for path, each in adapter.items() if isinstance(each, LowRank)}
-        self.replaced = {path: each for path, each in adapter.items() if isinstance(each, Replace)}
-        others = sorted(adapter.keys() - self.low_rank.keys() - self.replaced.keys())
+        replaced = {path: each for path, each in adapter.items() if isinstance(each, Replace)}
+        others = sorted(adapter.keys() - self.low_rank.keys() - replaced.keys())
         if others:
             kind = type(adapter[others[0]]).__name__
             raise CheckpointError(f"PEFT's files have no place for {others[0]!r}, which is a {kind}")
-        self.whole = sites is not None
         own = [update.site for update in adapter.values()]
         self.sites = sites or Sites([site for site in own if site.kind != "full"], tuple(adapter))
         self.targets = names.resolve(update.site for update in self.low_rank.values())
         self.twin = twin(names, self.sites)
+        # Endings are short only against every other name: a module without one could end alike.
+        self.complete = sites is not None and not self.twin.unnamed
+        self.whole = WholeWriter(replaced, names, self.sites, leaves)
         # Rank and alpha by the name that PEFT's patterns go by.
         self.scales: dict[str, tuple[int, float]] = {}
         self.ties = False
@@ -126,9 +127,8 @@ class _Writer:
         plain = set(modules)
         for owner, stacked in stacks.items():
             modules |= self._nested(owner, stacked)
-        saved = {tensor_name(self.names, path, each.site): self._value(each) for path, each in self.replaced.items()}
         parameters = sorted(name for stacked in stacks.values() for _, name, _ in stacked)
-        return PeftFiles(self._config(plain, parameters, saved), modules, saved)
+        return PeftFiles(self._config(plain, parameters), modules, self.whole.saved)
 
     def _module(self, update: LowRank, target: Target) -> Module | None:
         """The factors at one target, or None where a stack holds nothing."""
@@ -158,11 +158,7 @@ class _Writer:
             return
         head = self.names.tied.get(target.name)
         if head is None:
-            raise CheckpointError(
-                f"{site.path!r} is look-up table and output head at once, and PEFT would apply the update to the "
-                f"look-up only. If PyTorch's model ties them too, name its head: Names(tied={{{target.name!r}: "
-                "'lm_head'}); or do not adapt the table."
-            )
+            raise untied(site, target.name)
         self.ties = True
         self.scales[head] = self.scales[target.name]
         modules[head] = Module("linear", module.b.T, module.a.T)
@@ -178,19 +174,8 @@ class _Writer:
         depth = len(ordered)
         return {owner + ".base_layer" * (depth - 1 - place): module for place, module in enumerate(ordered)}
 
-    def _value(self, update: Replace) -> np.ndarray:
-        return self._weight(update.site, np.asarray(update.value))
-
-    def _weight(self, site: Site, value: np.ndarray) -> np.ndarray:
-        if site.kind == "full" and value.ndim > 1 and not site.path.endswith("/bias"):
-            raise CheckpointError(
-                f"{site.path!r} has shape {value.shape} and is not used linearly, so its layout in PyTorch is unknown. "
-                f"Leave it out of the export: adapter.without({site.path!r})"
-            )
-        return layouts.weight_to_torch(site, value, transposed=self.names.fan_in_fan_out)
-
-    def _config(self, plain: set[str], parameters: list[str], saved: dict[str, np.ndarray]) -> dict[str, Any]:
-        modules_to_save, bias = self._saved(plain, saved)
+    def _config(self, plain: set[str], parameters: list[str]) -> dict[str, Any]:
+        modules_to_save, bias = self.whole.config(self.twin, plain)
         ranks = Counter(rank for rank, _ in self.scales.values())
         alphas = Counter(alpha for _, alpha in self.scales.values())
         rank = ranks.most_common(1)[0][0] if ranks else 8
@@ -211,7 +196,7 @@ class _Writer:
             "init_lora_weights": True,
             "use_rslora": False,
             "use_dora": False,
-            "ensure_weight_tying": self.ties,
+            "ensure_weight_tying": self.ties or self.whole.ties,
         }
 
     def _dropout(self) -> float:
@@ -227,69 +212,10 @@ class _Writer:
         others = self.twin.known() - plain
         # Nothing inside a saved module is ever targeted.
         others = {name for name in others if not any(name.endswith(entry) for entry in modules_to_save)}
-        chosen = shortest(plain, others) if self.whole else sorted(plain)
+        chosen = shortest(plain, others) if self.complete else sorted(plain)
         if any(targets(chosen, other) for other in others):
             return "|".join(re.escape(name) for name in sorted(plain))
         return chosen
-
-    def _saved(self, plain: set[str], saved: dict[str, np.ndarray]) -> tuple[list[str], str]:
-        """`modules_to_save` and `bias` that make PEFT load the whole tensors, completing modules from the base."""
-        owners: dict[str, set[str]] = {}
-        for name in saved:
-            owner, _, leaf = name.rpartition(".")
-            owners.setdefault(owner, set()).add(leaf)
-        biases = {owner for owner, leaves in owners.items() if leaves == {"bias"}}
-        modules = sorted(owners.keys() - biases)
-        for owner in modules:
-            self._complete(owner, saved)
-            self._check_alone(owner, plain | set(modules))
-        return modules, "none" if not biases else "lora_only" if biases <= plain else "all"
-
-    def _complete(self, owner: str, saved: dict[str, np.ndarray]) -> None:
-        """PEFT saves modules whole, so what was not trained of one is written as it is in the base."""
-        for path in self.leaves:
-            site = self.sites.get(path)
-            try:
-                name = tensor_name(self.names, path, site)
-            except (ValueError, LookupError):
-                continue
-            if name.rpartition(".")[0] == owner and name not in saved:
-                leaf = self.leaves[path]
-                full = site or Site(path=path, shape=tuple(leaf.shape), dtype=str(leaf.dtype), kind="full")
-                saved[name] = self._weight(full, self._base(path))
-
-    def _check_alone(self, owner: str, adapted: set[str]) -> None:
-        """PEFT's `modules_to_save` also takes every module whose name merely ends alike, and shields what is inside."""
-        for other in sorted((self.twin.known() | adapted) - {owner}):
-            if other.endswith(owner) or (other in adapted and re.match(rf"(^|.*\.){owner}($|\..*)", other)):
-                raise CheckpointError(
-                    f"{owner!r} is trained in full, and PEFT would take {other!r} for it too, because modules_to_save "
-                    "matches the ends of names. Rename it in PyTorch, or leave one of them out of the export."
-                )
-
-    def resized(self, base_model: str | None) -> bool:
-        """Whether a local base model says that its vocabulary has another size than here."""
-        config = Path(base_model or "") / "config.json"
-        if not base_model or not config.is_file():
-            return False
-        size = json.loads(config.read_text()).get("vocab_size")
-        return size is not None and any(
-            site.kind == "embedding" and site.fan_in != size for site in self.sites.values()
-        )
-
-    def tables(self) -> dict[str, np.ndarray]:
-        """The base's look-up tables and output heads."""
-        wanted = {
-            name: place.site for name, place in self.twin.modules.items()
-            if not place.site.batch_axes and (place.site.kind == "embedding" or place.site.head)
-        }  # fmt: skip
-        return {f"{name}.weight": self._weight(site, self._base(site.path)) for name, site in wanted.items()}
-
-    def _base(self, path: str) -> np.ndarray:
-        leaf = self.leaves.get(path)
-        if leaf is None or isinstance(leaf, jax.ShapeDtypeStruct):
-            raise ParameterError(f"The value of {path!r} is to be written too: pass params=, with arrays")
-        return np.asarray(leaf)
 
 
 def _alpha(scale: np.float32, rank: int) -> float:

@@ -11,6 +11,7 @@ from lora_jax.io.rules import Target
 from lora_jax.site import Site, Sites
 
 _WEIGHTS = ("kernel", "embedding", "scale", "w", "weight", "input_embedding", "embeddings")
+_BIASES = ("bias", "b")
 
 
 class Place(NamedTuple):
@@ -91,7 +92,7 @@ def tensor_name(names: Names, path: str, site: Site | None) -> str:
     if site is not None and site.batch_axes:
         raise MatchError(f"{path!r} is a stack of weights, and PEFT trains whole modules only, one at a time")
     weight = leaf in _WEIGHTS or (site is not None and site.kind != "full")
-    return f"{names.module(path)}.{'weight' if weight else leaf}"
+    return f"{names.module(path)}.{'weight' if weight else 'bias' if leaf in _BIASES else leaf}"
 
 
 def is_tied(site: Site) -> bool:

@@ -1,0 +1,89 @@
+"""Types of the fields in `adapter_config.json`: nothing that a file says is used before it is known to be usable."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lora_jax.errors import CheckpointError
+
+_FLOAT32_MAX = 3.4e38
+
+
+def check_types(where: str, config: Mapping[str, Any]) -> None:
+    """Refuse fields that are not what PEFT writes there; absent ones and null are fine.
+
+    Raises:
+      CheckpointError: a field has another type, is out of range, or is no regex where one belongs.
+    """
+    for field, (needs, holds) in _FIELDS.items():
+        value = config.get(field)
+        if value is not None and not holds(value):
+            raise CheckpointError(f"{where}: {field}={_shown(value)} must be {needs}")
+    for field, (needs, holds) in _PATTERNS.items():
+        for key, value in (config.get(field) or {}).items():
+            if not _is_regex(f"({key})"):
+                raise CheckpointError(f"{where}: {field}: {_shown(key)} is no regular expression")
+            if not holds(value):
+                raise CheckpointError(f"{where}: {field}[{_shown(key)}]={_shown(value)} must be {needs}")
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+
+
+def _is_number(value: Any) -> bool:
+    # An int may be larger than any float.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and -_FLOAT32_MAX < value < _FLOAT32_MAX and math.isfinite(value)
+
+
+def _is_regex(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _are_targets(value: Any) -> bool:
+    return _are_names(value) or (isinstance(value, str) and _is_regex(value))
+
+
+def _is_a(*types: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, types)
+
+
+_RANK = "a positive integer", _is_rank
+_NUMBER = "a finite number", _is_number
+_NAMES = "a list of names", _are_names
+_TARGETS = "a list of names, or one regular expression", _are_targets
+_BOOL = "true or false", _is_a(bool)
+
+_PATTERNS = {"rank_pattern": _RANK, "alpha_pattern": _NUMBER}
+_FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": _RANK,
+    "lora_alpha": _NUMBER,
+    "lora_dropout": ("a probability below 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "rank_pattern": ("an object", _is_a(dict)),
+    "alpha_pattern": ("an object", _is_a(dict)),
+    "target_modules": _TARGETS,
+    "exclude_modules": _TARGETS,
+    "target_parameters": _NAMES,
+    "modules_to_save": _NAMES,
+    "bias": ("one of none, all, lora_only", lambda value: value in ("none", "all", "lora_only")),
+    "use_rslora": _BOOL,
+    "use_dora": _BOOL,
+    "fan_in_fan_out": _BOOL,
+    "lora_bias": _BOOL,
+    "ensure_weight_tying": _BOOL,
+}

@@ -1,0 +1,117 @@
+"""Whole tensors of a PEFT adapter on their way into a JAX model: `modules_to_save`, biases, saved embeddings."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.errors import CheckpointError
+from lora_jax.io import layouts
+from lora_jax.io.names import Names
+from lora_jax.io.peft_config import setting
+from lora_jax.io.peft_files import PeftFiles
+from lora_jax.io.peft_match import saves
+from lora_jax.io.twin import Twin, is_tied
+from lora_jax.site import Site, Sites
+from lora_jax.updates import Replace
+
+
+class WholeReader:
+    """The whole tensors of one adapter, and what of them has no place.
+
+    Attributes:
+      unexpected: tensors that the model does not have.
+      mismatched: tensors that are shaped differently, with both shapes.
+    """
+
+    def __init__(self, files: PeftFiles, leaves: Mapping[str, Any], sites: Sites, names: Names, twin: Twin):
+        self.files, self.leaves, self.sites, self.twin = files, leaves, sites, twin
+        self.embeddings = {f"{head}.weight": f"{embedding}.weight" for embedding, head in names.tied.items()}
+        self.transposed = bool(setting(files.config, "fan_in_fan_out"))
+        self.unexpected: list[str] = []
+        self.mismatched: list[str] = []
+
+    def updates(self, adapted: Collection[str]) -> dict[str, Replace]:
+        """A `Replace` by path for what the config trains in full, and for tables that are not the base's.
+
+        Args:
+          adapted: paths that have factors.
+        """
+        found: dict[str, tuple[str, np.ndarray]] = {}
+        for name, array in self.files.saved.items():
+            path = self._path(name)
+            value = None if path is None else self._value(name, path, array)
+            if path is None or value is None or not (self._asked(name) or self._changed(name, path, value)):
+                continue
+            self._check_alone(name, path, value, adapted, found)
+            found[path] = (name, value)
+        return {path: self._replace(path, value) for path, (_, value) in found.items()}
+
+    def _path(self, name: str) -> str | None:
+        if name.endswith(".trainable_tokens_delta"):
+            raise CheckpointError(
+                f"{self.files.where}: {name} replaces rows of a table (trainable_token_indices), which no update here "
+                "holds. Merge it in PEFT (merge_and_unload) and convert the merged model."
+            )
+        path = self.twin.tensors.get(name) or self.twin.tensors.get(self.embeddings.get(name, ""))
+        if path is None:
+            self.unexpected.append(name)
+        return path
+
+    def _site(self, path: str) -> Site:
+        leaf = self.leaves[path]
+        return self.sites.get(path) or Site(path=path, shape=tuple(leaf.shape), dtype=str(leaf.dtype), kind="full")
+
+    def _value(self, name: str, path: str, array: np.ndarray) -> np.ndarray | None:
+        site = self._site(path)
+        transposed = layouts.is_transposed(site, self.transposed)
+        wanted = layouts.weight_to_torch(site, np.empty(site.shape, np.bool_), transposed=transposed).shape
+        if array.shape != wanted:
+            self.mismatched.append(f"{name} has shape {array.shape}, where {path} needs {wanted}")
+            return None
+        return layouts.weight_from_torch(site, array, transposed=transposed)
+
+    def _asked(self, name: str) -> bool:
+        """Whether the config trains the tensor in full, so that it is an update even where it equals the base."""
+        return saves(self.files.config.get("modules_to_save"), name) or name.endswith(".bias")
+
+    def _changed(self, name: str, path: str, value: np.ndarray) -> bool:
+        leaf = self.leaves[path]
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise CheckpointError(
+                f"{self.files.where}: {name} is a whole table of the base (save_embedding_layers), and abstract "
+                "parameters do not tell whether it changed: pass arrays."
+            )
+        return not np.array_equal(np.asarray(leaf), value.astype(np.asarray(leaf).dtype))
+
+    def _check_alone(
+        self,
+        name: str,
+        path: str,
+        value: np.ndarray,
+        adapted: Collection[str],
+        found: Mapping[str, tuple[str, np.ndarray]],
+    ) -> None:
+        """A table has one value here: factors beside it, and another value for its other use, have no place."""
+        if path in adapted:
+            raise CheckpointError(
+                f"{self.files.where}: {name} is the base's own table (save_embedding_layers), it differs from "
+                f"{path!r}, and factors are stored for it too. Put that table into the parameters first."
+            )
+        alone = is_tied(self._site(path)) and self._asked(name) and not self._has_both(name)
+        if alone or (path in found and not np.array_equal(found[path][1], value)):
+            raise CheckpointError(
+                f"{self.files.where} trains {name} for one of its uses, but here {path!r} is one table for look-up and "
+                "output head. PEFT keeps them together only if trained with ensure_weight_tying=True."
+            )
+
+    def _has_both(self, name: str) -> bool:
+        """Whether the file has the table of a look-up and that of the head which is tied to it."""
+        pairs = [pair for pair in self.embeddings.items() if name in pair]
+        return any(other in self.files.saved for pair in pairs for other in pair if other != name)
+
+    def _replace(self, path: str, value: np.ndarray) -> Replace:
+        dtype = jnp.promote_types(self.leaves[path].dtype, jnp.float32)
+        return Replace(jnp.asarray(np.ascontiguousarray(value), dtype), self._site(path))

@@ -1,0 +1,542 @@
+"""PEFT directories both ways: round trips of every kind of layer, strictness, tables of the base, refusals."""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, assert_same, cast_floats, random_adapter
+from peft_models import CONV1D, EXPERTS, SCANNED, Params, conv, experts, linear, nested, net, scanned_net, stacked
+from safetensors.numpy import load_file, save_file
+
+import lora_jax as lora
+from lora_jax.io.peft import Module, Names, PeftFiles, Rule, read_peft, write_peft
+from lora_jax.site import Site, Sites
+
+FILES = ["adapter_config.json", "adapter_model.safetensors"]
+ARRAYS = FILES[1]
+TOKENS = jnp.asarray([[1, 7, 3], [0, 2, 2]])
+
+
+def draw(*shape: int) -> jax.Array:
+    """Different numbers everywhere, so that no transposition goes unnoticed."""
+    return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape), jnp.float32)
+
+
+def net_params() -> Params:
+    flat: dict[str, Any] = {"embed/embedding": draw(11, 5), "head/kernel": draw(5, 4), "head/bias": draw(4)}
+    for index in range(2):
+        for name, shape in {"attn/q": (5, 7), "attn/v": (5, 7), "up": (7, 5)}.items():
+            flat[f"layers_{index}/{name}/kernel"] = draw(*shape) + index
+            flat[f"layers_{index}/{name}/bias"] = draw(shape[1]) - index
+    return nested(flat)
+
+
+def attention(params: Params, x: jax.Array) -> jax.Array:
+    q, k, v = jnp.einsum("btd,dcnh->cbtnh", x, params["qkv"]["kernel"])
+    weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k))
+    return jnp.einsum("bnts,bsnh,nhd->btd", weights, v, params["out"]["kernel"])
+
+
+def tied(params: Params, tokens: jax.Array) -> jax.Array:
+    table = params["embed"]["embedding"]
+    return jnp.tanh(table[tokens] @ params["up"]["kernel"]) @ table.T
+
+
+def out_first_experts(params: Params, x: jax.Array) -> jax.Array:
+    layer = {name: jnp.swapaxes(weight, 1, 2) for name, weight in params["layer"].items()}
+    return experts({"layer": layer}, x)
+
+
+class Model(NamedTuple):
+    fn: Callable[..., jax.Array]
+    params: Params
+    x: jax.Array
+    names: Names | None = None
+
+    @property
+    def sites(self) -> Sites:
+        return lora.find_sites(self.fn, self.params, self.x)
+
+
+FUSED = Names([Rule("qkv/kernel", ("q_proj", "k_proj", "v_proj")), Rule("out/kernel", "o_proj")])
+TIED = Names(tied={"embed": "lm_head"})
+NET = Model(net, net_params(), TOKENS)
+TIED_NET = Model(tied, nested({"embed/embedding": draw(9, 4), "up/kernel": draw(4, 4)}), TOKENS, TIED)
+UP, DOWN = "layer/gate_up_proj", "layer/down_proj"
+MODELS = {
+    "dense and embedding": NET,
+    "Conv1D": Model(linear, nested({"layer/kernel": draw(5, 9)}), draw(2, 5), CONV1D),
+    "square Conv1D": Model(linear, nested({"layer/kernel": draw(5, 5)}), draw(2, 5), CONV1D),
+    "conv 1-D": Model(conv(), nested({"layer/kernel": draw(3, 4, 6), "layer/bias": draw(6)}), draw(2, 4, 9)),
+    "conv 2-D": Model(conv(), nested({"layer/kernel": draw(3, 2, 4, 6), "layer/bias": draw(6)}), draw(2, 4, 8, 7)),
+    "conv 3-D": Model(conv(), nested({"layer/kernel": draw(3, 2, 1, 2, 5), "layer/bias": draw(5)}), draw(2, 2, 5, 4, 3)),
+    "experts": Model(experts, nested({UP: draw(3, 6, 10), DOWN: draw(3, 5, 6)}), draw(4, 6), EXPERTS),
+    "experts, outputs first": Model(out_first_experts, nested({UP: draw(3, 10, 6), DOWN: draw(3, 6, 5)}), draw(4, 6), EXPERTS),
+    "scanned on axes 0 and 1": Model(scanned_net, stacked(net_params()), TOKENS, SCANNED),
+    "heads and fused": Model(attention, nested({"qkv/kernel": draw(6, 3, 2, 4), "out/kernel": draw(2, 4, 6)}), draw(2, 5, 6), FUSED),
+    "tied": TIED_NET,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_round_trip(model: Model, tmp_path: Path) -> None:
+    adapter, sites = random_adapter(model.sites, rank=3, dropout=0.0), model.sites
+    before = jax.tree.map(np.array, adapter)
+    lora.peft.save(tmp_path / "a", adapter, model.names, sites=sites)
+    loaded = lora.peft.load(tmp_path / "a", model.params, sites, model.names)
+    assert_same(adapter, before)
+    assert sorted(loaded) == sorted(adapter) and len(adapter) > 0
+    assert_close(lora.merge(model.params, loaded), lora.merge(model.params, adapter))
+    if model.names is not EXPERTS:  # PEFT has one scale for all experts: the others' are in B
+        assert_same(loaded, adapter)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == FILES
+
+
+def test_experts_with_one_scale_come_back_bit_for_bit(tmp_path: Path) -> None:
+    model = MODELS["experts"]
+    adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=3, targets=".*"), model.params, model.sites)
+    lora.peft.save(tmp_path / "a", adapter, model.names)
+    assert_same(lora.peft.load(tmp_path / "a", model.params, model.sites, model.names), adapter)
+
+
+def test_the_file_is_as_large_as_the_adapter(tmp_path: Path) -> None:
+    params = nested({"embed_tokens/embedding": draw(512, 256), "lm_head/kernel": draw(256, 512)})
+    fn = lambda p, x: p["embed_tokens"]["embedding"][x] @ p["lm_head"]["kernel"]  # noqa: E731
+    sites = lora.find_sites(fn, params, TOKENS)
+    lora.peft.save(tmp_path / "a", random_adapter(sites, rank=8), sites=sites, params=params)
+    parameters = 2 * 8 * (512 + 256)
+    assert 4 * parameters < (tmp_path / "a" / ARRAYS).stat().st_size < 1.01 * 4 * parameters
+
+
+def test_strided_arrays_are_written_as_they_are(tmp_path: Path) -> None:
+    a, b = np.asarray(draw(6, 2)).T, np.asarray(draw(8, 4))[::2, ::2]
+    assert not a.flags.c_contiguous and not b.flags.c_contiguous
+    write_peft(tmp_path / "a", PeftFiles({"r": 2, "target_modules": ["q"]}, {"q": Module("linear", a, b)}))
+    assert_same(read_peft(tmp_path / "a").modules["q"].arrays(), {"a": a, "b": b})
+
+
+def written(path: Path, model: Model = NET, **config: Any) -> Path:
+    """An adapter of all the model's sites at `path`, with fields of its config changed."""
+    lora.peft.save(path, random_adapter(model.sites), model.names, sites=model.sites)
+    return configured(path, **config)
+
+
+def configured(path: Path, **config: Any) -> Path:
+    fields = json.loads((path / FILES[0]).read_text())
+    (path / FILES[0]).write_text(json.dumps(fields | config))
+    return path
+
+
+def rekeyed(path: Path, change: Callable[[str], str], dtype: Any = np.float32) -> Path:
+    arrays = load_file(path / ARRAYS)
+    save_file({change(key): value.astype(dtype) for key, value in arrays.items()}, path / ARRAYS)
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda key: key.removeprefix("base_model.model."),
+        lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda key: "_orig_mod." + key,
+        lambda key: re.sub(r"layers\.(\d)\.", r"layers.\1._fsdp_wrapped_module.", key),
+        lambda key: re.sub(r"(lora_[AB])\.weight", r"\1.default.weight", re.sub(r"(embedding_[AB])$", r"\1.default", key)),
+    ],
+    ids=["bare", "compiled", "compiled outside", "FSDP", "live"],
+)  # fmt: skip
+def test_keys_of_wrapped_models(change: Callable[[str], str], tmp_path: Path) -> None:
+    plain = lora.peft.load(written(tmp_path / "a"), NET.params, NET.sites)
+    before = load_file(tmp_path / "a" / ARRAYS).keys()
+    assert load_file(rekeyed(tmp_path / "a", change) / ARRAYS).keys() != before
+    assert_same(lora.peft.load(tmp_path / "a", NET.params, NET.sites), plain)
+
+
+def test_arrays_without_a_config_have_scale_one(tmp_path: Path) -> None:
+    with_config = lora.peft.load(written(tmp_path / "a"), NET.params, NET.sites)
+    (tmp_path / "a" / FILES[0]).unlink()
+    for path in (tmp_path / "a", tmp_path / "a" / ARRAYS):
+        bare = lora.peft.load(path, NET.params, NET.sites)
+        assert all(float(update.scale) == 1 for update in bare.values())
+        assert_same({path: each.a for path, each in bare.items()}, {path: each.a for path, each in with_config.items()})
+
+
+def test_subfolders(tmp_path: Path) -> None:
+    expected = lora.peft.load(written(tmp_path / "run" / "style"), NET.params, NET.sites)
+    assert_same(lora.peft.load(tmp_path / "run", NET.params, NET.sites, subfolder="style"), expected)
+    with pytest.raises(lora.CheckpointError, match="It holds the adapters style: pass subfolder='style'"):
+        lora.peft.load(tmp_path / "run", NET.params, NET.sites)
+
+
+def test_bfloat16_bases_have_float32_adapters(tmp_path: Path) -> None:
+    params = cast_floats(NET.params, jnp.bfloat16)
+    sites = lora.find_sites(net, params, TOKENS)
+    lora.peft.save(tmp_path / "a", random_adapter(sites), sites=sites, params=params)
+    assert {array.dtype for array in load_file(tmp_path / "a" / ARRAYS).values()} == {np.dtype(np.float32)}
+    expected = lora.peft.load(tmp_path / "a", params, sites)
+    assert_same(expected, random_adapter(sites))
+    low = lora.peft.load(rekeyed(tmp_path / "a", str, jnp.bfloat16), params, sites)
+    assert {leaf.dtype for leaf in jax.tree.leaves(low)} == {np.dtype(np.float32)}
+    assert_close(low, expected, jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("config", "scales"),
+    [
+        ({"lora_alpha": 3}, {"q": 1.5, "up": 1.5}),
+        ({"lora_alpha": None}, {"q": 4.0, "up": 4.0}),
+        ({"lora_alpha": 3, "use_rslora": True}, {"q": 3 / np.sqrt(2), "up": 3 / np.sqrt(2)}),
+        ({"lora_alpha": 3, "alpha_pattern": {"attn.q": 8, "q": 1, r".*\d.up": 6}}, {"q": 4.0, "up": 3.0}),
+        ({"lora_alpha": 3, "alpha_pattern": {"p": 8, "attn": 8, "layers.1.q": 8}}, {"q": 1.5, "up": 1.5}),
+        ({"r": 7, "rank_pattern": {"q|v|up|embed|head": 2}, "lora_alpha": 1}, {"q": 0.5, "up": 0.5}),
+        ({"r": None, "lora_alpha": 1}, {"q": 0.5, "up": 0.5}),
+    ],
+)
+def test_scales_are_those_of_peft(config: dict[str, Any], scales: dict[str, float], tmp_path: Path) -> None:
+    cleared: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+    folder = configured(written(tmp_path / "a"), **{**cleared, **config})
+    adapter = lora.peft.load(folder, NET.params, NET.sites)
+    for path, module in {"layers_0/attn/q/kernel": "q", "layers_1/up/kernel": "up"}.items():
+        assert np.asarray(adapter[path].scale) == np.float32(scales[module])
+
+
+def test_ranks_and_scales_of_their_own_are_written_as_patterns(tmp_path: Path) -> None:
+    sites = NET.sites
+    adapter = lora.Adapter({path: random_adapter(sites, rank=rank)[path] for rank, path in enumerate(sites, start=1)})
+    lora.peft.save(tmp_path / "a", adapter, sites=sites)
+    files = read_peft(tmp_path / "a")
+    assert len(files.config["rank_pattern"]) == len(files.config["alpha_pattern"]) == len(sites) - 1
+    assert_same(lora.peft.load(tmp_path / "a", NET.params, sites), adapter)
+
+
+def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
+    files = read_peft(written(tmp_path / "a"))
+    odd = Module("linear", np.ones((2, 5), np.float32), np.ones((6, 2), np.float32))
+    modules = {**files.modules, "layers.0.attn.k": odd, "layers.1.attn.q": odd}
+    del modules["layers.0.up"], modules["layers.1.up"]
+    write_peft(tmp_path / "b", PeftFiles(files.config, modules))
+    with pytest.raises(lora.CheckpointError) as error:
+        lora.peft.load(tmp_path / "b", NET.params, NET.sites)
+    listed = str(error.value).splitlines()
+    assert listed[1].startswith("Unexpected: layers.0.attn.k. Nearest to layers.0.attn.k: layers.0.attn.")
+    assert listed[2] == "Missing, although its config names them: layers.0.up; layers.1.up."
+    wanted = "layers.1.attn.q has A (2, 5) and B (6, 2), where layers_1/attn/q/kernel needs (2, 5) and (7, 2)"
+    assert listed[3] == f"Shaped differently: {wanted}."
+    adapter, unmatched = lora.peft.load(tmp_path / "b", NET.params, NET.sites, strict=False)
+    assert unmatched == (("layers.0.up", "layers.1.up"), ("layers.0.attn.k",), (wanted,))
+    kept = [
+        "embed/embedding",
+        "head/kernel",
+        "layers_0/attn/q/kernel",
+        "layers_0/attn/v/kernel",
+        "layers_1/attn/v/kernel",
+    ]
+    assert list(adapter) == kept
+
+
+def test_what_was_left_out_on_purpose_is_not_missing(tmp_path: Path) -> None:
+    files = read_peft(written(tmp_path / "a"))
+    modules = {name: module for name, module in files.modules.items() if ".1." not in name}
+    write_peft(tmp_path / "b", PeftFiles({**files.config, "exclude_modules": r".*\.1\..*"}, modules))
+    write_peft(tmp_path / "c", PeftFiles({**files.config, "layers_to_transform": [0]}, modules))
+    assert len(lora.peft.load(tmp_path / "b", NET.params, NET.sites)) == len(modules) == 5
+    assert len(lora.peft.load(tmp_path / "c", NET.params, NET.sites)) == 5
+
+
+def test_the_wrong_map_says_which_sites_have_no_name(tmp_path: Path) -> None:
+    with pytest.raises(lora.CheckpointError, match=r"8 sites have no PyTorch name, e.g. .* No rule names"):
+        lora.peft.load(written(tmp_path / "a"), NET.params, NET.sites, "gemma")
+
+
+# Target modules.
+
+TRICKY = ("q", "x.q", "layers.0.q", "layers.1.q", "layers.10.q", "layers.1.seq", "up", "up.0")
+
+
+def dense(module: str) -> Site:
+    path = f"{module.replace('.', '/')}/kernel"
+    return Site(path=path, shape=(3, 2), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
+
+
+def hit(wanted: str | list[str], modules: Iterable[str]) -> set[str]:
+    """PEFT's matcher, written out again."""
+    if isinstance(wanted, str):
+        return {name for name in modules if re.fullmatch(wanted, name)}
+    return {name for name in modules if any(name == each or name.endswith(f".{each}") for each in wanted)}
+
+
+@pytest.mark.parametrize("count", range(1, len(TRICKY) + 1))
+def test_target_modules_hit_what_is_adapted_and_nothing_else(count: int, tmp_path: Path) -> None:
+    sites = Sites([dense(name) for name in TRICKY])
+    known = {".".join(name.split(".")[:end]) for name in TRICKY for end in (1, 2, 3)}
+    for place, chosen in enumerate(combinations(TRICKY, count)):
+        adapter = random_adapter([dense(name) for name in chosen])
+        lora.peft.save(tmp_path / str(place), adapter, sites=sites)
+        assert hit(read_peft(tmp_path / str(place)).config["target_modules"], known) == {*chosen}
+
+
+def test_target_modules_are_full_names_where_not_every_module_is_known(tmp_path: Path) -> None:
+    sites = Sites([dense("a.q"), dense("b.q")])
+    lora.peft.save(tmp_path / "a", random_adapter([dense("a.q")]))
+    lora.peft.save(tmp_path / "b", random_adapter([dense("a.q")]), Names([("a/q/kernel", "a.q")]), sites=sites)
+    for name in "ab":
+        assert read_peft(tmp_path / name).config["target_modules"] == ["a.q"]
+
+
+# Whole tensors.
+
+
+def replaced(model: Model, *paths: str) -> lora.Adapter:
+    leaves = {path: leaf for path, leaf in flat(model.params).items() if path in paths}
+    full = lambda path, leaf: Site(path=path, shape=leaf.shape, dtype="float32", kind="full")  # noqa: E731
+    return lora.Adapter(
+        {path: lora.Replace(leaf + 1, model.sites.get(path) or full(path, leaf)) for path, leaf in leaves.items()}
+    )
+
+
+def flat(tree: Params, above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, node in tree.items():
+        found |= flat(node, f"{above}{name}/") if isinstance(node, dict) else {above + name: node}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("paths", "modules", "bias", "tensors"),
+    [
+        (["head/kernel", "head/bias"], ["head"], "none", ["head.bias", "head.weight"]),
+        (["head/kernel"], ["head"], "none", ["head.bias", "head.weight"]),
+        (["layers_0/up/bias"], None, "all", ["layers.0.up.bias"]),
+        (["embed/embedding", "layers_1/attn/q/bias"], ["embed"], "all", ["embed.weight", "layers.1.attn.q.bias"]),
+    ],
+)
+def test_parameters_trained_in_full(
+    paths: list[str], modules: list[str] | None, bias: str, tensors: list[str], tmp_path: Path
+) -> None:
+    adapter = replaced(NET, *paths)
+    lora.peft.save(tmp_path / "a", adapter, sites=NET.sites, params=NET.params)
+    files = read_peft(tmp_path / "a")
+    assert (files.config["modules_to_save"], files.config["bias"], sorted(files.saved)) == (modules, bias, tensors)
+    loaded = lora.peft.load(tmp_path / "a", NET.params, NET.sites)
+    assert_same({path: loaded[path].value for path in paths}, {path: adapter[path].value for path in paths})
+    assert_same(lora.merge(NET.params, loaded), lora.merge(NET.params, adapter))
+
+
+def test_biases_beside_factors_are_lora_only(tmp_path: Path) -> None:
+    low = random_adapter([NET.sites["layers_0/up/kernel"]])
+    lora.peft.save(tmp_path / "a", lora.Adapter({**low, **replaced(NET, "layers_0/up/bias")}), sites=NET.sites)
+    assert read_peft(tmp_path / "a").config["bias"] == "lora_only"
+    assert "base_model.model.layers.0.up.base_layer.bias" in load_file(tmp_path / "a" / ARRAYS)
+
+
+def test_a_bias_called_b_is_a_bias_in_pytorch(tmp_path: Path) -> None:
+    params = nested({"linear/w": draw(3, 2), "linear/b": draw(2)})
+    model = Model(lambda p, x: x @ p["linear"]["w"] + p["linear"]["b"][None], params, draw(1, 3))
+    lora.peft.save(tmp_path / "a", replaced(model, "linear/b"), sites=model.sites)
+    assert list(read_peft(tmp_path / "a").saved) == ["linear.bias"]
+    assert list(lora.peft.load(tmp_path / "a", params, model.sites)) == ["linear/b"]
+
+
+def test_parts_of_a_module_need_the_base(tmp_path: Path) -> None:
+    with pytest.raises(lora.ParameterError, match="The value of 'head/bias' is to be written too: pass params="):
+        lora.peft.save(tmp_path / "a", replaced(NET, "head/kernel"), sites=NET.sites)
+
+
+@pytest.mark.parametrize("other", ["subhead", "head.inner"])
+def test_modules_that_peft_would_take_for_a_saved_one(other: str, tmp_path: Path) -> None:
+    head = lora.Replace(draw(3, 2), dense("head"))
+    adapter = lora.Adapter({**random_adapter([dense(other)]), "head/kernel": head})
+    with pytest.raises(lora.CheckpointError, match=f"PEFT would take '{other}' for it too"):
+        lora.peft.save(tmp_path / "a", adapter)
+
+
+def test_a_head_beside_conv1d_layers_is_linear(tmp_path: Path) -> None:
+    model = MODELS["square Conv1D"]
+    params = {**model.params, "lm_head": {"kernel": draw(5, 5) * 2}}
+    both = Model(lambda p, x: linear(p, x) @ p["lm_head"]["kernel"], params, model.x, CONV1D)
+    adapter = replaced(both, "lm_head/kernel", "layer/kernel")
+    lora.peft.save(tmp_path / "a", adapter, CONV1D, sites=both.sites)
+    saved = read_peft(tmp_path / "a").saved
+    assert_same(saved["lm_head.weight"], np.asarray(params["lm_head"]["kernel"] + 1).T)
+    assert_same(saved["layer.weight"], np.asarray(params["layer"]["kernel"] + 1))
+    loaded = lora.peft.load(tmp_path / "a", params, both.sites, CONV1D)
+    assert_same(lora.merge(params, loaded), lora.merge(params, adapter))
+
+
+# Tables of the base.
+
+LM = Names([("embed/embedding", "embed_tokens"), ("position/embedding", "wpe"), ("head/kernel", "lm_head")])
+
+
+def language_model() -> Model:
+    params = nested({"embed/embedding": draw(9, 4), "position/embedding": draw(6, 4), "head/kernel": draw(4, 9)})
+
+    def fn(p: Params, tokens: jax.Array) -> jax.Array:
+        x = p["embed"]["embedding"][tokens] + p["position"]["embedding"][jnp.arange(tokens.shape[1])][None]
+        return x @ p["head"]["kernel"]
+
+    return Model(fn, params, TOKENS, LM)
+
+
+@pytest.mark.parametrize(
+    ("policy", "vocabulary", "tables"),
+    [
+        ("auto", None, False), ("auto", 9, False), ("auto", 7, True),
+        (False, 7, False), (True, None, True), (True, 9, True),
+    ],
+)  # fmt: skip
+def test_tables_of_the_base(policy: Any, vocabulary: int | None, tables: bool, tmp_path: Path) -> None:
+    model, base = language_model(), tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"vocab_size": vocabulary}))
+    options = {"sites": model.sites, "params": model.params, "base_model": str(base), "save_embedding_layers": policy}
+    adapter = random_adapter(model.sites)
+    lora.peft.save(tmp_path / "a", adapter, LM, **options)
+    saved = read_peft(tmp_path / "a").saved
+    assert sorted(saved) == (["embed_tokens.weight", "lm_head.weight"] if tables else [])
+    if tables:
+        assert_same(saved["lm_head.weight"], np.asarray(model.params["head"]["kernel"]).T)
+    assert_same(lora.peft.load(tmp_path / "a", model.params, model.sites, LM), adapter)
+
+
+def test_a_table_that_changed(tmp_path: Path) -> None:
+    model = language_model()
+    only_head = random_adapter([model.sites["head/kernel"]])
+    options = {"sites": model.sites, "params": model.params, "save_embedding_layers": True}
+    lora.peft.save(tmp_path / "a", only_head, LM, **options)
+    table = model.params["embed"]["embedding"]
+    changed = {**model.params, "embed": {"embedding": table + 1}}
+    loaded = lora.peft.load(tmp_path / "a", changed, model.sites, LM)
+    assert_same(loaded["embed/embedding"].value, table)
+    changed = {**model.params, "head": {"kernel": table.T + 1}}
+    with pytest.raises(lora.CheckpointError, match="it differs from 'head/kernel', and factors are stored for it too"):
+        lora.peft.load(tmp_path / "a", changed, model.sites, LM)
+    with pytest.raises(lora.CheckpointError, match="abstract parameters do not tell whether it changed"):
+        lora.peft.load(tmp_path / "a", jax.eval_shape(lambda: model.params), model.sites, LM)
+
+
+def test_tables_that_peft_has_no_name_for(tmp_path: Path) -> None:
+    q, params = random_adapter([dense("q")]), nested({"q/kernel": draw(3, 2)})
+    with pytest.raises(lora.CheckpointError, match="no table or head here has a name that PEFT knows"):
+        lora.peft.save(tmp_path / "a", q, params=params, save_embedding_layers=True)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"text_config": 3}'])
+def test_the_config_of_a_base_that_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(lora.CheckpointError, match="is no config of a model"):
+        lora.peft.save(tmp_path / "a", random_adapter([dense("q")]), base_model=str(tmp_path))
+
+
+# Tied tables.
+
+
+def test_tied_tables_are_written_for_both_uses(tmp_path: Path) -> None:
+    files = read_peft(written(tmp_path / "a", TIED_NET))
+    assert files.config["ensure_weight_tying"] is True
+    assert_same(files.modules["lm_head"].a, files.modules["embed"].b.T)
+    assert_same(files.modules["lm_head"].b, files.modules["embed"].a.T)
+    lora.peft.save(tmp_path / "b", replaced(TIED_NET, "embed/embedding"), TIED, sites=TIED_NET.sites)
+    whole = read_peft(tmp_path / "b")
+    assert (whole.config["ensure_weight_tying"], whole.config["modules_to_save"]) == (True, ["embed"])
+    assert_same(whole.saved["lm_head.weight"], whole.saved["embed.weight"])
+    loaded = lora.peft.load(tmp_path / "b", TIED_NET.params, TIED_NET.sites, TIED)
+    assert_same(loaded["embed/embedding"].value, TIED_NET.params["embed"]["embedding"] + 1)
+
+
+@pytest.mark.parametrize("adapter", [random_adapter(TIED_NET.sites), replaced(TIED_NET, "embed/embedding")])
+def test_tied_tables_without_a_name_for_the_head_are_refused(adapter: lora.Adapter, tmp_path: Path) -> None:
+    with pytest.raises(lora.CheckpointError, match=r"name its head: Names\(tied={'embed': 'lm_head'}\)"):
+        lora.peft.save(tmp_path / "a", adapter)
+
+
+@pytest.mark.parametrize("lost", ["embed", "lm_head"])
+def test_one_use_of_a_tied_table_is_refused(lost: str, tmp_path: Path) -> None:
+    files = read_peft(written(tmp_path / "a", TIED_NET))
+    modules = {name: module for name, module in files.modules.items() if name != lost}
+    write_peft(tmp_path / "b", PeftFiles(files.config, modules))
+    kept = "lm_head" if lost == "embed" else "embed"
+    saved = {f"{kept}.weight": np.asarray(draw(9, 4))}
+    write_peft(tmp_path / "c", PeftFiles({"r": 2, "modules_to_save": [kept]}, {}, saved))
+    for name in "bc":
+        with pytest.raises(lora.CheckpointError, match=r"one table for (both )?look-up and output head"):
+            lora.peft.load(tmp_path / name, TIED_NET.params, TIED_NET.sites, TIED)
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"init_lora_weights": "pissa_niter_16"}, "changes the base's weights .* path_initial_model_for_weight_conver"),
+        ({"init_lora_weights": "olora"}, "changes the base's weights"),
+        ({"init_lora_weights": "corda"}, "changes the base's weights"),
+        ({"init_lora_weights": "lora_ga"}, "changes the base's weights"),
+        ({"init_lora_weights": "loftq"}, "changes the base's weights"),
+        ({"init_lora_weights": "newest"}, "'newest' is unknown"),
+        ({"peft_type": "VERA"}, "peft_type='VERA' is not LoRA"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "the model repeats layers that share weights"),
+        ({"use_qalora": True}, "QALoRA averages groups"),
+        ({"use_bdlora": {"target_modules_bd_a": ["q"]}}, "BD-LoRA stores block-diagonal factors packed"),
+        ({"kasa_config": {"beta": 1}}, "KaSA truncates"),
+        ({"use_something_new": True}, "use_something_new=True is nothing this version knows"),
+    ],
+)
+def test_configs_that_mean_something_else_are_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(lora.CheckpointError, match=message):
+        lora.peft.load(written(tmp_path / "a", **config), NET.params, NET.sites)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("layers.0.up.lora_magnitude_vector", "layers.0.up has DoRA magnitudes .* Merge it in PEFT"),
+        ("layers.0.up.lora_B.bias", r"layers.0.up has a bias on B \(lora_bias\)"),
+        ("embed.token_adapter.trainable_tokens_delta", "replaces rows of a table"),
+        ("layers.0.up.lora_diag", "belongs to KaSA"),
+        ("layers.0.up.lora_E.weight", "belongs to AdaLoRA"),
+        ("layers.0.up.lora_C.weight", "neither factors nor anything its config asks for"),
+        ("attn.base_layer.out_proj.lora_A.weight", "torch.nn.MultiheadAttention"),
+    ],
+)
+def test_arrays_that_no_update_holds_are_refused(key: str, message: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "a", trainable_token_indices=[1, 2])
+    arrays = load_file(path / ARRAYS)
+    save_file(arrays | {f"base_model.model.{key}": np.ones(5, np.float32)}, path / ARRAYS)
+    with pytest.raises(lora.CheckpointError, match=message):
+        lora.peft.load(path, NET.params, NET.sites)
+
+
+def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path) -> None:
+    for name in ("adapter_model.bin", "other.pt"):
+        (tmp_path / name).write_bytes(b"\x80\x02")
+    for path in (tmp_path, tmp_path / "adapter_model.bin", tmp_path / "other.pt"):
+        with pytest.raises(lora.CheckpointError, match=r"is a pickle.*Convert it once.*weights_only=True"):
+            lora.peft.load(path, NET.params, NET.sites)
+
+
+def test_what_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    low = random_adapter([dense("q"), dense("k")])
+    mixed = lora.Adapter({**low, **random_adapter([dense("k")], dropout=0.1)})
+    with pytest.raises(lora.CheckpointError, match=r"different dropout rates \(\[0.0, 0.1\]\)"):
+        lora.peft.save(tmp_path / "a", mixed)
+    full = Site(path="q/kernel", shape=(3, 2), dtype="float32", kind="full")
+    with pytest.raises(lora.CheckpointError, match="so its layout in PyTorch is unknown"):
+        lora.peft.save(tmp_path / "a", lora.Adapter({"q/kernel": lora.Replace(draw(3, 2), full)}))
+    with pytest.raises(lora.CheckpointError, match="the adapter is empty"):
+        lora.peft.save(tmp_path / "a", lora.Adapter({}))
+    with pytest.raises(lora.ParameterError, match="'k/kernel', which these parameters do not have"):
+        lora.peft.save(tmp_path / "a", low, params=nested({"q/kernel": draw(3, 2)}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_dropout_is_kept(tmp_path: Path) -> None:
+    lora.peft.save(tmp_path / "a", random_adapter(NET.sites, dropout=0.25), sites=NET.sites)
+    assert {each.dropout for each in lora.peft.load(tmp_path / "a", NET.params, NET.sites).values()} == {0.25}
