@@ -119,6 +119,7 @@ class Sites(Mapping[str, Site]):
 
     def __rich__(self) -> Table:
         table = Table("path", "kind", "shape", "dtype", "in", "out", "stacked", "uses")
+        table.columns[0].overflow = "fold"
         for site in self.values():
             uses = f"{site.uses}{' (head)' if site.head else ''}"
             axes = [_sizes(site, axes) for axes in (site.in_axes, site.out_axes, site.batch_axes)]

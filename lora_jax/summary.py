@@ -77,6 +77,7 @@ class Summary:
 
     def __rich__(self) -> Group:
         table = Table("path", "update", "kind", "shape", "stacked", "rank", "scale", "parameters", "bytes")
+        table.columns[0].overflow = "fold"
         for column in table.columns[5:]:
             column.justify = "right"
         for row in self.rows:

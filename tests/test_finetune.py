@@ -61,8 +61,8 @@ def interrupt(title: str, step: int) -> Callable[..., None]:
     """A `Reporter.update` that presses Ctrl-C after a step."""
     update = Reporter.update
 
-    def interrupting(self: Reporter, done: int, loss: float) -> None:
-        update(self, done, loss)
+    def interrupting(self: Reporter, done: int, now: str) -> None:
+        update(self, done, now)
         if (self._title, done) == (title, step):
             signal.raise_signal(signal.SIGINT)
 

@@ -3,6 +3,9 @@
 ```
 cli/parse.py      arguments -> a job, or one line on what is wrong with them
 cli/finetune.py   the verb `finetune`; every verb is a file with a dataclass of options
+cli/merge.py      `merge`: PEFT adapters into a Hugging Face checkpoint
+cli/convert.py    `convert`: adapters between Orbax and PEFT
+cli/inspect.py    `inspect`: what an adapter holds
 ```
 
 Whatever happens ends in one line and an exit code: 0 done, 1 failed, 2 nothing done because of what was asked for,
@@ -40,7 +43,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         job.run()
     except KeyboardInterrupt as stop:
-        return _fail(f"{stop or 'stopped'}; to continue: {_program()} {job.resume}", 130)
+        hint = f"to continue: {_program()} {job.resume}" if job.resume else "nothing was left behind"
+        return _fail(f"{str(stop) or 'stopped'}; {hint}", 130)
     except (LoraError, OSError) as error:
         return _fail(error, 1)
     return 0

@@ -8,7 +8,10 @@ from typing import Any, Protocol, Self
 
 import tyro
 
+from lora_jax.cli.convert import Convert
 from lora_jax.cli.finetune import Finetune
+from lora_jax.cli.inspect import Inspect
+from lora_jax.cli.merge import Merge
 from lora_jax.errors import LoraError
 
 _PROGRAM = "lora-jax"
@@ -23,8 +26,8 @@ class Job(Protocol):
     """Work whose arguments have been checked."""
 
     @property
-    def resume(self) -> str:
-        """The arguments that continue the job after it was stopped."""
+    def resume(self) -> str | None:
+        """The arguments that continue the job after it was stopped; None if a stopped job leaves nothing."""
         ...
 
     def run(self) -> None:
@@ -44,7 +47,7 @@ class Verb(Protocol):
         ...
 
 
-VERBS: dict[str, type[Verb]] = {"finetune": Finetune}
+VERBS: dict[str, type[Verb]] = {"finetune": Finetune, "merge": Merge, "convert": Convert, "inspect": Inspect}
 
 
 def prepare(args: Sequence[str]) -> Job:

@@ -8,6 +8,7 @@ from json import dumps
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax.adapter import Adapter
 from lora_jax.config import LoraConfig
@@ -87,6 +88,12 @@ def check_base(where: str, notes: Mapping[str, Any], params: Any) -> None:
         )
 
 
+def base_shapes(notes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct] | None:
+    """The base's parameters by path, or None if they were not recorded."""
+    base = notes["base"]
+    return None if base is None else {path: _unspelled(text) for path, text in base["parameters"].items()}
+
+
 def _difference(path: str, expected: str | None, given: str | None) -> str:
     if given is None:
         return f"{path} ({expected}) is missing"
@@ -105,6 +112,11 @@ def _fingerprint(params: Any) -> dict[str, str]:
 
 def _spell(shape: Any, dtype: Any) -> str:
     return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def _unspelled(text: str) -> jax.ShapeDtypeStruct:
+    dtype, _, sizes = text.removesuffix("]").partition("[")
+    return jax.ShapeDtypeStruct(tuple(int(size) for size in sizes.split(",") if size), jnp.dtype(dtype))
 
 
 def _digest(base: Mapping[str, str]) -> str:

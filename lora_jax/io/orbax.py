@@ -151,6 +151,22 @@ def load_config(path: str | PathLike[str]) -> LoraConfig | None:
     return None if fields is None else _guarded(where, lambda: LoraConfig(**fields))
 
 
+def load_base(path: str | PathLike[str]) -> dict[str, jax.ShapeDtypeStruct] | None:
+    """Read which base an adapter was saved for.
+
+    Args:
+      path: the directory that `save` wrote.
+
+    Returns:
+      Shapes and dtypes of the base's parameters by path, or None if it was saved without `params`.
+
+    Raises:
+      CheckpointError: there is no adapter at `path`, or it is damaged.
+    """
+    where = _resolve(path)
+    return _guarded(where, manifest.base_shapes, _read(where)[0])
+
+
 def _resolve(path: str | PathLike[str]) -> Any:
     where = ocp.path.Path(fspath(path))
     return where if "://" in fspath(path) else where.expanduser().absolute()

@@ -53,8 +53,9 @@ def _line(record: dict[str, Any]) -> str:
 class Reporter:
     """Tells how far a run is: a bar on a terminal, a plain line now and then elsewhere."""
 
-    def __init__(self, console: Console, title: str, total: int, start: int = 0):
-        self._console, self._title, self._start, self._total = console, title, start, total
+    def __init__(self, console: Console, title: str, total: int, start: int = 0, unit: str = "step"):
+        self._console, self._title, self._start, self._total, self._unit = console, title, start, total, unit
+        self._told = start
         self._every = -(-total // _PLAIN_LINES)
         self._began = time.monotonic()
         self._bar: Progress | None = None
@@ -68,14 +69,15 @@ class Reporter:
             self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
             self._task = self._bar.add_task(title, total=total, completed=start, now="")
 
-    def update(self, step: int, loss: float) -> None:
-        """Show that `step` steps are done."""
+    def update(self, done: int, now: str) -> None:
+        """Show that `done` steps are done, and how things stand now."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, now=f"loss {loss:.3f}")
-        elif step % self._every == 0 or step == self._total:
-            speed = (step - self._start) / (time.monotonic() - self._began)
-            left = (self._total - step) / speed
-            self._console.print(f"{self._title}: step {step}/{self._total}, loss {loss:.3f}, {left:.0f} s left")
+            self._bar.update(self._task, completed=done, now=now)
+        elif done // self._every > self._told // self._every or done == self._total:
+            self._told = done
+            speed = (done - self._start) / max(time.monotonic() - self._began, 1e-9)
+            left = (self._total - done) / speed
+            self._console.print(f"{self._title}: {self._unit} {done}/{self._total}, {now}, {left:.0f} s left")
 
     @contextmanager
     def shown(self) -> Iterator["Reporter"]:

@@ -86,7 +86,7 @@ def train(
                 )
             state = State(weights, optimizer, done)
             record(done, loss)
-            reporter.update(done, loss)
+            reporter.update(done, f"loss {loss:.3f}")
             if schedule.evaluate(done):
                 evaluate(done, state.weights)
             stop = interrupted()

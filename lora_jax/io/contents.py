@@ -1,0 +1,204 @@
+"""What an adapter on disk holds, in either format, without the base it belongs to."""
+
+from dataclasses import dataclass
+from math import prod, sqrt
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from lora_jax.errors import CheckpointError
+from lora_jax.io import manifest, orbax
+from lora_jax.io.peft_config import rank_of
+from lora_jax.io.peft_delta import Module
+from lora_jax.io.peft_disk import CONFIG, WEIGHTS
+from lora_jax.io.peft_files import PeftFiles, read_peft
+from lora_jax.site import render
+from lora_jax.updates import LowRank, Update
+
+Format = Literal["peft", "orbax"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapted parameter or module.
+
+    Attributes:
+      name: path of the parameter, or name of the PyTorch module.
+      kind: `dense`, `conv`, `embedding`, `ragged` or `full`; for PEFT `linear`, `conv`, `embedding`, `parameter`, and
+        `whole` for a tensor stored whole.
+      shape: of the parameter in JAX, or of B and A multiplied.
+      rank: number of rank-one terms; None for a parameter stored whole.
+      alpha: scale times rank, or times its root under rsLoRA; the largest of a stack.
+      scale: what the product of the factors is multiplied by; the largest of a stack.
+      norms: Frobenius norms of A, of B and of the scaled product; of a parameter stored whole only the last.
+      dtype: of the factors.
+      nbytes: bytes of all its arrays.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int | None
+    alpha: float | None
+    scale: float | None
+    norms: tuple[float | None, float | None, float]
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True, repr=False)
+class Contents:
+    """What `inspect` found: a table when printed, and its numbers as attributes.
+
+    Attributes:
+      path: where it was read from.
+      format: `"peft"` or `"orbax"`.
+      entries: an `Entry` per adapted parameter or module.
+    """
+
+    path: Path
+    format: Format
+    entries: tuple[Entry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    def __rich__(self) -> Table:
+        table = Table("name", "kind", "shape", "rank", "alpha", "scale", "|A|", "|B|", "|ΔW|", "dtype", "bytes")
+        table.columns[0].overflow = "fold"
+        for column in (*table.columns[3:9], table.columns[10]):
+            column.justify = "right"
+        for entry in self.entries:
+            numbers = [_number(value) for value in (entry.rank, entry.alpha, entry.scale, *entry.norms)]
+            shape = "×".join(map(str, entry.shape))
+            table.add_row(entry.name, entry.kind, shape, *numbers, entry.dtype, f"{entry.nbytes:,d}")
+        what = "PEFT modules" if self.format == "peft" else "parameters"
+        table.columns[0].footer, table.columns[10].footer = f"{len(self.entries)} {what}", f"{self.nbytes:,d}"
+        table.show_footer = True
+        return table
+
+    def __repr__(self) -> str:
+        return render(self)
+
+
+def inspect(path: str | PathLike[str]) -> Contents:
+    """Look into an adapter on disk; the base is not needed.
+
+    Args:
+      path: what `lora_jax.save` wrote, or a PEFT adapter: a directory or a `.safetensors` file.
+
+    Raises:
+      CheckpointError: there is no adapter, or it is damaged.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora, tempfile
+      >>> params = {"q": {"kernel": jnp.ones((4, 3))}}
+      >>> sites = lora.find_sites(lambda p, x: x @ p["q"]["kernel"], params, jnp.ones((2, 4)))
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="q"), params, sites)
+      >>> folder = tempfile.mkdtemp()
+      >>> lora.save(f"{folder}/orbax", adapter), lora.peft.save(f"{folder}/peft", adapter)
+      (None, None)
+      >>> for name in ("orbax", "peft"):
+      ...     found = inspect(f"{folder}/{name}")
+      ...     print(found.format, found.entries[0].name, found.entries[0].rank, found.entries[0].alpha)
+      orbax q/kernel 2 4.0
+      peft q 2 4.0
+    """
+    where = Path(path).expanduser()
+    found = detect(where)
+    entries = _peft(read_peft(where)) if found == "peft" else _orbax(where)
+    return Contents(where, found, tuple(entries))
+
+
+def detect(path: Path) -> Format:
+    """Which of the two formats is at `path`.
+
+    Raises:
+      CheckpointError: neither.
+    """
+    if path.is_file() or any((path / name).exists() for name in (WEIGHTS, CONFIG, "adapter_model.bin")):
+        return "peft"
+    if (path / "_CHECKPOINT_METADATA").exists():
+        return "orbax"
+    inner = sorted(child.name for child in path.iterdir() if child.is_dir() and _is_one(child)) if path.is_dir() else []
+    hint = f" Its subdirectories {', '.join(inner[:5])} are adapters: name one of them." if inner else ""
+    raise CheckpointError(f"{path} is neither a PEFT adapter ({WEIGHTS}) nor one that lora_jax.save wrote.{hint}")
+
+
+def _is_one(path: Path) -> bool:
+    return (path / WEIGHTS).exists() or (path / "_CHECKPOINT_METADATA").exists()
+
+
+def _peft(files: PeftFiles) -> list[Entry]:
+    entries = []
+    for name, module in files.modules.items():
+        rank, experts = _sizes(files, name, module)
+        scale = files.scale(name, experts=experts)
+        a, b = (np.asarray(array, np.float32) for array in (module.a, module.b))
+        if module.kind == "parameter":
+            a, b = a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).transpose(2, 1, 0)
+            shape = (experts, b.shape[2], a.shape[2])
+        else:
+            a, b = a.reshape(1, rank, -1), b.reshape(len(b), -1).T[None]
+            shape = (module.b.shape[0], *module.a.shape[1:])
+        norms = (_norm(module.a), _norm(module.b), scale * _product_norm(a, b))
+        nbytes = sum(array.nbytes for array in module.arrays().values())
+        entries.append(
+            Entry(name, module.kind, shape, rank, files.alpha(name), scale, norms, str(module.a.dtype), nbytes)
+        )
+    for name, value in files.saved.items():
+        norms = (None, None, _norm(value))
+        entries.append(Entry(name, "whole", value.shape, None, None, None, norms, str(value.dtype), value.nbytes))
+    return entries
+
+
+def _sizes(files: PeftFiles, name: str, module: Module) -> tuple[int, int]:
+    """Rank and number of experts; the rows of A are their product where a parameter is a stack."""
+    rows = len(module.a)
+    if module.kind != "parameter":
+        return rows, 1
+    rank = rank_of(files.config, name) or rows
+    return (rank, rows // rank) if rows % rank == 0 else (rows, 1)
+
+
+def _orbax(where: Path) -> list[Entry]:
+    config = orbax.load_config(where)
+    root = config is not None and config.rslora
+    adapter = jax.tree.map(np.asarray, orbax.load(where))
+    return [_update(path, update, root) for path, update in adapter.items()]
+
+
+def _update(path: str, update: Update, root: bool) -> Entry:
+    arrays: dict[str, Any] = manifest.arrays(update)
+    nbytes, site = sum(array.nbytes for array in arrays.values()), update.site
+    if not isinstance(update, LowRank):
+        value = next(iter(arrays.values()))
+        return Entry(
+            path, site.kind, site.shape, None, None, None, (None, None, _norm(value)), str(value.dtype), nbytes
+        )
+    scales = np.asarray(update.scale, np.float32).reshape(-1)
+    stack, scale = prod(site.batch_shape), float(np.abs(scales).max(initial=0))
+    a, b = (np.asarray(array, np.float32).reshape(stack, update.rank, -1) for array in (update.a, update.b))
+    alpha = scale * (sqrt(update.rank) if root else update.rank)
+    norms = (_norm(a), _norm(b), _product_norm(a, b * scales[:, None, None]))
+    return Entry(path, site.kind, site.shape, update.rank, alpha, scale, norms, str(update.a.dtype), nbytes)
+
+
+def _norm(value: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(value, np.float64)))
+
+
+def _product_norm(a: np.ndarray, b: np.ndarray) -> float:
+    """Norm of `Σ_r a[r] ⊗ b[r]` over a stack, from two Gram matrices of the rank's size."""
+    grams = [np.einsum("eri,esi->ers", each, each, dtype=np.float64, optimize=True) for each in (a, b)]
+    return sqrt(max(float(np.sum(grams[0] * grams[1])), 0.0))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
