@@ -21,6 +21,13 @@ def locate(path: Path, subfolder: str | None) -> tuple[Path, Path]:
     if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts or not subfolder):
         raise CheckpointError(f"subfolder={subfolder!r} must name a directory below {path}")
     folder = path / subfolder if subfolder else path
+    try:
+        return _located(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be looked into: {error}") from None
+
+
+def _located(folder: Path) -> tuple[Path, Path]:
     if folder.is_file():
         _refuse_pickle(folder)
         return folder, folder.parent / CONFIG
