@@ -31,6 +31,7 @@ from lora_jax.init import init as init
 from lora_jax.init import initialisers as initialisers
 
 # Disk.
+from lora_jax.io import hub as hub
 from lora_jax.io import peft as peft
 from lora_jax.io.orbax import load as load
 from lora_jax.io.orbax import load_config as load_config

@@ -190,7 +190,10 @@ def write_peft(path: str | PathLike[str], files: PeftFiles, *, overwrite: bool =
     if where.exists() or where.is_symlink():
         _check_replaceable(where, overwrite)
     arrays = _tensors(files)
-    text = json.dumps(_plain({**files.config, "inference_mode": True}), indent=2, sort_keys=True) + "\n"
+    text = (
+        json.dumps(_plain({"peft_type": "LORA", **files.config, "inference_mode": True}), indent=2, sort_keys=True)
+        + "\n"
+    )
     try:
         _write(where, arrays, text)
     except OSError as error:
@@ -249,12 +252,16 @@ def _assemble(where: str, config: dict[str, Any] | None, arrays: Mapping[str, np
     whole: dict[str, np.ndarray] = {}
     unknown: list[str] = []
     for raw, array in arrays.items():
+        # With bias="all" PEFT writes the biases of saved modules again, under the name of its wrapper.
+        plain = arrays.get(raw.replace(".modules_to_save.", "."))
+        if ".modules_to_save." in raw and plain is not None and np.array_equal(plain, array):
+            continue
         key = parse(where, raw)
         if key.part is None:
             _put(where, whole, key.name, array, raw)
         elif key.part == "unknown":
             unknown.append(raw)
-        else:
+        elif key.part != "unused":
             _put(where, parts.setdefault(key.name, {}), key.part, array, raw)
             embeddings |= {key.name} if key.embedding else set()
     if config is None:

@@ -1,0 +1,208 @@
+"""Adapters on the Hugging Face Hub: `lora_jax.hub.download` and `lora_jax.hub.push` (extra `[hub]`)."""
+
+import shutil
+import tempfile
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lora_jax.errors import CheckpointError
+from lora_jax.io.contents import Contents, inspect
+from lora_jax.io.peft_disk import CONFIG, WEIGHTS, read_config
+
+_INSTALL = 'This needs huggingface_hub: pip install "lora_jax[hub]"'
+_CARD = "README.md"
+
+
+def download(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | None = None,
+) -> Path:
+    """Fetch an adapter from the Hub into the cache that all of Hugging Face's libraries share.
+
+    Only the adapter's own files are fetched, whatever else the repository holds. What is in the cache already is not
+    fetched again.
+
+    Args:
+      repo_id: `user/name`.
+      revision: branch, tag or commit; the main branch by default.
+      subfolder: directory of the adapter inside the repository.
+      cache_dir: the cache; `HF_HOME` decides by default.
+      local_files_only: never use the network.
+      token: for private repositories; by default the one that `hf auth login` stored.
+
+    Returns:
+      The adapter's directory, for `lora_jax.peft.load`, `lora_jax.load` or `lora_jax.peft.merge_checkpoint`.
+
+    Raises:
+      CheckpointError: there is no such repository or revision, it cannot be reached, or it holds no adapter.
+      ImportError: huggingface_hub is not installed.
+
+    Example:
+      >>> folder = download("user/my-adapter", revision="v2")  # doctest: +SKIP
+      >>> adapter = lora_jax.peft.load(folder, params, sites)  # doctest: +SKIP
+    """
+    hub = _hub()
+    inside = f"{subfolder.strip('/')}/" if subfolder else ""
+    try:
+        root = hub.snapshot_download(
+            repo_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
+            library_name="lora_jax", allow_patterns=[f"{inside}{name}" for name in _wanted(bool(subfolder))],
+        )  # fmt: skip
+    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError, ValueError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{repo_id!r}{at} could not be fetched from the Hugging Face Hub: {reason} Check the name and the network, "
+            "and for private repositories run: hf auth login"
+        ) from error
+    folder = Path(root) / inside
+    if not _holds_adapter(folder):
+        raise CheckpointError(
+            f"{repo_id!r} holds no adapter{f' in {subfolder!r}' if subfolder else ''}: neither {WEIGHTS} nor a "
+            "checkpoint of lora_jax. If it has adapters in subdirectories, pass subfolder=..."
+        )
+    return folder
+
+
+def push(
+    folder: str | PathLike[str],
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    private: bool | None = None,
+    message: str = "Upload adapter",
+    token: str | None = None,
+) -> str:
+    """Upload an adapter's directory with a model card.
+
+    A `README.md` in the directory is taken as it is; otherwise `card` writes one. The directory is not changed.
+
+    Args:
+      folder: what `lora_jax.peft.save` or `lora_jax.save` wrote.
+      repo_id: `user/name`; the repository is created if there is none.
+      base_model: the base's repository, for the card; by default what `adapter_config.json` says.
+      private: whether a new repository is private; by default what the account says.
+      message: of the commit.
+      token: with the right to write; by default the one that `hf auth login` stored.
+
+    Returns:
+      The address of the commit.
+
+    Raises:
+      CheckpointError: there is no adapter in `folder`, or the Hub refuses the upload.
+      ImportError: huggingface_hub is not installed.
+
+    Example:
+      >>> push("my-adapter", "user/my-adapter", base_model="meta-llama/Llama-3.2-1B")  # doctest: +SKIP
+      'https://huggingface.co/user/my-adapter/commit/...'
+    """
+    hub, source = _hub(), Path(folder).expanduser()
+    text = None if (source / _CARD).exists() else card(source, repo_id, base_model=base_model)
+    api = hub.HfApi(token=token, library_name="lora_jax")
+    with tempfile.TemporaryDirectory() as staging:
+        whole = Path(staging) / "adapter"
+        shutil.copytree(source, whole)
+        if text is not None:
+            (whole / _CARD).write_text(text)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo_id, folder_path=whole, commit_message=message)
+        except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"The Hub refused {repo_id!r}: {reason} Check the name, and run: hf auth login"
+            ) from error
+    return str(commit.commit_url)
+
+
+def card(folder: str | PathLike[str], repo_id: str = "user/adapter", *, base_model: str | None = None) -> str:
+    """Write a model card: what the adapter holds and how it is loaded.
+
+    Args:
+      folder: what `lora_jax.peft.save` or `lora_jax.save` wrote.
+      repo_id: where the adapter will be.
+      base_model: the base's repository; by default what `adapter_config.json` says.
+
+    Raises:
+      CheckpointError: there is no adapter in `folder`.
+      ImportError: huggingface_hub is not installed.
+
+    Example:
+      >>> import tempfile, numpy as np
+      >>> from lora_jax.io.peft import Module, PeftFiles, write_peft
+      >>> folder = tempfile.mkdtemp() + "/adapter"
+      >>> modules = {"q": Module("linear", np.ones((2, 4), np.float32), np.ones((3, 2), np.float32))}
+      >>> write_peft(folder, PeftFiles({"r": 2, "target_modules": ["q"]}, modules))
+      >>> print(card(folder, "user/mine", base_model="org/base").split("---")[1].strip())
+      base_model: org/base
+      library_name: peft
+      tags:
+      - lora
+      - lora_jax
+    """
+    hub, source = _hub(), Path(folder).expanduser()
+    found = inspect(source)
+    config = read_config(source / CONFIG) or {}
+    base = base_model or config.get("base_model_name_or_path")
+    library = "peft" if found.format == "peft" else "lora_jax"
+    data = hub.ModelCardData(base_model=base, library_name=library, tags=["lora", "lora_jax"])
+    return f"---\n{data.to_yaml()}\n---\n\n{_text(found, repo_id, base)}"
+
+
+def _text(found: Contents, repo_id: str, base: Any) -> str:
+    ranks = sorted({entry.rank for entry in found.entries if entry.rank is not None})
+    reads = "lora.peft.load(folder, params, sites)" if found.format == "peft" else "lora.load(folder, params)"
+    rows = [
+        f"| `{entry.name}` | {entry.kind} | {'×'.join(map(str, entry.shape))} | {_shown(entry.rank)} | "
+        f"{_shown(entry.alpha)} |"
+        for entry in found.entries
+    ]
+    return "\n".join([
+        f"# {repo_id.rpartition('/')[2]}",
+        "",
+        f"A LoRA adapter for {f'`{base}`' if base else 'a base model that its config does not name'}: "
+        f"{len(found.entries)} {'modules' if found.format == 'peft' else 'parameters'}, "
+        f"rank {' and '.join(map(str, ranks)) or 'none'}, {found.nbytes:,d} bytes.",
+        "",
+        "```python",
+        "import lora_jax as lora",
+        "",
+        f'folder = lora.hub.download("{repo_id}")',
+        f"adapter = {reads}",
+        "```",
+        "",
+        "| name | kind | shape | rank | alpha |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ])  # fmt: skip
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _wanted(inside: bool) -> list[str]:
+    """Patterns of an adapter's files: PEFT's two, or all of an Orbax checkpoint."""
+    orbax = ["_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "state/*"]
+    return ["*"] if inside else [WEIGHTS, CONFIG, "adapter_model.bin", *orbax]
+
+
+def _holds_adapter(folder: Path) -> bool:
+    names = (WEIGHTS, "adapter_model.bin", "_CHECKPOINT_METADATA")
+    return any((folder / name).exists() for name in names)
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError as error:
+        raise ImportError(_INSTALL) from error
+    return huggingface_hub
