@@ -3,11 +3,22 @@
 import doctest
 import re
 import runpy
+import shlex
+import shutil
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from helpers import assert_same, random_adapter
+from safetensors.numpy import load_file, save_file
+
+import lora_jax as lora
+from lora_jax.cli import main
+from lora_jax.models import Transformer, TransformerConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,6 +31,40 @@ def test_readme_example_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest
     with redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
     assert printed.getvalue() == shown
+
+
+def test_readme_peft_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Python goes on where the first example ends; its commands find what they name."""
+    monkeypatch.chdir(tmp_path)
+    section = README[README.index("## From and to PEFT") : README.index("## Speed")]
+    first = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    names: dict[str, Any] = {}
+    with redirect_stdout(StringIO()):
+        exec(compile(first + re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], "README.md", "exec"), names)
+    assert_same(names["again"], names["adapter"])
+    prepare_commands(tmp_path)
+    commands = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    assert len(commands) == 4
+    for command in commands:
+        with redirect_stdout(StringIO()):
+            assert main(shlex.split(command, comments=True)[1:]) == 0, command
+    assert_same(lora.load("again"), lora.load("lora-out/adapter"))
+
+
+def prepare_commands(folder: Path) -> None:
+    """A base and an adapter of PEFT's, and an adapter as `lora-jax finetune` leaves it."""
+    golden = ROOT / "tests" / "golden" / "linear"
+    shutil.copytree(golden, folder / "their-adapter")
+    (folder / "base").mkdir()
+    state = load_file(golden / "expected.safetensors")
+    base = {key.removeprefix("base."): value for key, value in state.items() if key.startswith("base.")}
+    save_file(base, folder / "base" / "model.safetensors")
+    model = Transformer(TransformerConfig(layers=2, width=16, heads=2, kv_heads=1, hidden=24))
+    tokens = jnp.zeros((1, 4), jnp.uint8)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    sites = lora.find_sites(model.apply, params, tokens)
+    adapter = random_adapter([site for site in sites.values() if "layers" in site.path])
+    lora.save(folder / "lora-out" / "adapter", adapter, params=params)
 
 
 def test_readme_commands_are_single_lines() -> None:
