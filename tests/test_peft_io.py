@@ -158,6 +158,19 @@ def test_keys_of_wrapped_models(change: Callable[[str], str], tmp_path: Path) ->
     assert_same(lora.peft.load(tmp_path / "a", NET.params, NET.sites), plain)
 
 
+def test_copies_that_peft_writes_beside_saved_modules(tmp_path: Path) -> None:
+    adapter = replaced(NET, "head/kernel", "head/bias")
+    lora.peft.save(tmp_path / "a", adapter, sites=NET.sites)
+    arrays = load_file(configured(tmp_path / "a", bias="all") / ARRAYS)
+    bias, head = arrays["base_model.model.head.bias"], "base_model.model.head"
+    unused = {f"{head}.modules_to_save.bias": bias, f"{head}.original_module.bias": bias - 1}
+    save_file(arrays | unused, tmp_path / "a" / ARRAYS)
+    assert_same(lora.peft.load(tmp_path / "a", NET.params, NET.sites), adapter)
+    save_file(arrays | {f"{head}.modules_to_save.bias": bias + 1}, tmp_path / "a" / ARRAYS)
+    with pytest.raises(lora.CheckpointError, match=r"Unexpected: head.modules_to_save.bias"):
+        lora.peft.load(tmp_path / "a", NET.params, NET.sites)
+
+
 def test_arrays_without_a_config_have_scale_one(tmp_path: Path) -> None:
     with_config = lora.peft.load(written(tmp_path / "a"), NET.params, NET.sites)
     (tmp_path / "a" / FILES[0]).unlink()

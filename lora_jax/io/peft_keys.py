@@ -7,7 +7,7 @@ from lora_jax.errors import CheckpointError
 
 PREFIX = "base_model.model."
 
-Part = Literal["a", "b", "magnitude", "b_bias", "unknown"]
+Part = Literal["a", "b", "magnitude", "b_bias", "unused", "unknown"]
 
 # What follows the module's name. A live model has the adapter's name in it: `lora_A.default.weight`.
 _PARTS = re.compile(
@@ -71,7 +71,10 @@ def _whole(where: str, raw: str, key: str) -> Key:
     saved = _SAVED.fullmatch(key)
     if saved:
         return Key(f"{saved['module']}.{saved['rest']}")
-    if ".lora_" in key or key.startswith("lora_") or ".original_module." in key:
+    if ".original_module." in key:
+        # The base's copy beside a module that is saved whole; PEFT writes its bias with bias="all" and never uses it.
+        return Key(key, "unused")
+    if ".lora_" in key or key.startswith("lora_"):
         return Key(key, "unknown")
     key = re.sub(r"\.trainable_tokens_delta\.[^.]+$", ".trainable_tokens_delta", key)
     return Key(re.sub(r"\.base_layer\.(weight|bias)$", r".\1", key))
