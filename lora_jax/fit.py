@@ -8,6 +8,7 @@ import numpy as np
 
 from lora_jax.adapter import Adapter
 from lora_jax.errors import ParameterError, nearest
+from lora_jax.site import Site
 from lora_jax.updates import Replace, Update
 
 
@@ -44,8 +45,9 @@ def fit(adapters: Adapter | Sequence[Adapter], leaves: Mapping[str, Any]) -> dic
     found: dict[str, list[Placed]] = {}
     for slot, adapter in enumerate(adapter_list(adapters)):
         for path, update in adapter.items():
-            _check(path, update, leaves)
+            _check_parameter(path, update, leaves)
             found.setdefault(path, []).append(Placed(slot, update))
+    _check_arrays([(path, update) for path, placed in found.items() for _, update in placed], leaves)
     for path, placed in found.items():
         if sum(isinstance(update, Replace) for _, update in placed) > 1:
             raise ParameterError(
@@ -55,7 +57,7 @@ def fit(adapters: Adapter | Sequence[Adapter], leaves: Mapping[str, Any]) -> dic
     return found
 
 
-def _check(path: str, update: Update, leaves: Mapping[str, Any]) -> None:
+def _check_parameter(path: str, update: Update, leaves: Mapping[str, Any]) -> None:
     if path not in leaves:
         raise ParameterError(
             f"The adapter adapts {path!r}, which these parameters do not have; nearest: {nearest(path, leaves)}. "
@@ -67,12 +69,24 @@ def _check(path: str, update: Update, leaves: Mapping[str, Any]) -> None:
             f"{path!r} has shape {np.shape(leaf)}, but the adapter was made for shape {site.shape}: "
             "these are not the parameters it was trained on."
         )
-    made = [part.shape for part in jax.tree.leaves(jax.eval_shape(lambda update: update.factors(), update))]
-    if made:
+
+
+def _check_arrays(given: Sequence[tuple[str, Update]], leaves: Mapping[str, Any]) -> None:
+    """Compare what every update makes of its arrays with what its site needs, in one abstract evaluation of all."""
+
+    def parts(updates: Sequence[Update], bases: Sequence[Any]) -> list[Any]:
+        return [update.factors() or update.base(base) for update, base in zip(updates, bases, strict=True)]
+
+    made = jax.eval_shape(parts, [update for _, update in given], [leaves[path] for path, _ in given])
+    for (path, update), part in zip(given, made, strict=True):
+        _check_shapes(path, update.site, [array.shape for array in jax.tree.leaves(part)])
+
+
+def _check_shapes(path: str, site: Site, made: list[tuple[int, ...]]) -> None:
+    wanted = [site.shape]
+    if len(made) > 1:
         rank = made[0][len(site.batch_axes)] if len(made[0]) > len(site.batch_axes) else 0
         wanted = [site.a_shape(rank), site.b_shape(rank)]
-    else:
-        made, wanted = [jax.eval_shape(lambda update, leaf: update.base(leaf), update, leaf).shape], [site.shape]
     if made != wanted:
         raise ParameterError(
             f"The update at {path!r} has arrays of shapes {made} where its site needs {wanted}. "
