@@ -145,10 +145,10 @@ class _Reader:
 
     def complaint(self, unmatched: Unmatched) -> str:
         """All that is left over, with the nearest names."""
-        known = sorted({*self.twin.modules, *self.twin.tensors})
         lines = [f"{self.files.where} does not fit these parameters."]
         if unmatched.unexpected:
             first = unmatched.unexpected[0]
+            known = self.twin.tensors if first in self.files.saved else self.twin.modules
             near = nearest(first.replace(".", "/"), [name.replace(".", "/") for name in known]).replace("/", ".")
             lines.append(f"Unexpected: {_listed(unmatched.unexpected)}. Nearest to {first}: {near}.")
         if unmatched.missing:
