@@ -211,6 +211,10 @@ def test_known_maps_name_whole_parameters() -> None:
         "gemma": ("embedder/input_embedding", "model.embed_tokens"),
         "maxtext": ("params/decoder/layers_3/pre_self_attention_layer_norm/scale", "model.layers.3.input_layernorm"),
     }
+    assert (
+        find_names("tunix").module("layers/3/post_attention_layernorm/w") == "model.layers.3.post_attention_layernorm"
+    )
+    assert find_names("tunix").module("layers/3/attn/q_norm/w") == "model.layers.3.self_attn.q_norm"
     assert {known: find_names(known).module(path) for known, (path, _) in norms.items()} == {
         known: module for known, (_, module) in norms.items()
     }

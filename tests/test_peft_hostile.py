@@ -18,7 +18,7 @@ from peft_models import nested
 from safetensors.numpy import load_file, save, save_file
 
 import lora_jax as lora
-from lora_jax.io import peft_files
+from lora_jax.io import peft_config, peft_write
 from lora_jax.io.peft import read_peft
 from lora_jax.site import Site, Sites
 
@@ -269,7 +269,7 @@ def test_a_write_cut_short_leaves_nothing(folder: Path, tmp_path: Path, monkeypa
         Path(path).write_bytes(save(arrays)[:20])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(peft_files, "save_file", full_disk)
+    monkeypatch.setattr(peft_write, "save_file", full_disk)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     for target in (folder, tmp_path / "new"):
         with pytest.raises(lora.CheckpointError, match=r"cannot be written: .*No space left on device"):
@@ -336,7 +336,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=4,
 )
-FIELDS = sorted(peft_files.peft_config._NEUTRAL | peft_files.peft_config._VARIANTS.keys() | {"unknown"})
+FIELDS = sorted(peft_config._NEUTRAL | peft_config._VARIANTS.keys() | {"unknown"})
 
 
 @FUZZ

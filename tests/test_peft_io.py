@@ -356,6 +356,15 @@ def test_a_bias_called_b_is_a_bias_in_pytorch(tmp_path: Path) -> None:
     assert list(lora.peft.load(tmp_path / "a", params, model.sites)) == ["linear/b"]
 
 
+def test_numbers_without_an_axis(tmp_path: Path) -> None:
+    params = nested({"up/kernel": draw(3, 2), "up/temperature": jnp.float32(0.5)})
+    model = Model(lambda p, x: x @ p["up"]["kernel"] / p["up"]["temperature"], params, draw(1, 3))
+    lora.peft.save(tmp_path / "a", replaced(model, "up/temperature"), sites=model.sites, params=params)
+    assert load_file(tmp_path / "a" / ARRAYS)["base_model.model.up.temperature"].shape == ()
+    loaded = lora.peft.load(tmp_path / "a", params, model.sites)
+    assert_same(loaded["up/temperature"].value, jnp.float32(1.5))
+
+
 def test_parts_of_a_module_need_the_base(tmp_path: Path) -> None:
     with pytest.raises(lora.ParameterError, match="The value of 'head/bias' is to be written too: pass params="):
         lora.peft.save(tmp_path / "a", replaced(NET, "head/kernel"), sites=NET.sites)
@@ -543,6 +552,10 @@ def test_what_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:
     full = Site(path="q/kernel", shape=(3, 2), dtype="float32", kind="full")
     with pytest.raises(lora.CheckpointError, match="so its layout in PyTorch is unknown"):
         lora.peft.save(tmp_path / "a", lora.Adapter({"q/kernel": lora.Replace(draw(3, 2), full)}))
+    diverged = jax.tree.map(lambda leaf: leaf * jnp.nan, low)
+    for broken in (diverged, lora.scale(low, jnp.inf)):
+        with pytest.raises(lora.CheckpointError, match="so nothing is written"):
+            lora.peft.save(tmp_path / "a", broken)
     with pytest.raises(lora.CheckpointError, match="the adapter is empty"):
         lora.peft.save(tmp_path / "a", lora.Adapter({}))
     with pytest.raises(lora.ParameterError, match="'k/kernel', which these parameters do not have"):

@@ -15,7 +15,8 @@ from lora_jax.io import manifest, orbax
 from lora_jax.io.peft_config import rank_of
 from lora_jax.io.peft_delta import Module
 from lora_jax.io.peft_disk import CONFIG, WEIGHTS
-from lora_jax.io.peft_files import PeftFiles, read_peft
+from lora_jax.io.peft_files import PeftFiles
+from lora_jax.io.peft_read import read_peft
 from lora_jax.site import render
 from lora_jax.updates import LowRank, Update
 

@@ -76,6 +76,9 @@ KNOWN: Mapping[str, Names] = {
         [
             ("embedder/input_embedding", "model.embed_tokens"),
             ("lm_head/w", "lm_head"),
+            ("final_norm/w", "model.norm"),
+            ("layers/{i}/{name}_layernorm/w", f"{_LAYER}.{{name}}_layernorm"),
+            ("layers/{i}/attn/{name}_norm/w", f"{_LAYER}.self_attn.{{name}}_norm"),
             ("layers/{i}/attn/{name}_proj/w", f"{_LAYER}.self_attn.{{name}}_proj"),
             *(Rule(f"layers/{{i}}/{path}", modules) for path, modules in _EINSUM_ATTENTION.items()),
             ("layers/{i}/mlp/{name}/kernel", f"{_LAYER}.mlp.{{name}}"),

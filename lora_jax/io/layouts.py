@@ -82,7 +82,7 @@ def weight_to_torch(site: Site, value: np.ndarray, *, transposed: bool) -> np.nd
       transposed: whether PyTorch stores `(in, out)`, as `Conv1D` does.
     """
     if site.kind == "full":
-        return value.reshape(-1)
+        return value.reshape(-1) if value.ndim else value
     if site.kind == "embedding":
         return value.transpose(site.in_axes + site.out_axes).reshape(site.fan_in, -1)
     moved = value.transpose(site.out_axes + site.in_axes)

@@ -15,8 +15,9 @@ from lora_jax.io.join import Piece, join, stack
 from lora_jax.io.known_names import find_names
 from lora_jax.io.names import Names
 from lora_jax.io.peft_delta import Module
-from lora_jax.io.peft_files import PeftFiles, read_peft
+from lora_jax.io.peft_files import PeftFiles
 from lora_jax.io.peft_match import saves, targets
+from lora_jax.io.peft_read import read_peft
 from lora_jax.io.peft_whole import WholeReader
 from lora_jax.io.twin import Place, Twin, is_tied, twin
 from lora_jax.paths import named_leaves

@@ -16,9 +16,10 @@ from lora_jax.io import layouts
 from lora_jax.io.known_names import find_names
 from lora_jax.io.names import Names
 from lora_jax.io.peft_delta import Module, ModuleKind
-from lora_jax.io.peft_files import PeftFiles, write_peft
+from lora_jax.io.peft_files import PeftFiles
 from lora_jax.io.peft_match import exact_key, shortest, targets
 from lora_jax.io.peft_tables import WholeWriter, untied
+from lora_jax.io.peft_write import write_peft
 from lora_jax.io.rules import Target
 from lora_jax.io.twin import is_tied, twin
 from lora_jax.paths import named_leaves

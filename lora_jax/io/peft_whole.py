@@ -114,4 +114,4 @@ class WholeReader:
 
     def _replace(self, path: str, value: np.ndarray) -> Replace:
         dtype = jnp.promote_types(self.leaves[path].dtype, jnp.float32)
-        return Replace(jnp.asarray(np.ascontiguousarray(value), dtype), self._site(path))
+        return Replace(jnp.asarray(np.asarray(value, order="C"), dtype), self._site(path))

@@ -18,7 +18,7 @@ from lora_jax.io.hf.changes import Rounding, changed
 from lora_jax.io.hf.folder import CONFIG, INDEX, Checkpoint, Shard, dump, open_checkpoint
 from lora_jax.io.hf.plan import Plan, plan, untied_config
 from lora_jax.io.hf.tensors import Item, Tensor, new_item, write_file
-from lora_jax.io.peft_files import read_peft
+from lora_jax.io.peft_read import read_peft
 from lora_jax.merge import round_stochastically
 
 _SPARE = 64 << 20
