@@ -1,13 +1,16 @@
 """Names and layouts: every rule is checked on numbers, against PyTorch's weight written out by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, random_adapter
+from helpers import assert_close, assert_same, random_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft_models import nested
 
 import lora_jax as lora
@@ -307,3 +310,37 @@ def test_whole_parameters_with_other_numbers_in_pytorch_are_refused(rule: Rule, 
 def test_parameters_at_the_root_are_no_siblings() -> None:
     with pytest.raises(lora.MatchError, match="No rule names 'k'"):
         Names([("q", "q_proj")]).module("k")
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[Names, Site]:
+    """A parameter with axes of any roles in any order, and a rule that takes it apart."""
+    counted, experts = draw(st.integers(0, 2)), draw(st.booleans())
+    shares = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
+    outs = [2 * draw(st.integers(1, 2)) for _ in range(draw(st.integers(1, 3)))]
+    axis = draw(st.integers(0, len(outs) - 1))
+    outs[axis] *= sum(shares)
+    sizes = [("b", draw(st.integers(1, 3))) for _ in range(counted + experts)]
+    sizes += [("i", draw(st.integers(1, 3))) for _ in range(draw(st.integers(1, 2)))]
+    order = draw(st.permutations([*sizes, *(("o", None) for _ in outs)]))
+    left = iter(outs)
+    shape = tuple(next(left) if size is None else size for _, size in order)
+    number = "".join("{i}.{j}."[4 * place : 4 * place + 4] for place in range(counted))
+    modules = tuple(f"h.{number}m{place}" for place in range(len(shares)))
+    rotary = tuple(draw(st.sampled_from([0, 2])) for _ in shares)
+    rule = Rule("w/kernel", modules, axis=axis, shares=shares, rotary=rotary)
+    return Names([rule]), site("w/kernel", shape, "".join(role for role, _ in order))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(layout=layouts())
+def test_any_layout_comes_back_bit_for_bit(
+    layout: tuple[Names, Site], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    names, of = layout
+    update = random_adapter([of], rank=3)[of.path]
+    if any(target.parameter for target in names.targets(of)):  # PEFT has one scale for all experts
+        update = replace(update, scale=jnp.broadcast_to(update.scale[..., :1], update.scale.shape))
+    folder = tmp_path_factory.mktemp("layout") / "a"
+    lora.peft.save(folder, lora.Adapter({of.path: update}), names)
+    assert_same(lora.peft.load(folder, _zeros(of), Sites([of]), names)[of.path], update)

@@ -356,6 +356,42 @@ def test_a_bias_called_b_is_a_bias_in_pytorch(tmp_path: Path) -> None:
     assert list(lora.peft.load(tmp_path / "a", params, model.sites)) == ["linear/b"]
 
 
+@pytest.mark.parametrize("name", ["conv 1-D", "conv 2-D", "conv 3-D"])
+def test_convolutions_trained_in_full(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]
+    adapter = replaced(model, "layer/kernel")
+    lora.peft.save(tmp_path / "a", adapter, sites=model.sites, params=model.params)
+    kernel = np.asarray(adapter["layer/kernel"].value)
+    assert_same(read_peft(tmp_path / "a").saved["layer.weight"], kernel.transpose(-1, -2, *range(kernel.ndim - 2)))
+    loaded = lora.peft.load(tmp_path / "a", model.params, model.sites)
+    assert_same(loaded["layer/kernel"], adapter["layer/kernel"])
+
+
+def test_whole_tensors_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+    saved = {"head.weight": np.ones((5, 4), np.float32), "score.weight": np.ones((4, 5), np.float32)}
+    config = {"r": 2, "modules_to_save": ["head", "score", "up"]}
+    write_peft(tmp_path / "a", PeftFiles(config, {}, saved))
+    adapter, unmatched = lora.peft.load(tmp_path / "a", NET.params, NET.sites, strict=False)
+    wrong = "head.weight has shape (5, 4), where head/kernel needs (4, 5)"
+    assert (len(adapter), unmatched) == (0, (("up",), ("score.weight",), (wrong,)))
+    with pytest.raises(lora.CheckpointError, match=r"Unexpected: score.weight. Nearest to score.weight: .*\.weight"):
+        lora.peft.load(tmp_path / "a", NET.params, NET.sites)
+
+
+def test_several_parameters_of_a_module_need_an_order(tmp_path: Path) -> None:
+    axes: dict[str, Any] = {"batch_axes": (0,), "in_axes": (1,), "out_axes": (2,)}
+    up, down = (Site(path=f"moe/{n}", shape=(2, 3, 4), dtype="float32", kind="ragged", **axes) for n in ("up", "down"))
+    with pytest.raises(lora.CheckpointError, match="Give names with rules in that order"):
+        lora.peft.save(tmp_path / "a", random_adapter([up, down]))
+    names = Names([("moe/up", "experts.up"), ("moe/down", "experts.down")])
+    lora.peft.save(tmp_path / "a", random_adapter([up, down]), names)
+    files = read_peft(tmp_path / "a")
+    assert files.config["target_parameters"] == ["experts.down", "experts.up"]
+    assert sorted(files.modules) == ["experts", "experts.base_layer"]
+    lora.peft.save(tmp_path / "b", random_adapter([down]))
+    assert sorted(read_peft(tmp_path / "b").modules) == ["moe"]
+
+
 def test_numbers_without_an_axis(tmp_path: Path) -> None:
     params = nested({"up/kernel": draw(3, 2), "up/temperature": jnp.float32(0.5)})
     model = Model(lambda p, x: x @ p["up"]["kernel"] / p["up"]["temperature"], params, draw(1, 3))

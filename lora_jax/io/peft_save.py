@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -114,21 +114,21 @@ class _Writer:
     def files(self) -> PeftFiles:
         """Everything to write, in PEFT's layout."""
         modules: dict[str, Module] = {}
-        stacks: dict[str, list[tuple[int, str, Module]]] = {}
+        stacks: dict[str, list[_Stacked]] = {}
         for path, found in self.targets.items():
             update = jax.tree.map(np.asarray, self.low_rank[path])
-            for target in found:
+            for place, target in enumerate(found):
                 module = self._module(update, target)
                 if module is not None and target.parameter:
-                    order = (self.names.order(path), target.name, module)
-                    stacks.setdefault(target.name.rpartition(".")[0], []).append(order)
+                    stacked = _Stacked((self.names.order(path), place), target.name, module)
+                    stacks.setdefault(target.name.rpartition(".")[0], []).append(stacked)
                 elif module is not None:
                     modules[target.name] = module
                     self._tie(update.site, target, module, modules)
         plain = set(modules)
         for owner, stacked in stacks.items():
             modules |= self._nested(owner, stacked)
-        parameters = sorted(name for stacked in stacks.values() for _, name, _ in stacked)
+        parameters = sorted(each.name for stacked in stacks.values() for each in stacked)
         return PeftFiles(self._config(plain, parameters), modules, self.whole.saved)
 
     def _module(self, update: LowRank, target: Target) -> Module | None:
@@ -164,14 +164,14 @@ class _Writer:
         self.scales[head] = self.scales[target.name]
         modules[head] = Module("linear", module.b.T, module.a.T)
 
-    def _nested(self, owner: str, stacked: list[tuple[int, str, Module]]) -> dict[str, Module]:
+    def _nested(self, owner: str, stacked: list["_Stacked"]) -> dict[str, Module]:
         """Names of several parameters of one module: the first that PyTorch declares is nested deepest."""
-        if len({order for order, _, _ in stacked}) < len(stacked):
+        if len({each.order for each in stacked}) < len(stacked):
             raise CheckpointError(
-                f"{owner} has several adapted parameters ({', '.join(name for _, name, _ in stacked)}), and PEFT tells "
+                f"{owner} has several adapted parameters ({', '.join(each.name for each in stacked)}), and PEFT tells "
                 "them apart by the order in which the module declares them. Give names with rules in that order."
             )
-        ordered = [module for _, _, module in sorted(stacked, key=lambda each: each[0])]
+        ordered = [each.module for each in sorted(stacked, key=lambda each: each.order)]
         depth = len(ordered)
         return {owner + ".base_layer" * (depth - 1 - place): module for place, module in enumerate(ordered)}
 
@@ -217,6 +217,14 @@ class _Writer:
         if any(targets(chosen, other) for other in others):
             return "|".join(re.escape(name) for name in sorted(plain))
         return chosen
+
+
+class _Stacked(NamedTuple):
+    """A parameter that PEFT adapts by itself, and where the map has it: position of the rule, and within it."""
+
+    order: tuple[int, int]
+    name: str
+    module: Module
 
 
 def _alpha(scale: np.float32, rank: int) -> float:
