@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -275,6 +277,32 @@ def test_refusals_leave_nothing_behind(damage: Any, message: str, small: tuple[P
     with pytest.raises((lora.CheckpointError, lora.MergeError), match=message):
         merge_checkpoint(base, adapter, base.parent / "out")
     assert sorted(base.parent.rglob("*")) == before
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    file=st.sampled_from(["model.safetensors", "model.safetensors.index.json", "config.json"]),
+    edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4),
+    cut=st.integers(0, 40),
+)
+def test_damaged_bases_never_crash_or_leave_anything(
+    file: str, edits: list[tuple[int, int]], cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    base = write_base(folder / "base", state(("q.weight", (6, 4)), ("k.weight", (5, 4))))
+    names = dict.fromkeys(("q.weight", "k.weight"), "model.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    adapter = write_adapter(folder / "lora", {"q": factors(6, 4)})
+    content = bytearray((base / file).read_bytes())
+    for place, value in edits:
+        content[place % len(content)] = value
+    (base / file).write_bytes(content[: len(content) - cut])
+    try:
+        merge_checkpoint(base, adapter, folder / "out")
+    except lora.LoraError:
+        assert {path.name for path in folder.iterdir()} == {"base", "lora"}
+    else:
+        assert set(read_all(folder / "out")) == set(read_all(base))
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, float("nan")], [1.0, 1.0, 1.0]])

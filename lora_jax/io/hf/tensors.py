@@ -20,7 +20,7 @@ FLOATS = {
 }
 """The dtypes that can be changed, by their names in the files. Others are copied as bytes."""
 
-_PIECE = 16 << 20
+_PIECE = 1 << 20
 
 
 class Tensor(NamedTuple):
@@ -39,7 +39,7 @@ class Tensor(NamedTuple):
         return self.end - self.begin
 
     def pieces(self) -> Iterator[memoryview]:
-        """Its bytes, some megabytes at a time. A piece is overwritten by the next one."""
+        """Its bytes, a megabyte at a time. A piece is overwritten by the next one."""
         buffer = memoryview(bytearray(min(_PIECE, self.nbytes)))
         left = self.nbytes
         with self.file.open("rb") as file:
