@@ -182,6 +182,29 @@ def test_configs_that_lie(config: dict[str, Any], message: str, folder: Path) ->
     refused(folder, f"adapter_.*: .*{message}")
 
 
+@pytest.mark.parametrize("pattern", ["(a+)+", "(a|a)*", "((a*)b?){2,}", "(a{1,9})*", "(?:a|aa)+", "([)a]+)+"])
+def test_patterns_that_would_take_for_ever(pattern: str, folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    arrays = {key.replace("layers.0.q", "a" * 60 + "b"): value for key, value in load_file(folder / ARRAYS).items()}
+    save_file(arrays, folder / ARRAYS)
+    for change in ({"rank_pattern": {pattern: 2}}, {"alpha_pattern": {pattern: 2}}, {"target_modules": pattern}):
+        (folder / CONFIG).write_text(json.dumps(config | {"rank_pattern": {}} | change))
+        refused(folder, f"{CONFIG}: .*for ever")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q|up_proj).*?)|(?:layers\.[\d]{1,}\.(?:(?:q|k)))",
+        r"^(?!.*visual).*(q|wte)$", r"(.*\.)?layers\.(\d+)\.[(+q|]", r"layers\.\(?0\)*\.q",
+    ],
+)  # fmt: skip
+def test_patterns_that_people_use(pattern: str, folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"target_modules": pattern}))
+    assert len(load(folder)) == 2
+
+
 def test_a_config_that_is_no_object(folder: Path) -> None:
     (folder / CONFIG).write_text("[]")
     refused(folder, f"{CONFIG} holds a list, not the object that a config is")

@@ -97,6 +97,7 @@ def test_round_trip(model: Model, tmp_path: Path) -> None:
     if model.names is not EXPERTS:  # PEFT has one scale for all experts: the others' are in B
         assert_same(loaded, adapter)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == FILES
+    assert_same(lora.peft.load(tmp_path / "a", jax.eval_shape(lambda: model.params), sites, model.names), loaded)
 
 
 def test_experts_with_one_scale_come_back_bit_for_bit(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _check_finite(path: Path, key: str, array: np.ndarray) -> None:
     with np.errstate(over="ignore"):
-        finite = np.isfinite(array.astype(np.float32))
+        finite = np.isfinite(array.astype(np.float32, copy=False))
     if not finite.all():
         raise CheckpointError(
             f"{path}: {key} has {finite.size - np.count_nonzero(finite)} values that are NaN or infinite in float32. "

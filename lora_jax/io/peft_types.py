@@ -23,7 +23,9 @@ def check_types(where: str, config: Mapping[str, Any]) -> None:
     for field, (needs, holds) in _PATTERNS.items():
         for key, value in (config.get(field) or {}).items():
             if not _is_regex(f"({key})"):
-                raise CheckpointError(f"{where}: {field}: {_shown(key)} is no regular expression")
+                raise CheckpointError(
+                    f"{where}: {field}: {_shown(key)} is no regular expression, or one that may take for ever"
+                )
             if not holds(value):
                 raise CheckpointError(f"{where}: {field}[{_shown(key)}]={_shown(value)} must be {needs}")
 
@@ -48,7 +50,32 @@ def _is_regex(text: str) -> bool:
         re.compile(text)
     except (re.error, OverflowError, RecursionError):
         return False
-    return True
+    return not _explodes(text)
+
+
+_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|.", re.DOTALL)
+
+
+def _explodes(text: str) -> bool:
+    """Whether a repetition repeats a group that repeats or branches: such a match may take exponential time.
+
+    >>> _explodes("(a+)+$"), _explodes("(a|a)*"), _explodes(r"(.*\\.)?layers\\.[0-9]+\\.(q|k)_proj")
+    (True, True, False)
+    """
+    groups, closed = [False], False
+    for token in _TOKEN.findall(text):
+        repeats = token in ("*", "+") or (token[0] == "{" and token[-1] == "}")
+        if closed and repeats:
+            return True
+        closed = False
+        if token == "(":
+            groups.append(False)
+        elif token == ")" and len(groups) > 1:
+            closed = groups.pop()
+            groups[-1] |= closed
+        elif repeats or token == "|":
+            groups[-1] = True
+    return False
 
 
 def _are_names(value: Any) -> bool:
@@ -66,7 +93,7 @@ def _is_a(*types: type) -> Callable[[Any], bool]:
 _RANK = "a positive integer", _is_rank
 _NUMBER = "a finite number", _is_number
 _NAMES = "a list of names", _are_names
-_TARGETS = "a list of names, or one regular expression", _are_targets
+_TARGETS = "a list of names, or one regular expression that cannot take for ever", _are_targets
 _BOOL = "true or false", _is_a(bool)
 
 _PATTERNS = {"rank_pattern": _RANK, "alpha_pattern": _NUMBER}
