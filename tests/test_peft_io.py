@@ -393,6 +393,30 @@ def test_several_parameters_of_a_module_need_an_order(tmp_path: Path) -> None:
     assert sorted(read_peft(tmp_path / "b").modules) == ["moe"]
 
 
+def test_conv1d_layers_and_experts_are_not_for_one_file(tmp_path: Path) -> None:
+    moe = Site(
+        path="moe/up", shape=(2, 3, 4), dtype="float32", kind="dense", batch_axes=(0,), in_axes=(1,), out_axes=(2,)
+    )
+    names = Names([("moe/up", "experts.up"), ("q/kernel", "q")], fan_in_fan_out=True)
+    with pytest.raises(
+        lora.CheckpointError, match=r"Conv1D layers \(q\) or single parameters \(experts.up\), not both"
+    ):
+        lora.peft.save(tmp_path / "a", random_adapter([moe, dense("q")]), names)
+    lora.peft.save(tmp_path / "a", random_adapter([moe]), names)
+    assert read_peft(tmp_path / "a").config["fan_in_fan_out"] is False
+
+
+def test_biases_of_heads_are_flat_in_pytorch(tmp_path: Path) -> None:
+    params = nested({"q/kernel": draw(3, 2, 4), "q/bias": draw(2, 4)})
+    model = Model(
+        lambda p, x: jnp.einsum("bd,dnh->bnh", x, p["q"]["kernel"]) + p["q"]["bias"][None], params, draw(1, 3)
+    )
+    adapter = lora.Adapter({**random_adapter(model.sites), **replaced(model, "q/bias")})
+    lora.peft.save(tmp_path / "a", adapter, sites=model.sites)
+    assert_same(read_peft(tmp_path / "a").saved["q.bias"], np.asarray(params["q"]["bias"] + 1).reshape(8))
+    assert_same(lora.peft.load(tmp_path / "a", params, model.sites), adapter)
+
+
 def test_numbers_without_an_axis(tmp_path: Path) -> None:
     params = nested({"up/kernel": draw(3, 2), "up/temperature": jnp.float32(0.5)})
     model = Model(lambda p, x: x @ p["up"]["kernel"] / p["up"]["temperature"], params, draw(1, 3))

@@ -53,32 +53,43 @@ def read_peft(path: str | PathLike[str], subfolder: str | None = None) -> PeftFi
 
 
 def _assemble(where: str, config: dict[str, Any] | None, arrays: Mapping[str, np.ndarray]) -> PeftFiles:
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    embeddings: set[str] = set()
-    whole: dict[str, np.ndarray] = {}
-    unknown: list[str] = []
-    for raw, array in arrays.items():
-        # With bias="all" PEFT writes the biases of saved modules again, under the name of its wrapper.
-        plain = arrays.get(raw.replace(".modules_to_save.", "."))
-        if ".modules_to_save." in raw and plain is not None and np.array_equal(plain, array):
-            continue
+    found = _Found(where, arrays)
+    if config is None:
+        ranks = {name: each["a"].shape[0] for name, each in found.parts.items() if "a" in each and each["a"].ndim}
+        config = peft_config.inferred(ranks, sorted({name.rpartition(".")[0] for name in found.whole}))
+    _refuse_unknown(where, [*found.unknown, *(n for n in found.whole if not _belongs(n, config, found.parts))])
+    modules = {
+        name: _module(where, name, each, name in found.embeddings, config)
+        for name, each in sorted(found.parts.items())
+    }  # fmt: skip
+    if not modules and not found.whole:
+        raise CheckpointError(f"{where} holds no tensors at all")
+    return PeftFiles(_completed(config, modules), modules, dict(sorted(found.whole.items())), where)
+
+
+class _Found:
+    """The tensors of a file, sorted by what their keys say they are."""
+
+    def __init__(self, where: str, arrays: Mapping[str, np.ndarray]):
+        self.parts: dict[str, dict[str, np.ndarray]] = {}
+        self.embeddings: set[str] = set()
+        self.whole: dict[str, np.ndarray] = {}
+        self.unknown: list[str] = []
+        for raw, array in arrays.items():
+            # With bias="all" PEFT writes the biases of saved modules again, under the name of its wrapper.
+            plain = arrays.get(raw.replace(".modules_to_save.", "."))
+            if ".modules_to_save." not in raw or plain is None or not np.array_equal(plain, array):
+                self._add(where, raw, array)
+
+    def _add(self, where: str, raw: str, array: np.ndarray) -> None:
         key = parse(where, raw)
         if key.part is None:
-            _put(where, whole, key.name, array, raw)
+            _put(where, self.whole, key.name, array, raw)
         elif key.part == "unknown":
-            unknown.append(raw)
+            self.unknown.append(raw)
         elif key.part != "unused":
-            _put(where, parts.setdefault(key.name, {}), key.part, array, raw)
-            embeddings |= {key.name} if key.embedding else set()
-    if config is None:
-        ranks = {name: found["a"].shape[0] for name, found in parts.items() if "a" in found and found["a"].ndim}
-        config = peft_config.inferred(ranks, sorted({name.rpartition(".")[0] for name in whole}))
-    unknown += [name for name in whole if not _belongs(name, config, parts)]
-    _refuse_unknown(where, unknown)
-    modules = {name: _module(where, name, found, name in embeddings, config) for name, found in sorted(parts.items())}
-    if not modules and not whole:
-        raise CheckpointError(f"{where} holds no tensors at all")
-    return PeftFiles(_completed(config, modules), modules, dict(sorted(whole.items())), where)
+            _put(where, self.parts.setdefault(key.name, {}), key.part, array, raw)
+            self.embeddings |= {key.name} if key.embedding else set()
 
 
 def _put(where: str, group: dict[str, np.ndarray], name: str, array: np.ndarray, raw: str) -> None:

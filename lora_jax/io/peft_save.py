@@ -193,12 +193,20 @@ class _Writer:
             "modules_to_save": modules_to_save or None,
             "bias": bias,
             "lora_dropout": 0.0 if parameters else self._dropout(),
-            "fan_in_fan_out": self.names.fan_in_fan_out,
+            "fan_in_fan_out": self._fan_in_fan_out(plain, parameters),
             "init_lora_weights": True,
             "use_rslora": False,
             "use_dora": False,
             "ensure_weight_tying": self.ties or self.whole.ties,
         }
+
+    def _fan_in_fan_out(self, plain: set[str], parameters: list[str]) -> bool:
+        if self.names.fan_in_fan_out and plain and parameters:
+            raise CheckpointError(
+                f"PEFT adapts Conv1D layers ({min(plain)}) or single parameters ({parameters[0]}), not both in one "
+                f"adapter. Save them apart: adapter.without(...)"
+            )
+        return self.names.fan_in_fan_out and not parameters
 
     def _dropout(self) -> float:
         rates = {update.dropout for update in self.low_rank.values()}
