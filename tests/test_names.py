@@ -288,6 +288,7 @@ def test_the_first_rule_that_matches_decides() -> None:
     assert names.module("layers_0/q/kernel") == "h.0.q"
     assert names.module("layers_0/q/bias") == "h.0.q", "a rule serves the module's other parameters"
     assert names.order("params/x/x/w") == 2
+    assert Names([("params/q/kernel", "q_proj")]).module("q/kernel") == "q_proj"
     with pytest.raises(lora.MatchError, match="No rule names 'x/y/w'"):
         names.module("x/y/w")
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CASES
+from cases.registry import Case
 from helpers import assert_close, assert_same, cast_floats, random_adapter
 from peft_models import CONV1D, EXPERTS, SCANNED, Params, conv, experts, linear, nested, net, scanned_net, stacked
 from safetensors.numpy import load_file, save_file
@@ -627,3 +630,26 @@ def test_what_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:
 def test_dropout_is_kept(tmp_path: Path) -> None:
     lora.peft.save(tmp_path / "a", random_adapter(NET.sites, dropout=0.25), sites=NET.sites)
     assert {each.dropout for each in lora.peft.load(tmp_path / "a", NET.params, NET.sites).values()} == {0.25}
+
+
+# Every layer of the shared table.
+
+
+def named(sites: Sites) -> Names:
+    """A name of its own for each parameter, and a number in it for each stacked axis."""
+    numbers = {0: "", 1: ".{i}", 2: ".{i}.{j}", 3: ".{i}.{j}"}
+    return Names([(path, f"m{n}{numbers[len(site.batch_axes)]}.p") for n, (path, site) in enumerate(sites.items())])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_every_layer_comes_back(case: Case, tmp_path: Path) -> None:
+    adapter = random_adapter(case.targets)
+    tied = {f"m{n}.p": f"head{n}" for n in range(len(adapter))}
+    names = replace(named(case.targets), tied=tied)
+    lora.peft.save(tmp_path / "a", adapter, names, sites=case.targets)
+    loaded = lora.peft.load(tmp_path / "a", case.model.params, case.targets, names)
+    if any(len(site.batch_axes) > 2 for site in case.targets.values()):  # experts have one scale in PEFT
+        adapter, loaded = ({path: each.delta() for path, each in found.items()} for found in (adapter, loaded))
+        assert_close(loaded, adapter)
+    else:
+        assert_same(loaded, adapter)

@@ -117,11 +117,11 @@ class Names:
     def _rule(self, path: str, sibling: bool = False) -> tuple[Rule | None, Mapping[str, str]]:
         bare = path.removeprefix("params/")
         for rule in self._given():
-            known = rule.match(bare)
+            known = rule.match(path)
             if known is not None:
                 return rule, known
         for rule in self._given() if sibling and "/" in bare else ():
-            known = rule.beside(bare)
+            known = rule.beside(path)
             if known is not None:
                 return rule, known
         if self._given():

@@ -18,7 +18,7 @@ class Rule:
     """One line of a map: parameters on the left, PyTorch modules on the right.
 
     Attributes:
-      path: template of a parameter's path without the collection `params`, such as `layers_{i}/attn/query/kernel`.
+      path: template of a parameter's path, such as `layers_{i}/attn/query/kernel`, with or without `params/` before.
         `{i}` and `{j}` stand for numbers, any other name in braces for part of one component.
       modules: template of the module's name, `model.layers.{i}.self_attn.q_proj`. A number that the path does not have
         is an index along a stacked axis: with the path `layers/attn/query/kernel` the rule unstacks scanned layers, on
@@ -72,11 +72,11 @@ class Rule:
 
     def match(self, path: str) -> dict[str, str] | None:
         """What stands in the braces, if the rule is for this path."""
-        return match(self.path, path)
+        return match(_bare(self.path), _bare(path))
 
     def beside(self, path: str) -> dict[str, str] | None:
         """The same for another parameter of the rule's module."""
-        return match(self.path.rpartition("/")[0], path.rpartition("/")[0])
+        return match(_bare(self.path).rpartition("/")[0], _bare(path).rpartition("/")[0])
 
     def parts(self, site: Site) -> list["Part"]:
         """How the modules share a parameter.
@@ -154,6 +154,10 @@ class Target:
     rotary: int = 0
     gain: float = 1.0
     parameter: bool = False
+
+
+def _bare(path: str) -> str:
+    return path.removeprefix("params/")
 
 
 def match(template: str, path: str) -> dict[str, str] | None:
