@@ -635,6 +635,9 @@ def test_dropout_is_kept(tmp_path: Path) -> None:
 # Every layer of the shared table.
 
 
+TRANSPOSED = ("linen-conv_transpose_kernel", "haiku-conv_transpose", "plain-conv_transpose")
+
+
 def named(sites: Sites) -> Names:
     """A name of its own for each parameter, and a number in it for each stacked axis."""
     numbers = {0: "", 1: ".{i}", 2: ".{i}.{j}", 3: ".{i}.{j}"}
@@ -646,6 +649,10 @@ def test_every_layer_comes_back(case: Case, tmp_path: Path) -> None:
     adapter = random_adapter(case.targets)
     tied = {f"m{n}.p": f"head{n}" for n in range(len(adapter))}
     names = replace(named(case.targets), tied=tied)
+    if case.id in TRANSPOSED:
+        with pytest.raises(lora.CheckpointError, match="between its input axes, as a transposed convolution has"):
+            lora.peft.save(tmp_path / "a", adapter, names, sites=case.targets)
+        return
     lora.peft.save(tmp_path / "a", adapter, names, sites=case.targets)
     loaded = lora.peft.load(tmp_path / "a", case.model.params, case.targets, names)
     if any(len(site.batch_axes) > 2 for site in case.targets.values()):  # experts have one scale in PEFT

@@ -8,6 +8,7 @@ from math import prod
 
 import numpy as np
 
+from lora_jax.errors import CheckpointError
 from lora_jax.io.rules import Target
 from lora_jax.site import Site
 
@@ -109,8 +110,13 @@ def weight_from_torch(site: Site, value: np.ndarray, *, transposed: bool) -> np.
 
 
 def _channels(site: Site) -> int:
-    """Which of a convolution's input axes counts channels: the one beside the outputs, in any kernel layout."""
+    """Which of a convolution's input axes counts channels: the one beside the outputs, as in `HWIO` and `OIHW`."""
     distances = [abs(axis - site.out_axes[0]) for axis in site.in_axes]
+    if distances.count(min(distances)) > 1:
+        raise CheckpointError(
+            f"{site.path!r} has its outputs (axis {site.out_axes[0]}) between its input axes, as a transposed "
+            "convolution has, and PEFT adapts none. Leave it out."
+        )
     return distances.index(min(distances))
 
 
