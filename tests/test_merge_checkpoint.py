@@ -186,6 +186,26 @@ def test_one_use_of_a_tied_table_needs_untying(stored: bool, modules: dict[str, 
     assert sorted(index["weight_map"]) == sorted(after)
 
 
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_trained_rows_of_a_tied_table(name: str, tmp_path: Path) -> None:
+    """PEFT gives the rows of the table to the head too; rows of the head alone need a table of their own."""
+    before = state(("embed_tokens.weight", (9, 4)))
+    base = write_base(tmp_path / "base", before, config=TIED)
+    rows = state(("rows", (2, 4)))["rows"]
+    saved = {f"{name}.token_adapter.trainable_tokens_delta": rows}
+    adapter = write_adapter(tmp_path / "lora", {}, saved, trainable_token_indices={name: [7, 2]})
+    expected = before["embed_tokens.weight"].copy()
+    expected[[7, 2]] = rows
+    if name == "embed_tokens":
+        merge_checkpoint(base, adapter, tmp_path / "out")
+        assert_same(read_all(tmp_path / "out"), {"embed_tokens.weight": expected})
+        return
+    with pytest.raises(lora.CheckpointError, match="--untie"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    merge_checkpoint(base, adapter, tmp_path / "out", untie=True)
+    assert_same(read_all(tmp_path / "out"), before | {"lm_head.weight": expected})
+
+
 def test_a_tied_table_whose_uses_agree_stays_one(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", state(("embed_tokens.weight", (9, 4))), config=TIED)
     adapter = write_adapter(

@@ -165,7 +165,7 @@ class _Adapter:
                 f"{self.files.where}: {name} has {len(rows)} trained rows, and trainable_token_indices={given!r} must "
                 f"name one index for each (adapter weight {self.weight:g}, which must be 1)"
             )
-        size = self.tensors[self.place(f"{name}.weight")].shape[0]
+        size = self._tensor(f"{name}.weight").shape[0]
         if not all(isinstance(index, int) and 0 <= index < size for index in given):
             raise CheckpointError(
                 f"{self.files.where}: trainable_token_indices of {name} leave its table of {size} rows"
