@@ -120,11 +120,31 @@ def test_inspect_experts_counts_every_expert() -> None:
     files = lora.peft.read_peft(GOLDEN / "experts")
     shapes = {"layer.gate_up_proj": (3, 10, 6), "layer.down_proj": (3, 6, 5)}
     owners = files.owners(shapes)
+    assert sorted(owners) == sorted(shapes)
     by_name = {entry.name: entry for entry in inspect(GOLDEN / "experts").entries}
-    entry = by_name[owners["layer.gate_up_proj"]]
-    assert (entry.shape, entry.rank) == ((3, 10, 6), 2)
-    delta = files.delta(entry.name, (3, 10, 6), parameter="layer.gate_up_proj")
-    np.testing.assert_allclose(entry.norms[2], np.linalg.norm(delta), rtol=1e-5)
+    for parameter, shape in shapes.items():
+        entry = by_name[owners[parameter]]
+        assert (entry.shape, entry.rank) == (shape, {"gate_up_proj": 2, "down_proj": 3}[parameter.rpartition(".")[2]])
+        assert entry.scale == files.scale(entry.name, parameter, experts=3)
+        delta = files.delta(entry.name, shape, parameter=parameter)
+        np.testing.assert_allclose(entry.norms[2], np.linalg.norm(delta), rtol=1e-5)
+
+
+def test_inspect_leaves_blank_what_the_file_does_not_tell(tmp_path: Path) -> None:
+    files = lora.peft.read_peft(GOLDEN / "experts_transposed")
+    config = {**files.config, "alpha_pattern": {"layer.down_proj": 3}}
+    lora.peft.write_peft(tmp_path / "adapter", lora.peft.PeftFiles(config, files.modules))
+    for entry in inspect(tmp_path / "adapter").entries:
+        assert (entry.alpha, entry.scale, entry.norms[2]) == (None, None, None)
+        assert (entry.rank, entry.shape[0]) == (2, 3)
+
+
+def test_names_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = lora.peft.Module("linear", np.ones((2, 4), np.float32), np.ones((3, 2), np.float32))
+    folder = tmp_path / "with [bold] and [/x]"
+    lora.peft.write_peft(folder, lora.peft.PeftFiles({"r": 2, "target_modules": ["a[/b]"]}, {"a[/b]": module}))
+    assert main(["inspect", str(folder)]) == 0
+    assert "a[/b]" in capsys.readouterr().out
 
 
 def test_inspect_our_own_format(adapter: lora.Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,6 +176,7 @@ REFUSED = {
     "convert orbax out --like orbax": "--like is for the other direction",
     "convert peft out --like orbax --task-type X": "leave them out",
     "convert orbax peft": "peft exists already",
+    "convert peft out --like peft": "must be an adapter that lora_jax.save wrote",
     "convert orbax out --names nothing": "nothing",
     "convert orbax out --names tunix": "Known maps for --names",
     "merge nowhere peft out": "nowhere is not a directory",

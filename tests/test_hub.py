@@ -131,10 +131,35 @@ def test_card_says_what_is_inside(format_: str, reads: str, adapter: lora.Adapte
     assert "rank 2" in card.text
 
 
+@pytest.mark.parametrize(("base", "shown"), [("org/base", "org/base"), ("gpt2", "gpt2"), ("/home/me/base", None)])
+def test_card_names_a_base_that_others_can_find(
+    base: str, shown: str | None, adapter: lora.Adapter, tmp_path: Path
+) -> None:
+    lora.peft.save(tmp_path / "made", adapter, base_model=base)
+    assert huggingface_hub.ModelCard(lora.hub.card(tmp_path / "made")).data.base_model == shown
+
+
+def test_only_the_adapters_files_are_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wanted: list[str] = []
+
+    def record(repo_id: str, allow_patterns: list[str], **options: Any) -> str:
+        wanted.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", record)
+    with pytest.raises(lora.CheckpointError, match="holds no adapter"):
+        lora.hub.download("user/name", subfolder="sub")
+    assert "sub/adapter_model.safetensors" in wanted
+    assert {pattern.partition("/")[0] for pattern in wanted} == {"sub"}
+    assert "sub/*" not in wanted
+
+
 def test_push_that_is_refused(adapter: lora.Adapter, uploads: list[dict[str, Any]], tmp_path: Path) -> None:
     lora.peft.save(tmp_path / "made", adapter)
     with pytest.raises(lora.CheckpointError, match="refused 'forbidden/name': 403 Forbidden"):
         lora.hub.push(tmp_path / "made", "forbidden/name")
+    with pytest.raises(lora.CheckpointError, match="not a directory"):
+        lora.hub.push(tmp_path / "made" / "adapter_model.safetensors", "user/name")
     with pytest.raises(lora.CheckpointError, match="neither a PEFT adapter"):
         lora.hub.push(tmp_path, "user/name")
     assert not uploads

@@ -224,16 +224,23 @@ def corrupt(base: Path, adapter: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5])
 
 
+def as_shard(base: Path) -> None:
+    (base / "model.safetensors").rename(base / "model-1.safetensors")
+
+
 def lose_a_shard(base: Path, adapter: Path) -> None:
+    as_shard(base)
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"q.weight": "gone.safetensors"}}))
 
 
 def escape(base: Path, adapter: Path) -> None:
+    as_shard(base)
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"q.weight": "../m.safetensors"}}))
 
 
 def disagree(base: Path, adapter: Path) -> None:
-    names = dict.fromkeys(("q.weight", "k.weight"), "model.safetensors")
+    as_shard(base)
+    names = dict.fromkeys(("q.weight", "k.weight"), "model-1.safetensors")
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 
@@ -301,7 +308,7 @@ def test_refusals_leave_nothing_behind(damage: Any, message: str, small: tuple[P
 
 @settings(deadline=None, max_examples=60)
 @given(
-    file=st.sampled_from(["model.safetensors", "model.safetensors.index.json", "config.json"]),
+    file=st.sampled_from(["model-1.safetensors", "model.safetensors.index.json", "config.json"]),
     edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4),
     cut=st.integers(0, 40),
 )
@@ -310,7 +317,8 @@ def test_damaged_bases_never_crash_or_leave_anything(
 ) -> None:
     folder = tmp_path_factory.mktemp("damaged")
     base = write_base(folder / "base", state(("q.weight", (6, 4)), ("k.weight", (5, 4))))
-    names = dict.fromkeys(("q.weight", "k.weight"), "model.safetensors")
+    as_shard(base)
+    names = dict.fromkeys(("q.weight", "k.weight"), "model-1.safetensors")
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     adapter = write_adapter(folder / "lora", {"q": factors(6, 4)})
     content = bytearray((base / file).read_bytes())
@@ -351,3 +359,131 @@ def test_an_interrupted_merge_leaves_nothing(small: tuple[Path, Path], tmp_path:
         merge_checkpoint(*small, tmp_path / "out", progress=stop)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_adapter_that_fits_two_places_is_refused(tmp_path: Path) -> None:
+    names = [f"{tower}.layers.0.q.weight" for tower in ("text", "vision")]
+    base = write_base(tmp_path / "base", state(*((name, (6, 4)) for name in names)))
+    adapter = write_adapter(tmp_path / "lora", {"layers.0.q": factors(6, 4)})
+    with pytest.raises(lora.CheckpointError, match=r"in several places: .*(text|vision)\.layers\.0\.q\.weight as well"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("model", "flag"), [("gpt2", False), ("test", True)])
+def test_square_conv1d_weights_lie_transposed(model: str, flag: bool, tmp_path: Path) -> None:
+    """PEFT keeps one fan_in_fan_out for all layers, and the last one decides: with a head it says False."""
+    before = state(("h.c_proj.weight", (4, 4)), ("h.c_fc.weight", (4, 8)), ("lm_head.weight", (4, 4)))
+    base = write_base(tmp_path / "base", before, config={"model_type": model, "tie_word_embeddings": False})
+    modules = {"h.c_proj": factors(4, 4, seed=1), "h.c_fc": factors(8, 4, seed=2)}
+    modules |= {"lm_head": factors(4, 4, seed=3)} if model == "gpt2" else {}
+    adapter = write_adapter(tmp_path / "lora", modules, fan_in_fan_out=flag)
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    after = read_all(tmp_path / "out")
+    for name, module in modules.items():
+        delta = 2 * module.b @ module.a
+        added = delta if name == "lm_head" else delta.T
+        assert_close(after[f"{name}.weight"], before[f"{name}.weight"] + added)
+
+
+def test_a_square_weight_whose_layout_cannot_be_told_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", state(("a.weight", (4, 4)), ("b.weight", (4, 8))))
+    adapter = write_adapter(tmp_path / "lora", {"a": factors(4, 4), "b": factors(8, 4)}, fan_in_fan_out=False)
+    with pytest.raises(lora.CheckpointError, match=r"a\.weight is square, and its layout cannot be told"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+
+
+SEQ = "ForConditionalGeneration"
+UNTIEABLE = {
+    "masked": ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "embeddings.word_embeddings", "embedding"),
+    "other name": ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "backbone.embeddings", "embedding"),
+    "no name at all": ({"architectures": ["XForCausalLM"], "vocab_size": 9}, "lookup", "embedding"),
+    "encoder-decoder": ({"architectures": [f"Bart{SEQ}"], "is_encoder_decoder": True}, "lm_head", "linear"),
+    "whisper": (
+        {"architectures": [f"Whisper{SEQ}"], "model_type": "whisper", "is_encoder_decoder": True}, "proj_out", "linear",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNTIEABLE)
+def test_tied_tables_are_recognised_under_other_names(case: str, tmp_path: Path) -> None:
+    config, module, kind = UNTIEABLE[case]
+    table = module if kind == "embedding" else "model.decoder.embed_tokens"
+    base = write_base(
+        tmp_path / "base", state((f"{table}.weight", (9, 4))), config=config | {"tie_word_embeddings": True}
+    )
+    change = factors(4, 9, kind="embedding") if kind == "embedding" else factors(9, 4)
+    adapter = write_adapter(tmp_path / "lora", {module: change})
+    with pytest.raises(lora.CheckpointError, match="One table cannot hold both"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    if case != "other name":
+        with pytest.raises(lora.CheckpointError, match="two tables cannot be written"):
+            merge_checkpoint(base, adapter, tmp_path / "out", untie=True)
+
+
+def test_a_classifier_has_no_head_to_be_tied_to(tmp_path: Path) -> None:
+    config = {"architectures": ["LlamaForSequenceClassification"], "tie_word_embeddings": True}
+    base = write_base(tmp_path / "base", state(("model.embed_tokens.weight", (9, 4))), config=config)
+    adapter = write_adapter(tmp_path / "lora", {"model.embed_tokens": TABLE})
+    assert merge_checkpoint(base, adapter, tmp_path / "out").changed == ("model.embed_tokens.weight",)
+
+
+def test_a_shared_table_is_not_where_encoder_and_decoder_look(tmp_path: Path) -> None:
+    config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True}
+    base = write_base(tmp_path / "base", state(("shared.weight", (9, 4))), config=config)
+    adapter = write_adapter(tmp_path / "lora", {"shared": TABLE})
+    with pytest.raises(lora.CheckpointError, match="modules of their own"):
+        merge_checkpoint(base, adapter, tmp_path / "out", untie=True)
+
+
+def test_an_untied_head_keeps_the_rows_that_the_table_got(tmp_path: Path) -> None:
+    before = state(("embed_tokens.weight", (9, 4)))
+    base = write_base(tmp_path / "base", before, config=TIED)
+    rows = {"embed_tokens.token_adapter.trainable_tokens_delta": state(("rows", (1, 4)))["rows"]}
+    adapter = write_adapter(tmp_path / "lora", {"lm_head": HEAD}, rows, trainable_token_indices={"embed_tokens": [5]})
+    merge_checkpoint(base, adapter, tmp_path / "out", untie=True)
+    table = before["embed_tokens.weight"].copy()
+    table[5] = next(iter(rows.values()))
+    delta = lora.peft.read_peft(adapter).delta("lm_head", (9, 4))
+    assert_close(read_all(tmp_path / "out"), {"embed_tokens.weight": table, "lm_head.weight": table + delta})
+
+
+@pytest.mark.parametrize(("model", "transposed"), [("gpt_oss", True), ("llama4", False)])
+def test_square_experts_lie_as_peft_takes_them(model: str, transposed: bool, tmp_path: Path) -> None:
+    before = state(("experts.down_proj", (3, 4, 4)))
+    base = write_base(tmp_path / "base", before, config={"model_type": model})
+    draw = np.random.default_rng(0)
+    module = Module("parameter", *(draw.normal(size=size).astype(np.float32) for size in ((6, 4), (4, 6))))
+    config = {"target_modules": [], "target_parameters": ["experts.down_proj"], "r": 2, "lora_alpha": 2}
+    adapter = write_adapter(tmp_path / "lora", {"experts": module}, **config)
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    delta = lora.peft.read_peft(adapter).delta(
+        "experts", (3, 4, 4), parameter="experts.down_proj", transposed=transposed
+    )
+    assert_close(read_all(tmp_path / "out")["experts.down_proj"], before["experts.down_proj"] + delta)
+
+
+def test_an_adapter_without_its_config_has_no_scale(small: tuple[Path, Path], tmp_path: Path) -> None:
+    (small[1] / "adapter_config.json").unlink()
+    with pytest.raises(lora.CheckpointError, match="what its update is multiplied by is unknown"):
+        merge_checkpoint(*small, tmp_path / "out")
+
+
+def test_two_models_in_one_directory_are_refused(small: tuple[Path, Path], tmp_path: Path) -> None:
+    (small[0] / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(lora.CheckpointError, match="has both"):
+        merge_checkpoint(*small, tmp_path / "out")
+
+
+def test_an_adapter_beside_the_base_is_not_copied(small: tuple[Path, Path], tmp_path: Path) -> None:
+    (small[0] / "adapter_config.json").write_text("{}")
+    (small[0] / "onnx").mkdir()
+    (small[0] / "onnx" / "config.json").write_text("{}")
+    merged = merge_checkpoint(*small, tmp_path / "out")
+    assert Path("adapter_config.json") in merged.left_out
+    assert (tmp_path / "out" / "onnx" / "config.json").exists()
+
+
+def test_out_inside_the_base_is_refused_through_links(small: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(small[0])
+    with pytest.raises(lora.CheckpointError, match="is inside the base"):
+        merge_checkpoint(*small, tmp_path / "link" / "out")

@@ -53,6 +53,8 @@ class Convert:
                 f"{self.paths[0]} is a PEFT adapter: give --like ADAPTER, an adapter of the same JAX model saved by "
                 "lora_jax.save, so that its parameters and their axes are known"
             )
+        elif detect(self.like) != "orbax":
+            raise OptionError(f"--like {self.like} must be an adapter that lora_jax.save wrote, not one of PEFT's")
         elif self.base_model or self.task_type:
             raise OptionError("--base-model and --task-type are for PEFT's config: leave them out")
         find_names(self.names)

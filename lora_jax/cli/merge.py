@@ -30,7 +30,7 @@ class Merge:
     paths: tyro.conf.Positional[tuple[Path, ...]]
     """The base's directory, one or more PEFT adapters, and the directory to create."""
     weights: tuple[float, ...] | None = None
-    """A factor for the update of every adapter, in order; 1 for each by default."""
+    """A factor for the update of every adapter, in order, given after the paths; 1 for each by default."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """How sums become the base's dtype; stochastic keeps small updates on average."""
     seed: int = 0
@@ -90,11 +90,12 @@ def _bar(console: Console, stack: ExitStack) -> Callable[[int, int], None]:
 def _tell(console: Console, merged: Merged, seconds: float) -> None:
     console.print(
         f"{merged.path}: {len(merged.changed)} of {merged.tensors} tensors changed, "
-        f"{merged.nbytes / 1e9:.3g} GB, {seconds:.1f} s"
+        f"{merged.nbytes / 1e9:.3g} GB, {seconds:.1f} s",
+        markup=False,
     )
     if merged.added:
-        console.print(f"Added, as the base has no such tensor: {', '.join(merged.added)}")
+        console.print(f"Added, as the base has no such tensor: {', '.join(merged.added)}", markup=False)
     if merged.left_out:
         names = ", ".join(map(str, merged.left_out[:_SHOWN]))
         more = f" and {len(merged.left_out) - _SHOWN} more" if len(merged.left_out) > _SHOWN else ""
-        console.print(f"Left out, as they hold the unmerged weights or other state: {names}{more}")
+        console.print(f"Left out, as they hold the unmerged weights or other state: {names}{more}", markup=False)

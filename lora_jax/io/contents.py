@@ -1,6 +1,7 @@
 """What an adapter on disk holds, in either format, without the base it belongs to."""
 
 from dataclasses import dataclass
+from itertools import permutations
 from math import prod, sqrt
 from os import PathLike
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from lora_jax.errors import CheckpointError
 from lora_jax.io import manifest, orbax
-from lora_jax.io.peft_config import rank_of
+from lora_jax.io.peft_config import alpha_of, rank_of, scale_of
 from lora_jax.io.peft_delta import Module
 from lora_jax.io.peft_disk import CONFIG, WEIGHTS
 from lora_jax.io.peft_files import PeftFiles
@@ -29,13 +31,15 @@ class Entry:
 
     Attributes:
       name: path of the parameter, or name of the PyTorch module.
-      kind: `dense`, `conv`, `embedding`, `ragged` or `full`; for PEFT `linear`, `conv`, `embedding`, `parameter`, and
-        `whole` for a tensor stored whole.
+      kind: `dense`, `conv`, `embedding`, `ragged` or `full`; for PEFT `linear`, `conv`, `embedding`, `parameter`, each
+        with `DoRA` if it is, and `whole` for a tensor stored whole.
       shape: of the parameter in JAX, or of B and A multiplied.
       rank: number of rank-one terms; None for a parameter stored whole.
       alpha: scale times rank, or times its root under rsLoRA; the largest of a stack.
       scale: what the product of the factors is multiplied by; the largest of a stack.
-      norms: Frobenius norms of A, of B and of the scaled product; of a parameter stored whole only the last.
+      norms: Frobenius norms of A, of B and of the scaled product; of a parameter stored whole its own in the last
+        place. The scale, and what follows from it, is None where the file does not tell it: PEFT's patterns go by
+        names of parameters, which the file of several adapted parameters of one module does not have.
       dtype: of the factors.
       nbytes: bytes of all its arrays.
     """
@@ -46,7 +50,7 @@ class Entry:
     rank: int | None
     alpha: float | None
     scale: float | None
-    norms: tuple[float | None, float | None, float]
+    norms: tuple[float | None, float | None, float | None]
     dtype: str
     nbytes: int
 
@@ -78,7 +82,7 @@ class Contents:
         for entry in self.entries:
             numbers = [_number(value) for value in (entry.rank, entry.alpha, entry.scale, *entry.norms)]
             shape = "×".join(map(str, entry.shape))
-            table.add_row(entry.name, entry.kind, shape, *numbers, entry.dtype, f"{entry.nbytes:,d}")
+            table.add_row(Text(entry.name), entry.kind, shape, *numbers, entry.dtype, f"{entry.nbytes:,d}")
         what = "PEFT modules" if self.format == "peft" else "parameters"
         table.columns[0].footer, table.columns[10].footer = f"{len(self.entries)} {what}", f"{self.nbytes:,d}"
         table.show_footer = True
@@ -139,8 +143,7 @@ def _is_one(path: Path) -> bool:
 def _peft(files: PeftFiles) -> list[Entry]:
     entries = []
     for name, module in files.modules.items():
-        rank, experts = _sizes(files, name, module)
-        scale = files.scale(name, experts=experts)
+        rank, experts, alpha, scale = _strength(files, name, module)
         a, b = (np.asarray(array, np.float32) for array in (module.a, module.b))
         if module.kind == "parameter":
             a, b = a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).transpose(2, 1, 0)
@@ -148,24 +151,46 @@ def _peft(files: PeftFiles) -> list[Entry]:
         else:
             a, b = a.reshape(1, rank, -1), b.reshape(len(b), -1).T[None]
             shape = (module.b.shape[0], *module.a.shape[1:])
-        norms = (_norm(module.a), _norm(module.b), scale * _product_norm(a, b))
+        norms = (_norm(module.a), _norm(module.b), None if scale is None else abs(scale) * _product_norm(a, b))
+        kind = module.kind if module.magnitude is None else f"{module.kind}, DoRA"
         nbytes = sum(array.nbytes for array in module.arrays().values())
-        entries.append(
-            Entry(name, module.kind, shape, rank, files.alpha(name), scale, norms, str(module.a.dtype), nbytes)
-        )
+        entries.append(Entry(name, kind, shape, rank, alpha, scale, norms, str(module.a.dtype), nbytes))
     for name, value in files.saved.items():
         norms = (None, None, _norm(value))
         entries.append(Entry(name, "whole", value.shape, None, None, None, norms, str(value.dtype), value.nbytes))
     return entries
 
 
-def _sizes(files: PeftFiles, name: str, module: Module) -> tuple[int, int]:
-    """Rank and number of experts; the rows of A are their product where a parameter is a stack."""
-    rows = len(module.a)
+def _strength(files: PeftFiles, name: str, module: Module) -> tuple[int, int, float | None, float | None]:
+    """Rank, number of experts, alpha and scale of a module.
+
+    Of a parameter the file does not say which one of its module's it is, and PEFT's patterns go by that: alpha and
+    scale are None unless the ranks leave one possibility.
+    """
     if module.kind != "parameter":
-        return rows, 1
-    rank = rank_of(files.config, name) or rows
-    return (rank, rows // rank) if rows % rank == 0 else (rows, 1)
+        return len(module.a), 1, files.alpha(name), files.scale(name)
+    owner = name.replace(".base_layer", "")
+    levels = [each for each in files.modules if each.replace(".base_layer", "") == owner]
+    possible = set()
+    for given in permutations(_parameters(files, owner), len(levels)):
+        ranks = [rank_of(files.config, each) or len(module.a) for each in given]
+        rows = [len(files.modules[level].a) for level in levels]
+        # All parameters of a module have as many experts, and the rows of A are their number times the rank.
+        if len({row / rank for row, rank in zip(rows, ranks, strict=True)}) == 1 and rows[0] % ranks[0] == 0:
+            mine, rank = given[levels.index(name)], ranks[levels.index(name)]
+            alpha, scale = alpha_of(files.config, mine), scale_of(files.config, mine, rank)
+            possible.add((rank, len(module.a) // rank, alpha, scale))
+    if len(possible) == 1:
+        return possible.pop()
+    sizes = {(rank, experts) for rank, experts, _, _ in possible}
+    rank, experts = sizes.pop() if len(sizes) == 1 else (len(module.a), 1)
+    return rank, experts, None, None
+
+
+def _parameters(files: PeftFiles, owner: str) -> list[str]:
+    """Full names of a module's adapted parameters; the config may have the ends of them only."""
+    wanted = [name.rpartition(".") for name in files.config.get("target_parameters") or ()]
+    return [f"{owner}.{leaf}" for module, _, leaf in wanted if not module or f".{owner}".endswith(f".{module}")]
 
 
 def _orbax(where: Path) -> list[Entry]:

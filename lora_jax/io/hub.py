@@ -1,5 +1,6 @@
 """Adapters on the Hugging Face Hub: `lora_jax.hub.download` and `lora_jax.hub.push` (extra `[hub]`)."""
 
+import re
 import shutil
 import tempfile
 from os import PathLike
@@ -12,6 +13,12 @@ from lora_jax.io.peft_disk import CONFIG, WEIGHTS, read_config
 
 _INSTALL = 'This needs huggingface_hub: pip install "lora_jax[hub]"'
 _CARD = "README.md"
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# PEFT's two files, or all of an Orbax checkpoint.
+_WANTED = (
+    WEIGHTS, CONFIG, "adapter_model.bin",
+    "_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "state/*",
+)  # fmt: skip
 
 
 def download(
@@ -52,7 +59,7 @@ def download(
     try:
         root = hub.snapshot_download(
             repo_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
-            library_name="lora_jax", allow_patterns=[f"{inside}{name}" for name in _wanted(bool(subfolder))],
+            library_name="lora_jax", allow_patterns=[f"{inside}{name}" for name in _WANTED],
         )  # fmt: skip
     except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
@@ -103,6 +110,10 @@ def push(
       'https://huggingface.co/user/my-adapter/commit/...'
     """
     hub, source = _hub(), Path(folder).expanduser()
+    if not source.is_dir():
+        raise CheckpointError(
+            f"{source} is not a directory. Give the one that lora_jax.peft.save or lora_jax.save wrote."
+        )
     text = None if (source / _CARD).exists() else card(source, repo_id, base_model=base_model)
     api = hub.HfApi(token=token, library_name="lora_jax")
     with tempfile.TemporaryDirectory() as staging:
@@ -149,7 +160,9 @@ def card(folder: str | PathLike[str], repo_id: str = "user/adapter", *, base_mod
     hub, source = _hub(), Path(folder).expanduser()
     found = inspect(source)
     config = read_config(source / CONFIG) or {}
-    base = base_model or config.get("base_model_name_or_path")
+    named = str(config.get("base_model_name_or_path") or "")
+    # A directory of this machine says nothing to others, and the Hub refuses it.
+    base = base_model or (named if _REPOSITORY.fullmatch(named) else None)
     library = "peft" if found.format == "peft" else "lora_jax"
     data = hub.ModelCardData(base_model=base, library_name=library, tags=["lora", "lora_jax"])
     return f"---\n{data.to_yaml()}\n---\n\n{_text(found, repo_id, base)}"
@@ -186,12 +199,6 @@ def _text(found: Contents, repo_id: str, base: Any) -> str:
 
 def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
-
-
-def _wanted(inside: bool) -> list[str]:
-    """Patterns of an adapter's files: PEFT's two, or all of an Orbax checkpoint."""
-    orbax = ["_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "state/*"]
-    return ["*"] if inside else [WEIGHTS, CONFIG, "adapter_model.bin", *orbax]
 
 
 def _holds_adapter(folder: Path) -> bool:

@@ -46,13 +46,13 @@ class Module:
 
 def delta(where: str, module: Module, scale: float, shape: tuple[int, ...], transposed: bool | None) -> np.ndarray:
     """`scale · B·A` in float32; see `PeftFiles.delta`."""
-    left, right = matrices(where, module, shape, transposed)
+    left, right, _ = matrices(where, module, shape, transposed)
     return (left * np.float32(scale) @ right).reshape(shape)
 
 
 def matrices(
     where: str, module: Module, shape: tuple[int, ...], transposed: bool | None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, bool]:
     """The factors in the layout of the weight they change.
 
     Args:
@@ -62,27 +62,28 @@ def matrices(
       transposed: whether the weight's outputs are its last axis; None to read it off the shape.
 
     Returns:
-      Float32 matrices `[stack, rows, rank]` and `[stack, rank, columns]`. The weight has the rows of its first axis,
-      and all other axes are columns; a stack of experts is one matrix each.
+      Float32 matrices `[stack, rows, rank]` and `[stack, rank, columns]`, and whether the outputs are the columns. The
+      weight has the rows of its first axis, and all other axes are columns; a stack of experts is one matrix each.
 
     Raises:
       CheckpointError: the factors do not fit, or the shape leaves open how the weight lies.
     """
     a, b = (array.astype(np.float32) for array in (module.a, module.b))
+    last = False
     if module.kind == "parameter" and len(shape) == 3:
-        left, right = _experts(where, module, shape, transposed)
+        left, right, last = _experts(where, module, shape, transposed)
     elif module.kind == "conv":
         _check_groups(where, module, shape)
         left, right = b.reshape(1, len(b), -1), a.reshape(1, len(a), -1)
     elif module.kind == "embedding" or _lies_transposed((len(b), a.shape[1]), shape, transposed):
-        left, right = a.T[None], b.T[None]
+        left, right, last = a.T[None], b.T[None], True
     else:
         left, right = b[None], a[None]
     stack = shape[:1] if module.kind == "parameter" and len(shape) == 3 else ()
     columns = shape[len(stack) + 1 :]
     if (*stack, left.shape[1]) != shape[: len(stack) + 1] or right.shape[-1] != prod(columns):
         raise _misfit(where, module, shape)
-    return np.ascontiguousarray(left), np.ascontiguousarray(right)
+    return np.ascontiguousarray(left), np.ascontiguousarray(right), last
 
 
 def _lies_transposed(out_in: tuple[int, int], shape: tuple[int, ...], given: bool | None) -> bool:
@@ -103,7 +104,7 @@ def _check_groups(where: str, module: Module, shape: tuple[int, ...]) -> None:
 
 def _experts(
     where: str, module: Module, shape: tuple[int, ...], transposed: bool | None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, bool]:
     """Rows of A are grouped by expert, columns of B by rank."""
     stack = shape[0]
     if not stack or len(module.a) % stack:
@@ -117,13 +118,13 @@ def _experts(
             "(experts, out, in) or (experts, in, out): pass transposed=False or True."
         )
     flip = transposed if transposed is not None else shape[1:] == in_first and shape[1:] != out_first
-    return (a.swapaxes(1, 2), b.swapaxes(1, 2)) if flip else (b, a)
+    return (a.swapaxes(1, 2), b.swapaxes(1, 2), True) if flip else (b, a, False)
 
 
 def _misfit(where: str, module: Module, shape: tuple[int, ...]) -> CheckpointError:
     return CheckpointError(
         f"{where}: factors of shapes {module.a.shape} and {module.b.shape} ({module.kind}) do not fit a weight of "
-        f"shape {tuple(shape)}. The adapter belongs to another base."
+        f"shape {tuple(shape)}. The adapter belongs to another base, or the base's vocabulary was resized."
     )
 
 

@@ -23,9 +23,14 @@ def llama(**options: Any) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def gpt2() -> Any:
-    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+def gpt2(**options: Any) -> Any:
+    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, **options)
     return transformers.GPT2LMHeadModel(config).eval()
+
+
+def mamba() -> Any:
+    config = transformers.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4)
+    return transformers.MambaForCausalLM(config).eval()
 
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -35,6 +40,15 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "head": (lambda: llama(tie_word_embeddings=False), {"target_modules": ["lm_head", "embed_tokens", "q_proj"]}),
     "rslora": (lambda: llama(tie_word_embeddings=True), {"target_modules": ["q_proj", "up_proj"], "use_rslora": True}),
     "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    # PEFT writes fan_in_fan_out=False, as its last layer is no Conv1D, and c_proj is square.
+    "gpt2 with its head": (
+        lambda: gpt2(tie_word_embeddings=False),
+        {"target_modules": ["c_attn", "c_proj", "lm_head"]},
+    ),
+    "gpt2 with its head, DoRA": (
+        lambda: gpt2(tie_word_embeddings=False),
+        {"target_modules": ["c_attn", "c_proj", "lm_head"], "use_dora": True},
+    ),
     "tokens": (
         lambda: llama(tie_word_embeddings=True),
         {"target_modules": ["q_proj"], "trainable_token_indices": [3, 30]},
@@ -80,11 +94,20 @@ def test_logits_are_pefts(name: str, shards: str, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]])
-def test_untied_tables_give_the_logits_of_the_adapted_model(targets: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("build", "targets"),
+    [
+        (lambda: llama(tie_word_embeddings=True), ["embed_tokens"]),
+        (lambda: llama(tie_word_embeddings=True), ["lm_head"]),
+        (lambda: llama(tie_word_embeddings=True), ["embed_tokens", "lm_head", "q_proj"]),
+        (gpt2, ["wte"]),
+        (mamba, ["embeddings"]),
+    ],
+)
+def test_untied_tables_give_the_logits_of_the_adapted_model(build: Any, targets: list[str], tmp_path: Path) -> None:
     """PEFT's own merge writes the sum into the one table, and computes something else."""
     torch.manual_seed(1)
-    base = llama(tie_word_embeddings=True)
+    base = build()
     base.save_pretrained(tmp_path / "base")
     model = trained(base, {"target_modules": targets})
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)

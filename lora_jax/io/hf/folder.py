@@ -15,6 +15,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
+# Files of an adapter that lies in the same directory: the merged model would be taken for an adapter.
+_ADAPTER = {"adapter_config.json"}
 # The same weights in other formats. Beside a merged model they would be those of another model.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot"}
 
@@ -70,6 +72,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = read_config(path / CONFIG) or {}
     _refuse_quantised(path, config)
     index = read_config(path / INDEX)
+    if index is not None and (path / SINGLE).exists():
+        raise CheckpointError(
+            f"{path} has both {SINGLE} and {INDEX}, which may be two models, and transformers reads the first. Remove "
+            "the one that is not meant."
+        )
     names = _shard_names(path, index)
     shards = tuple(Shard(path / name, *_header(path / name)) for name in names)
     _check_complete(path, index, shards)
@@ -141,7 +148,11 @@ def _other_files(path: Path, known: set[str]) -> tuple[tuple[Path, ...], tuple[P
             file = (Path(folder) / name).relative_to(path)
             if str(file) in known:
                 continue
-            weights = file.suffix in _WEIGHTS or name.endswith((".bin.index.json", ".safetensors.index.json"))
+            weights = (
+                file.suffix in _WEIGHTS
+                or str(file) in _ADAPTER
+                or name.endswith((".bin.index.json", ".safetensors.index.json"))
+            )
             (left_out if weights else copied).append(file)
     return tuple(copied), tuple(left_out)
 

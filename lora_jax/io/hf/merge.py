@@ -16,8 +16,11 @@ import numpy as np
 from lora_jax.errors import CheckpointError, MergeError
 from lora_jax.io.hf.changes import Rounding, changed
 from lora_jax.io.hf.folder import CONFIG, INDEX, Checkpoint, Shard, dump, open_checkpoint
-from lora_jax.io.hf.plan import Plan, plan, untied_config
+from lora_jax.io.hf.plan import Plan, plan
 from lora_jax.io.hf.tensors import Item, Tensor, new_item, write_file
+from lora_jax.io.hf.ties import untied_config
+from lora_jax.io.peft_disk import CONFIG as ADAPTER_CONFIG
+from lora_jax.io.peft_files import PeftFiles
 from lora_jax.io.peft_read import read_peft
 from lora_jax.merge import round_stochastically
 
@@ -99,12 +102,12 @@ def merge_checkpoint(
     paths = [adapters] if isinstance(adapters, (str, PathLike)) else list(adapters)
     factors = _checked(paths, weights, rounding)
     source, where = open_checkpoint(Path(base).expanduser()), Path(out).expanduser().absolute()
-    planned = plan(source, [(read_peft(path), factor) for path, factor in zip(paths, factors, strict=True)], untie)
+    planned = plan(source, [(_read(path), factor) for path, factor in zip(paths, factors, strict=True)], untie)
     _check_place(source, where)
     shards = _items(source, planned, _rounding(rounding, seed))
     total = sum(item.nbytes for _, items in shards for item in items)
-    where.parent.mkdir(parents=True, exist_ok=True)
     _check_space(where.parent, total)
+    where.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=where.parent, prefix=f".{where.name}-") as folder:
         beside = Path(folder) / "model"
         beside.mkdir()
@@ -128,19 +131,28 @@ def _checked(paths: Sequence[Any], weights: Sequence[float] | None, rounding: st
     return factors
 
 
+def _read(path: str | PathLike[str]) -> PeftFiles:
+    files = read_peft(path)
+    if not (Path(files.where).parent / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{files.where} has no {ADAPTER_CONFIG} beside it, so what its update is multiplied by is unknown. Copy "
+            "the whole directory of the adapter."
+        )
+    return files
+
+
 def _check_place(source: Checkpoint, where: Path) -> None:
     if where.exists() or where.is_symlink():
         raise CheckpointError(f"{where} exists already. Choose another directory: a merge overwrites nothing.")
-    if where.is_relative_to(source.path.absolute()):
+    if where.resolve().is_relative_to(source.path.resolve()):
         raise CheckpointError(f"{where} is inside the base {source.path}. Choose a directory outside of it.")
 
 
 def _check_space(parent: Path, needed: int) -> None:
-    free = shutil.disk_usage(parent).free
+    there = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
     if free < needed + _SPARE:
-        raise CheckpointError(
-            f"{parent} has {free / 1e9:.1f} GB free, and the merged model needs {needed / 1e9:.1f} GB"
-        )
+        raise CheckpointError(f"{there} has {free / 1e9:.1f} GB free, and the merged model needs {needed / 1e9:.1f} GB")
 
 
 def _rounding(kind: str, seed: int) -> Callable[[str], Rounding]:

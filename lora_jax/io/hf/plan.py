@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -11,16 +10,16 @@ from lora_jax.errors import CheckpointError, nearest
 from lora_jax.io.hf.changes import Change, Part, bias_part, merged_with
 from lora_jax.io.hf.folder import Checkpoint
 from lora_jax.io.hf.tensors import Tensor
+from lora_jax.io.hf.ties import is_head, settle, tied_tables
 from lora_jax.io.peft_config import setting
 from lora_jax.io.peft_delta import Module, matrices
 from lora_jax.io.peft_files import PeftFiles
 from lora_jax.io.peft_match import saves
 
-_TABLES = re.compile(r"(.*\.)?(embed_tokens|wte|shared|word_embeddings|embed_in|tok_embeddings)\.weight")
-_HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|cls\.predictions\.decoder)\.weight")
-_GENERATES = re.compile(r".*(ForCausalLM|LMHeadModel|DoubleHeadsModel|ForConditionalGeneration|ForMaskedLM)")
-# Models whose stacked experts are (experts, in, out); PEFT reads it off the module.
-_EXPERTS_IN_FIRST = {"gpt_oss", "llama4", "llama4_text"}
+# Models whose dense layers are Conv1D, all but the head.
+_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+# Models whose stacked experts PEFT takes for (experts, in, out): it reads that off the module.
+_EXPERTS_IN_FIRST = {"gpt_oss"}
 _SHOWN = 5
 
 
@@ -31,14 +30,14 @@ class Plan:
     Attributes:
       changes: by the name of the base's tensor.
       copies: new tensors that start as one of the base's: its name and the change, by new name.
-      added: new tensors, trained whole, that the base does not have.
       untied: whether the config must say that tables are no longer tied.
+      added: new tensors, trained whole, that the base does not have.
     """
 
     changes: Mapping[str, Change]
-    copies: Mapping[str, tuple[str, Change]] = field(default_factory=dict)
+    copies: Mapping[str, tuple[str, Change]]
+    untied: bool
     added: Mapping[str, np.ndarray] = field(default_factory=dict)
-    untied: bool = False
 
 
 def plan(base: Checkpoint, adapters: Sequence[tuple[PeftFiles, float]], untie: bool) -> Plan:
@@ -57,9 +56,10 @@ def plan(base: Checkpoint, adapters: Sequence[tuple[PeftFiles, float]], untie: b
     for files, weight in adapters:
         for name, change in _Adapter(base, files, weight).changes().items():
             found[name] = merged_with(found[name], change, name) if name in found else change
-    known = {*tensors, *(tied_tables(base) or ())}
+    tied = tied_tables(base)
+    known = {*tensors, *(tied[:2] if tied else ())}
     added = {name: change.value for name, change in found.items() if name not in known and change.value is not None}
-    planned = _tied(base, {name: change for name, change in found.items() if name not in added}, untie)
+    planned = Plan(*settle(base, {name: change for name, change in found.items() if name not in added}, untie))
     for name, change in planned.changes.items():
         change.check(tensors[name])
     for source, change in planned.copies.values():
@@ -74,6 +74,7 @@ class _Adapter:
         self.base, self.files, self.weight = base, files, weight
         self.tensors = base.tensors
         self.place = _renaming(base, files)
+        self.model = str(base.config.get("model_type"))
 
     def changes(self) -> dict[str, Change]:
         """Changes by tensor."""
@@ -85,7 +86,7 @@ class _Adapter:
             before = found.get(tensor.name)
             if before is not None and before.rows:
                 raise CheckpointError(f"{self.files.where}: {name} has both factors and trained rows; merge it in PEFT")
-            found[tensor.name] = change if before is None else replace(change, value=before.value)
+            found[tensor.name] = change if before is None else replace(change, value=before.value, shared=before.shared)
             if module.b_bias is not None:
                 bias = self._bias(name)
                 scale = self.weight * self.files.scale(entry)
@@ -107,27 +108,49 @@ class _Adapter:
         if placed in self.tensors:
             return self.tensors[placed]
         tied = tied_tables(self.base)
-        if tied and tied[1] == placed:
-            return self.tensors[tied[0]]._replace(name=placed)
+        if tied and tied.head == placed:
+            return self.tensors[tied.table]._replace(name=placed)
         raise CheckpointError(f"{self.files.where}: the base has no {placed}")
 
     def _low_rank(self, name: str, entry: str, module: Module, tensor: Tensor) -> Change:
         stacked = module.kind == "parameter" and len(tensor.shape) == 3
         scale = self.files.scale(entry, name if stacked else None, tensor.shape[0] if stacked else 1)
-        transposed = self._transposed(module)
         where = f"{self.files.where}: {name}"
-        part = Part(self.weight * scale, *matrices(where, module, tensor.shape, transposed))
+        left, right, last = matrices(where, module, tensor.shape, self._transposed(name, module, tensor))
+        part = Part(self.weight * scale, left, right)
         if module.magnitude is None:
             return Change(parts=(part,))
         if self.weight != 1:
             raise CheckpointError(f"{where} uses DoRA, which rescales the weight itself: its weight must be 1")
-        last = module.kind == "embedding" or (module.kind == "linear" and bool(transposed))
         return Change(parts=(part,), magnitude=module.magnitude, outputs_last=last)
 
-    def _transposed(self, module: Module) -> bool | None:
+    def _transposed(self, name: str, module: Module, tensor: Tensor) -> bool | None:
+        """Whether a square weight has its outputs last; the shape tells of all others."""
+        if tensor.shape[-1:] != tensor.shape[-2:-1]:
+            return None
         if module.kind == "parameter":
-            return self.base.config.get("model_type") in _EXPERTS_IN_FIRST
-        return bool(setting(self.files.config, "fan_in_fan_out")) if module.kind == "linear" else None
+            return len(tensor.shape) == 3 and self.model in _EXPERTS_IN_FIRST
+        if self.model in _CONV1D:
+            return not is_head(tensor.name)
+        flag = bool(setting(self.files.config, "fan_in_fan_out"))
+        others = self._layouts()
+        if others and flag not in others:
+            raise CheckpointError(
+                f"{self.files.where}: {name} is square, and its layout cannot be told: fan_in_fan_out={flag} in the "
+                "config contradicts the shapes of other layers, as PEFT keeps one such setting for all of them. Merge "
+                "it in PEFT (merge_and_unload)."
+            )
+        return flag
+
+    def _layouts(self) -> set[bool]:
+        """How the linear weights that are not square lie: True for outputs last."""
+        found = set()
+        for name, module in self.files.modules.items():
+            tensor = self.tensors.get(self.place(f"{name}.weight"))
+            shape = (len(module.b), module.a.shape[1])
+            if module.kind == "linear" and tensor and shape[0] != shape[1] and not is_head(tensor.name):
+                found.add(tensor.shape == shape[::-1])
+        return found
 
     def _bias(self, name: str) -> str:
         bias = self.place(f"{name.removesuffix('.weight')}.bias")
@@ -175,8 +198,8 @@ class _Adapter:
 
 def _renaming(base: Checkpoint, files: PeftFiles) -> Callable[[str], str]:
     """From the adapter's names to the checkpoint's, which may lack the outermost module, or have one more."""
-    tensors, tied = base.tensors, tied_tables(base)
-    known = {*tensors, *(tied or ())}
+    tied = tied_tables(base)
+    known = {*base.tensors, *(tied[:2] if tied else ())}
     wanted = _names(files)
     tries: list[Callable[[str], str]] = [lambda name: name, lambda name: name.partition(".")[2]]
     tries += [lambda name, first=first: f"{first}.{name}" for first in sorted({name.split(".")[0] for name in known})]
@@ -184,7 +207,19 @@ def _renaming(base: Checkpoint, files: PeftFiles) -> Callable[[str], str]:
     def place(rename: Callable[[str], str], name: str) -> str:
         return name if name in known or rename(name) not in known else rename(name)
 
-    best = max(tries, key=lambda rename: sum(place(rename, name) in known for name in wanted))
+    spots = {tuple(place(rename, name) for name in wanted): rename for rename in reversed(tries)}
+    hits = {places: sum(name in known for name in places) for places in spots}
+    most = max(hits.values(), default=0)
+    equal = [places for places, count in hits.items() if count == most]
+    if len(equal) > 1 and most:
+        one, other = (
+            next(name for name, twin in zip(*pair, strict=True) if name != twin) for pair in (equal[:2], equal[1::-1])
+        )
+        raise CheckpointError(
+            f"{files.where} fits {base.path} in several places: {one} as well as {other}. Give the checkpoint of the "
+            "part that the adapter was trained on."
+        )
+    best = spots[equal[0]]
     new = {name for name in files.saved if saves(files.config.get("modules_to_save"), name)}
     lost = [name for name in wanted if place(best, name) not in known and name not in new]
     if lost:
@@ -192,7 +227,8 @@ def _renaming(base: Checkpoint, files: PeftFiles) -> Callable[[str], str]:
         more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         raise CheckpointError(
             f"{base.path} has no {', '.join(lost[:_SHOWN])}{more}, which {files.where} changes. Nearest: {near}. "
-            "The adapter belongs to another base."
+            "The adapter belongs to another base, or transformers renames these modules when it loads the checkpoint: "
+            "then save the base once as the model holds it, and merge into that."
         )
     return lambda name: place(best, name)
 
@@ -202,53 +238,3 @@ def _names(files: PeftFiles) -> list[str]:
     modules = [f"{name}.weight" for name, module in files.modules.items() if module.kind != "parameter"]
     tokens = re.compile(r"(\.token_adapter)?\.trainable_tokens_delta$")
     return [*modules, *(tokens.sub(".weight", name) for name in files.saved)]
-
-
-def tied_tables(base: Checkpoint) -> tuple[str, str] | None:
-    """Names of the look-up table and of the output head that is the same table, or None.
-
-    The head's tensor may be missing from the files, as it usually is.
-    """
-    tensors = base.tensors
-    tables = [name for name in tensors if _TABLES.fullmatch(name)]
-    heads = [name for name in tensors if _HEADS.fullmatch(name)]
-    text = base.config.get("text_config")
-    said = base.config.get(
-        "tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
-    )
-    generates = any(_GENERATES.fullmatch(str(name)) for name in base.config.get("architectures") or ())
-    if not tables or said is False or (said is None and (heads or not generates)):
-        return None
-    return tables[0], heads[0] if heads else "lm_head.weight"
-
-
-def _tied(base: Checkpoint, found: dict[str, Change], untie: bool) -> Plan:
-    """Keep a tied table one table, or write two."""
-    tied, tensors = tied_tables(base), base.tensors
-    table, head = (found.get(name) for name in tied or ("", ""))
-    if tied is None or (table is None and head is None):
-        return Plan(found)
-    stored = tied[1] in tensors
-    rest = {name: change for name, change in found.items() if name not in tied}
-    if (table and head and table.same(head)) or (table and not head and not table.parts and table.shared):
-        return Plan(rest | {name: table for name in tied if name in tensors})
-    if not untie:
-        only = "the table alone" if head is None else "the head alone" if table is None else "each in its own way"
-        raise CheckpointError(
-            f"{base.path} has one table for {tied[0]} and {tied[1]} (tie_word_embeddings), and the adapter changes "
-            f"{only}. One table cannot hold both. --untie (untie=True) writes two tables and says so in the config; "
-            "PEFT's own merge writes the sum into both and computes other logits."
-        )
-    changes = rest | {tied[0]: table or Change()}
-    if stored:
-        return Plan(changes | {tied[1]: head or Change()}, untied=True)
-    return Plan(changes, {tied[1]: (tied[0], head or Change())}, untied=True)
-
-
-def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a model whose head is a table of its own."""
-    new = {**config, "tie_word_embeddings": False}
-    text = config.get("text_config")
-    if isinstance(text, Mapping) and "tie_word_embeddings" in text:
-        new["text_config"] = {**text, "tie_word_embeddings": False}
-    return new
