@@ -136,3 +136,19 @@ def test_bfloat16_is_rounded_once(tmp_path: Path) -> None:
         assert torch.equal(ours[f"{module}.weight"], exact.to(torch.bfloat16))
         worse += int((safe[f"{module}.weight"] != ours[f"{module}.weight"]).sum())
     assert worse > 0
+
+
+def test_experts_that_transformers_renames(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=3)
+    base = transformers.MixtralForCausalLM(config).eval()
+    base.save_pretrained(tmp_path / "original")
+    base.save_pretrained(tmp_path / "held", save_original_format=False)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = trained(base, {"target_modules": ["q_proj"], "target_parameters": experts})
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(lora.CheckpointError, match="save_original_format=False"):
+        lora.peft.merge_checkpoint(tmp_path / "original", tmp_path / "adapter", tmp_path / "merged")
+    lora.peft.merge_checkpoint(tmp_path / "held", tmp_path / "adapter", tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert_close(logits(merged), logits(model))

@@ -21,6 +21,11 @@ _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 # Models whose stacked experts PEFT takes for (experts, in, out): it reads that off the module.
 _EXPERTS_IN_FIRST = {"gpt_oss"}
 _SHOWN = 5
+_RENAMED = (
+    "Or transformers renames these modules when it loads the checkpoint, as it does with experts and vision towers: "
+    "then save the base once as the model holds it, model.save_pretrained(path, save_original_format=False), and merge "
+    "into that."
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,10 @@ class _Adapter:
     def _modules(self) -> dict[str, tuple[str, Module]]:
         """Entry and module of the file by the full name of the weight."""
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        owners = self.files.owners(shapes)
+        try:
+            owners = self.files.owners(shapes)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. {_RENAMED}") from None
         modules = self.files.modules
         named = {f"{name}.weight": (name, module) for name, module in modules.items() if module.kind != "parameter"}
         return named | {parameter: (entry, modules[entry]) for parameter, entry in owners.items()}
@@ -227,8 +235,7 @@ def _renaming(base: Checkpoint, files: PeftFiles) -> Callable[[str], str]:
         more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         raise CheckpointError(
             f"{base.path} has no {', '.join(lost[:_SHOWN])}{more}, which {files.where} changes. Nearest: {near}. "
-            "The adapter belongs to another base, or transformers renames these modules when it loads the checkpoint: "
-            "then save the base once as the model holds it, and merge into that."
+            f"The adapter belongs to another base. {_RENAMED}"
         )
     return lambda name: place(best, name)
 
