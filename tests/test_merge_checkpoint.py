@@ -26,7 +26,7 @@ CASES = sorted(str(file.parent.relative_to(GOLDEN)) for file in GOLDEN.rglob("ex
 def write_base(path: Path, state: Mapping[str, Any], shards: int = 1, config: Mapping[str, Any] | None = None) -> Path:
     """A checkpoint directory with other files beside it."""
     path.mkdir()
-    state = {name: np.ascontiguousarray(value) for name, value in state.items()}
+    state = {name: np.array(value, order="C") for name, value in state.items()}
     (path / "config.json").write_text(json.dumps(config or {"model_type": "test"}))
     (path / "tokenizer.json").write_text("{}")
     (path / "pytorch_model.bin").write_bytes(b"the same weights")
@@ -160,6 +160,20 @@ def test_a_new_head_is_added(small: tuple[Path, Path], tmp_path: Path) -> None:
     merged = merge_checkpoint(small[0], adapter, tmp_path / "out")
     assert merged.added == ("score.weight",)
     assert_same(read_all(tmp_path / "out")["score.weight"], saved["score.weight"])
+
+
+def test_whole_modules_bring_their_counters(small: tuple[Path, Path], tmp_path: Path) -> None:
+    """Batch normalisation counts its steps in an integer."""
+    before = read_all(small[0]) | {"bn.num_batches_tracked": np.int64(3), "bn.running_mean": np.zeros(4, np.float32)}
+    base = write_base(tmp_path / "with_bn", before)
+    saved = {"bn.num_batches_tracked": np.array(41), "bn.running_mean": np.ones(4, np.float32)}
+    adapter = write_adapter(tmp_path / "bn", {"q": factors(6, 4)}, saved, modules_to_save=["bn"])
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    after = read_all(tmp_path / "out")
+    assert_same({name: after[name] for name in saved}, saved)
+    new = merge_checkpoint(small[0], adapter, tmp_path / "new")
+    assert set(new.added) == set(saved)
+    assert_same({name: read_all(tmp_path / "new")[name] for name in saved}, saved)
 
 
 TIED = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}

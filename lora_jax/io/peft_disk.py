@@ -13,6 +13,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 _DTYPES = {"F16", "BF16", "F32", "F64"}
+_COUNTS = {"I64", "I32", "BOOL"}
 _MAX_CONFIG = 1 << 24
 
 
@@ -102,7 +103,9 @@ def _check_finite(path: Path, key: str, array: np.ndarray) -> None:
 
 
 def _check_tensor(path: Path, key: str, tensor: Any) -> None:
-    if tensor.get_dtype() not in _DTYPES:
+    # Batch normalisation counts its steps; a whole module is stored with all it has.
+    allowed = _DTYPES if "lora_" in key else _DTYPES | _COUNTS
+    if tensor.get_dtype() not in allowed:
         raise CheckpointError(
             f"{path}: {key} is {tensor.get_dtype()}; adapters are stored as one of {', '.join(sorted(_DTYPES))}. "
             "Quantised adapters cannot be read: save them in a floating-point dtype."

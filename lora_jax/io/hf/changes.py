@@ -73,13 +73,18 @@ class Change:
             and all(a.same(b) for a, b in zip(self.parts, other.parts, strict=True))
         )
 
+    def replaces(self, tensor: Tensor) -> bool:
+        """Whether the tensor's values no longer matter, and it takes no arithmetic to write the new ones."""
+        whole = self.value is not None and not self.rows and not self.parts
+        return whole and self.value is not None and tensor.dtype not in FLOATS and self.value.dtype.kind in "ib"
+
     def check(self, tensor: Tensor) -> None:
         """Refuse a tensor that this change does not fit.
 
         Raises:
           CheckpointError: its shape or dtype is another one.
         """
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOATS and not self.replaces(tensor):
             raise CheckpointError(
                 f"{tensor.file}: {tensor.name} is {tensor.dtype}, so it is quantised, and a merge would round the "
                 f"update away. Merge into the unquantised model; possible dtypes: {', '.join(FLOATS)}."

@@ -183,6 +183,8 @@ def _items(source: Checkpoint, planned: Plan, rounding: Callable[[str], Rounding
         change = planned.changes.get(tensor.name)
         if change is None or change.empty:
             return Item(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, tensor.pieces())
+        if change.value is not None and change.replaces(tensor):
+            return new_item(tensor.name, change.value)
         return changed(tensor, change, rounding(tensor.name))
 
     shards = [(shard, [item(tensor) for tensor in shard.tensors]) for shard in source.shards]

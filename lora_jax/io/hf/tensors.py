@@ -20,6 +20,7 @@ FLOATS = {
 }
 """The dtypes that can be changed, by their names in the files. Others are copied as bytes."""
 
+_COUNTS = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "BOOL": np.dtype(np.bool_)}
 _PIECE = 1 << 20
 
 
@@ -115,8 +116,8 @@ def write_file(path: Path, metadata: Mapping[str, str], items: list[Item], advan
 
 def new_item(name: str, value: np.ndarray) -> Item:
     """An array as something to write."""
-    names = {dtype: name for name, dtype in FLOATS.items()}
+    names = {dtype: name for name, dtype in (FLOATS | _COUNTS).items()}
     if value.dtype not in names:
-        raise CheckpointError(f"{name} is {value.dtype}; only {', '.join(names.values())} can be added to a checkpoint")
+        raise CheckpointError(f"{name} is {value.dtype}; only {', '.join(names.values())} can be put into a checkpoint")
     raw = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
     return Item(name, names[value.dtype], value.shape, prod(value.shape) * value.dtype.itemsize, [raw.data])
