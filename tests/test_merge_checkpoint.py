@@ -476,6 +476,17 @@ def test_square_experts_lie_as_peft_takes_them(model: str, transposed: bool, tmp
     assert_close(read_all(tmp_path / "out")["experts.down_proj"], before["experts.down_proj"] + delta)
 
 
+def test_a_matrix_adapted_as_a_parameter_goes_by_its_own_name_in_patterns(tmp_path: Path) -> None:
+    before = state(("router.weight", (4, 4)))
+    base = write_base(tmp_path / "base", before, config={"model_type": "gpt_oss"})
+    module = factors(4, 4, kind="parameter")
+    config = {"target_modules": [], "target_parameters": ["router.weight"], "alpha_pattern": {"router.weight": 3}}
+    adapter = write_adapter(tmp_path / "lora", {"router": module}, **config)
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    expected = before["router.weight"] + 1.5 * module.b @ module.a
+    assert_close(read_all(tmp_path / "out")["router.weight"], expected)
+
+
 def test_an_adapter_without_its_config_has_no_scale(small: tuple[Path, Path], tmp_path: Path) -> None:
     (small[1] / "adapter_config.json").unlink()
     with pytest.raises(lora.CheckpointError, match="what its update is multiplied by is unknown"):

@@ -121,8 +121,9 @@ class _Adapter:
         raise CheckpointError(f"{self.files.where}: the base has no {placed}")
 
     def _low_rank(self, name: str, entry: str, module: Module, tensor: Tensor) -> Change:
-        stacked = module.kind == "parameter" and len(tensor.shape) == 3
-        scale = self.files.scale(entry, name if stacked else None, tensor.shape[0] if stacked else 1)
+        parameter = module.kind == "parameter"
+        experts = tensor.shape[0] if parameter and len(tensor.shape) == 3 else 1
+        scale = self.files.scale(entry, name if parameter else None, experts)
         where = f"{self.files.where}: {name}"
         left, right, last = matrices(where, module, tensor.shape, self._transposed(name, module, tensor))
         part = Part(self.weight * scale, left, right)
@@ -134,7 +135,7 @@ class _Adapter:
 
     def _transposed(self, name: str, module: Module, tensor: Tensor) -> bool | None:
         """Whether a square weight has its outputs last; the shape tells of all others."""
-        if tensor.shape[-1:] != tensor.shape[-2:-1]:
+        if tensor.shape[-1:] != tensor.shape[-2:-1] or module.kind in ("conv", "embedding"):
             return None
         if module.kind == "parameter":
             return len(tensor.shape) == 3 and self.model in _EXPERTS_IN_FIRST
