@@ -181,12 +181,15 @@ def test_jit(case):
 @rows(lambda case: case.id not in ("nnx-scan", "nnx-scan_of_remat", "plain-ragged_experts"))
 def test_identity_at_the_start(case):
     """Bit for bit, operation by operation: XLA may fuse and sum two compiled programs in different orders."""
-    base, adapter, inputs = given(case)
-    with jax.disable_jit():
-        run = adapted(case, "factored")
-        plain = call_of(case, lambda params, *args: case.model.fn(params, *args[1:]))(base, adapter, inputs)
-        for start in (untrained(adapter, "a"), untrained(adapter, "b")):
-            assert_same(run(base, start, inputs), plain)
+    params, args = case.model.params, case.model.args
+    narrow = case.but(params=cast_floats(params, jnp.bfloat16), args=cast_floats(args, jnp.bfloat16))
+    for each in (case, narrow) if full(case) else (case,):
+        base, inputs, adapter = floats(each.model.params)[0], floats(each.model.args)[0], random_adapter(case.targets)
+        with jax.disable_jit():
+            run = adapted(each, "factored")
+            plain = call_of(each, lambda params, *args: case.model.fn(params, *args[1:]))(base, adapter, inputs)
+            for start in (untrained(adapter, "a"), untrained(adapter, "b")):
+                assert_same(run(base, start, inputs), plain)
 
 
 @rows(full)
