@@ -10,7 +10,7 @@ LoraError
 ```
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -38,16 +38,26 @@ class CheckpointError(LoraError, ValueError):
     """An adapter checkpoint is unreadable, incomplete, or belongs to another base."""
 
 
-def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
-    """Render the candidates closest to `name` for an error message.
+def listed(names: Sequence[str], separator: str = ", ", count: int = 5) -> str:
+    """Render the first of several names for an error message, and how many more there are.
+
+    >>> listed(["a", "b", "c"]), listed(["a", "b", "c"], count=2)
+    ('a, b, c', 'a, b and 1 more')
+    """
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return separator.join(names[:count]) + more
+
+
+def nearest(name: str, candidates: Iterable[str], count: int = 3, separator: str = "/") -> str:
+    """Render the candidates closest to `name` for an error message; `separator` stands between parts of a name.
 
     >>> nearest("quary", ["layers/query", "layers/value"], count=1)
     'layers/query'
     """
     known = sorted(set(candidates))
-    parts = {path: path.split("/") for path in known}
+    parts = {path: path.split(separator) for path in known}
     hits = get_close_matches(name, known, n=count, cutoff=0.5)
     by_part = {part: path for path in reversed(known) for part in parts[path]}
-    close_parts = get_close_matches(name.split("/")[-1], list(by_part), n=count, cutoff=0.5)
+    close_parts = get_close_matches(name.split(separator)[-1], list(by_part), n=count, cutoff=0.5)
     chosen = list(dict.fromkeys(hits + [by_part[part] for part in close_parts] + known))[:count]
     return ", ".join(chosen) if chosen else "(none)"

@@ -10,13 +10,13 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+from lora_jax.errors import listed
 from lora_jax.io.hf.merge import Merged, merge_checkpoint
 from lora_jax.train.log import Reporter
 from lora_jax.train.options import OptionError
 from lora_jax.train.report import make_console
 
 _MEGABYTE = 1_000_000
-_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,5 @@ def _tell(console: Console, merged: Merged, seconds: float) -> None:
     if merged.added:
         console.print(f"Added, as the base has no such tensor: {', '.join(merged.added)}", markup=False)
     if merged.left_out:
-        names = ", ".join(map(str, merged.left_out[:_SHOWN]))
-        more = f" and {len(merged.left_out) - _SHOWN} more" if len(merged.left_out) > _SHOWN else ""
-        console.print(f"Left out, as they hold the unmerged weights or other state: {names}{more}", markup=False)
+        names = listed([str(path) for path in merged.left_out])
+        console.print(f"Left out, as they hold the unmerged weights or other state: {names}", markup=False)

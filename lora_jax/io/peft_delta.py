@@ -69,8 +69,9 @@ def matrices(
       CheckpointError: the factors do not fit, or the shape leaves open how the weight lies.
     """
     a, b = (array.astype(np.float32) for array in (module.a, module.b))
+    stack = shape[:1] if module.kind == "parameter" and len(shape) == 3 else ()
     last = False
-    if module.kind == "parameter" and len(shape) == 3:
+    if stack:
         left, right, last = _experts(where, module, shape, transposed)
     elif module.kind == "conv":
         _check_groups(where, module, shape)
@@ -79,7 +80,6 @@ def matrices(
         left, right, last = a.T[None], b.T[None], True
     else:
         left, right = b[None], a[None]
-    stack = shape[:1] if module.kind == "parameter" and len(shape) == 3 else ()
     columns = shape[len(stack) + 1 :]
     if (*stack, left.shape[1]) != shape[: len(stack) + 1] or right.shape[-1] != prod(columns):
         raise _misfit(where, module, shape)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapter import Adapter
-from lora_jax.errors import CheckpointError, nearest
+from lora_jax.errors import CheckpointError, listed, nearest
 from lora_jax.fit import fit
 from lora_jax.io import layouts
 from lora_jax.io.join import Piece, join, stack
@@ -23,8 +23,6 @@ from lora_jax.io.twin import Place, Twin, is_tied, twin
 from lora_jax.paths import named_leaves
 from lora_jax.site import Site, Sites
 from lora_jax.updates import LowRank, Update
-
-_SHOWN = 5
 
 
 class Unmatched(NamedTuple):
@@ -150,12 +148,12 @@ class _Reader:
         if unmatched.unexpected:
             first = unmatched.unexpected[0]
             known = self.twin.tensors if first in self.files.saved else self.twin.modules
-            near = nearest(first.replace(".", "/"), [name.replace(".", "/") for name in known]).replace("/", ".")
-            lines.append(f"Unexpected: {_listed(unmatched.unexpected)}. Nearest to {first}: {near}.")
+            near = nearest(first, known, separator=".")
+            lines.append(f"Unexpected: {listed(unmatched.unexpected, '; ')}. Nearest to {first}: {near}.")
         if unmatched.missing:
-            lines.append(f"Missing, although its config names them: {_listed(unmatched.missing)}.")
+            lines.append(f"Missing, although its config names them: {listed(unmatched.missing, '; ')}.")
         if unmatched.mismatched:
-            lines.append(f"Shaped differently: {_listed(unmatched.mismatched)}.")
+            lines.append(f"Shaped differently: {listed(unmatched.mismatched, '; ')}.")
         if self.twin.unnamed:
             path, error = next(iter(self.twin.unnamed.items()))
             lines.append(f"{len(self.twin.unnamed)} sites have no PyTorch name, e.g. {path}: {error}")
@@ -257,8 +255,3 @@ class _Reader:
                 and not saves(config.get("modules_to_save"), f"{name}.weight")
             ]  # fmt: skip
         return tuple(absent)
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return "; ".join(names[:_SHOWN]) + more

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.errors import CheckpointError
+from lora_jax.errors import CheckpointError, listed
 from lora_jax.io import peft_config
 from lora_jax.io.peft_delta import Module, ModuleKind
 from lora_jax.io.peft_disk import CONFIG, locate, read_arrays, read_config
@@ -16,7 +16,6 @@ from lora_jax.io.peft_keys import parse, unparse
 from lora_jax.io.peft_match import saves, targets
 
 _MAX_RANK = 1 << 16
-_SHOWN = 5
 
 
 def read_peft(path: str | PathLike[str], subfolder: str | None = None) -> PeftFiles:
@@ -114,10 +113,9 @@ def _belongs(name: str, config: Mapping[str, Any], modules: Iterable[str]) -> bo
 
 def _refuse_unknown(where: str, keys: list[str]) -> None:
     if keys:
-        more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
         raise CheckpointError(
             f"{where}: {len(keys)} tensors are neither factors nor anything its config asks for "
-            f"(modules_to_save, bias, trainable_token_indices): {', '.join(sorted(keys)[:_SHOWN])}{more}. "
+            f"(modules_to_save, bias, trainable_token_indices): {listed(sorted(keys))}. "
             "They would be lost; remove them, or complete the config."
         )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 from lora_jax.errors import MatchError
@@ -101,7 +102,4 @@ def is_tied(site: Site) -> bool:
 
 
 def _outputs(site: Site, target: Target) -> int:
-    size = 1
-    for extent in share_shape(site, target):
-        size *= extent
-    return size
+    return prod(share_shape(site, target))

@@ -75,8 +75,8 @@ class Change:
 
     def replaces(self, tensor: Tensor) -> bool:
         """Whether the tensor's values no longer matter, and it takes no arithmetic to write the new ones."""
-        whole = self.value is not None and not self.rows and not self.parts
-        return whole and self.value is not None and tensor.dtype not in FLOATS and self.value.dtype.kind in "ib"
+        whole = self.value is not None and self.value.dtype.kind in "ib" and not self.rows and not self.parts
+        return whole and tensor.dtype not in FLOATS
 
     def check(self, tensor: Tensor) -> None:
         """Refuse a tensor that this change does not fit.

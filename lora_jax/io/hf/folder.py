@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,10 @@ class Checkpoint:
     others: tuple[Path, ...]
     left_out: tuple[Path, ...]
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name."""
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
-from lora_jax.errors import CheckpointError, nearest
+from lora_jax.errors import CheckpointError, listed, nearest
 from lora_jax.io.hf.changes import Change, Part, bias_part, merged_with
 from lora_jax.io.hf.folder import Checkpoint
 from lora_jax.io.hf.tensors import Tensor
@@ -20,7 +21,7 @@ from lora_jax.io.peft_match import saves
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 # Models whose stacked experts PEFT takes for (experts, in, out): it reads that off the module.
 _EXPERTS_IN_FIRST = {"gpt_oss"}
-_SHOWN = 5
+_TOKENS = re.compile(r"(\.token_adapter)?\.trainable_tokens_delta$")
 _RENAMED = (
     "Or transformers renames these modules when it loads the checkpoint, as it does with experts and vision towers: "
     "then save the base once as the model holds it, model.save_pretrained(path, save_original_format=False), and merge "
@@ -142,8 +143,7 @@ class _Adapter:
         if self.model in _CONV1D:
             return not is_head(tensor.name)
         flag = bool(setting(self.files.config, "fan_in_fan_out"))
-        others = self._layouts()
-        if others and flag not in others:
+        if self._layouts and flag not in self._layouts:
             raise CheckpointError(
                 f"{self.files.where}: {name} is square, and its layout cannot be told: fan_in_fan_out={flag} in the "
                 "config contradicts the shapes of other layers, as PEFT keeps one such setting for all of them. Merge "
@@ -151,6 +151,7 @@ class _Adapter:
             )
         return flag
 
+    @cached_property
     def _layouts(self) -> set[bool]:
         """How the linear weights that are not square lie: True for outputs last."""
         found = set()
@@ -171,7 +172,7 @@ class _Adapter:
         return bias
 
     def _whole(self) -> dict[str, np.ndarray]:
-        return {name: value for name, value in self.files.saved.items() if not name.endswith(".trainable_tokens_delta")}
+        return {name: value for name, value in self.files.saved.items() if not _TOKENS.search(name)}
 
     def _saved(self, name: str, value: np.ndarray) -> Change:
         if self.weight != 1:
@@ -182,11 +183,7 @@ class _Adapter:
 
     def _tokens(self) -> dict[str, np.ndarray]:
         """Trained rows by the module that holds the table."""
-        return {
-            re.sub(r"(\.token_adapter)?\.trainable_tokens_delta$", "", name): rows
-            for name, rows in self.files.saved.items()
-            if name.endswith(".trainable_tokens_delta")
-        }
+        return {_TOKENS.sub("", name): rows for name, rows in self.files.saved.items() if _TOKENS.search(name)}
 
     def _rows(self, name: str, rows: np.ndarray) -> Change:
         given = self.files.config.get("trainable_token_indices")
@@ -232,10 +229,9 @@ def _renaming(base: Checkpoint, files: PeftFiles) -> Callable[[str], str]:
     new = {name for name in files.saved if saves(files.config.get("modules_to_save"), name)}
     lost = [name for name in wanted if place(best, name) not in known and name not in new]
     if lost:
-        near = nearest(lost[0].replace(".", "/"), [name.replace(".", "/") for name in known]).replace("/", ".")
-        more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         raise CheckpointError(
-            f"{base.path} has no {', '.join(lost[:_SHOWN])}{more}, which {files.where} changes. Nearest: {near}. "
+            f"{base.path} has no {listed(lost)}, which {files.where} changes. "
+            f"Nearest: {nearest(lost[0], known, separator='.')}. "
             f"The adapter belongs to another base. {_RENAMED}"
         )
     return lambda name: place(best, name)
@@ -244,5 +240,4 @@ def _renaming(base: Checkpoint, files: PeftFiles) -> Callable[[str], str]:
 def _names(files: PeftFiles) -> list[str]:
     """Every tensor of the base that an adapter names; of experts, any parameter would do."""
     modules = [f"{name}.weight" for name, module in files.modules.items() if module.kind != "parameter"]
-    tokens = re.compile(r"(\.token_adapter)?\.trainable_tokens_delta$")
-    return [*modules, *(tokens.sub(".weight", name) for name in files.saved)]
+    return [*modules, *(_TOKENS.sub(".weight", name) for name in files.saved)]
