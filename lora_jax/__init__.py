@@ -38,6 +38,10 @@ from lora_jax.io.orbax import load_config as load_config
 from lora_jax.io.orbax import save as save
 from lora_jax.merge import merge as merge
 from lora_jax.merge_report import merge_report as merge_report
+from lora_jax.methods import Dora as Dora
+from lora_jax.methods import Rows as Rows
+from lora_jax.methods import Shift as Shift
+from lora_jax.methods import methods as methods
 from lora_jax.optim import optimizer as optimizer
 from lora_jax.sharding import adapter_sharding as adapter_sharding
 from lora_jax.site import Site as Site

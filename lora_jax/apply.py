@@ -1,6 +1,7 @@
 """adapt: run an unchanged function as though its adapted parameters were `W + Σ scale·a·b`."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any, get_args
 
@@ -13,7 +14,7 @@ from lora_jax.engine.weight import RANK, Labelled, Term, Weight
 from lora_jax.errors import ConfigError
 from lora_jax.fit import Placed, adapter_list, fit
 from lora_jax.paths import is_array
-from lora_jax.updates import Update
+from lora_jax.updates import combined, held
 
 
 def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..., Any]:
@@ -71,7 +72,7 @@ def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..
 
 def run_adapted(call: Call, adapters: Sequence[Adapter], ctx: Context) -> Any:
     """Evaluate a traced call with its adapted parameters symbolic."""
-    if not any(getattr(update, "dropout", 0.0) for adapter in adapters for update in adapter.values()):
+    if not any(update.dropout for adapter in adapters for update in adapter.values()):
         ctx = ctx.with_key(None)
     updates = fit(adapters, call.arrays)
     inputs = [
@@ -86,20 +87,16 @@ def _frozen(leaf: Any) -> Any:
     return jax.lax.stop_gradient(leaf) if is_array(leaf) else leaf
 
 
-def _weight(ctx: Context, path: str, leaf: Any, updates: list[Placed]) -> Weight | Any:
-    """The parameter with its updates: replaced first, then low-rank terms on top."""
-    for _, update in updates:
-        leaf = update.base(leaf)
-    weight = ctx.weight(path, leaf)
-    terms = [term for slot, update in updates if (term := _term(weight, slot, update)) is not None]
-    return Weight(leaf, tuple(terms), weight.axes, path) if terms else leaf
-
-
-def _term(weight: Weight, slot: int, update: Update) -> Term | None:
-    pair = update.factors()
-    if pair is None:
-        return None
-    site = update.site
+def _weight(ctx: Context, path: str, leaf: Any, placed: list[Placed]) -> Weight | Any:
+    """The parameter with all its updates, symbolic unless they leave it an ordinary array."""
+    base, gain, changes = combined(leaf, [held(update) for _, update in placed])
+    if gain is None and not any(change.factors for change in changes):
+        return base
+    weight, site = ctx.weight(path, base), placed[0].update.site
     batch, into, out = ([weight.axes[i] for i in axes] for axes in (site.batch_axes, site.in_axes, site.out_axes))
-    a, b = (Labelled(factor, (*batch, RANK, *axes)) for factor, axes in zip(pair, (into, out), strict=True))
-    return Term(a, b, getattr(update, "dropout", 0.0), slot)
+    terms = tuple(
+        Term(Labelled(a, (*batch, RANK, *into)), Labelled(b, (*batch, RANK, *out)), update.dropout, slot)
+        for (slot, update), change in zip(placed, changes, strict=True)
+        for a, b in change.factors
+    )
+    return replace(weight, terms=terms, gain=None if gain is None else Labelled(gain, (*batch, *out)))

@@ -12,6 +12,7 @@ from lora_jax.errors import ConfigError
 from lora_jax.paths import ALL_LINEAR, components
 
 Patterns: TypeAlias = Mapping[str, Any] | Collection[tuple[str, Any]]
+Tokens: TypeAlias = Collection[int] | Mapping[str, Collection[int]] | Collection[tuple[str, Collection[int]]]
 
 
 def pairs(patterns: Patterns) -> tuple[tuple[str, Any], ...]:
@@ -107,3 +108,30 @@ def patterns(field: str, value: Any, check: Callable[[str, Any], Any]) -> tuple[
     except (TypeError, ValueError):
         raise ConfigError(f"{field}={value!r} must map regexes to numbers, as in {{'query': 4}}") from None
     return tuple((_regex(field, key), check(f"{field}[{key!r}]", item)) for key, item in given)
+
+
+def tokens(field: str, value: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Row numbers by the name of their table; `""` stands for the only one."""
+    if isinstance(value, Mapping) or any(not isinstance(each, int) for each in as_tuple(value)):
+        given = pairs(value) if isinstance(value, (Mapping, list, tuple)) and _are_pairs(value) else None
+    else:
+        given = (("", as_tuple(value)),) if as_tuple(value) else ()
+    if given is None:
+        raise ConfigError(f"{field}={value!r} must be numbers of rows, or {{name: numbers}}")
+    return tuple((name, _rows(field, name, rows)) for name, rows in given)
+
+
+def _are_pairs(value: Any) -> bool:
+    items = value.items() if isinstance(value, Mapping) else value
+    return all(isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str) for item in items)
+
+
+def _rows(field: str, name: str, rows: Any) -> tuple[int, ...]:
+    where = f"{field}[{name!r}]" if name else field
+    numbers = tuple(
+        _number(where, row, operator.index, lambda number: number >= 0, "a row number, at least 0")
+        for row in as_tuple(rows)
+    )
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"{where}={rows!r} must be row numbers, at least one, and none of them twice")
+    return numbers

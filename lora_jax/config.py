@@ -36,11 +36,17 @@ class LoraConfig:
       alpha_pattern: `{regex: alpha}`, likewise.
       rslora: scale by `alpha / sqrt(rank)`.
       dropout: probability of dropping elements of the input of A in training. As in PEFT, look-ups have none.
-      init: how factors start: `"default"` (PEFT's), `"gaussian"`, `"orthogonal"`, or a registered name.
+      method: the variant of LoRA: `"lora"`, `"dora"`, or another of `lora_jax.methods()`.
+      init: how factors start: `"default"` (PEFT's), `"gaussian"`, `"orthogonal"`, or another of
+        `lora_jax.initialisers()`.
       train: names of parameters, or of modules with all they hold, trained in full (PEFT `modules_to_save`) and never
         given factors. `head` trains `head/kernel` but not `subhead/kernel`, which PEFT trains too.
       bias: biases trained in full: `"none"`, `"all"`, or `"lora_only"`, those beside an adapted parameter. A bias is a
         parameter named `bias`, as in PEFT, or Haiku's `b` beside a `w`.
+      lora_bias: put a bias on B too (PEFT `lora_bias`): a scaled addition to the bias beside each adapted parameter. A
+        layer without a bias is an error.
+      trainable_tokens: rows of look-up tables trained in full (PEFT `trainable_token_indices`): their numbers, where
+        the model has one table, or `{name: numbers}`. Output heads that are tied to the table see them too.
       param_dtype: dtype of what trains, float32 by default even under a bfloat16 model.
 
     Raises:
@@ -55,7 +61,7 @@ class LoraConfig:
       2.0
 
     References:
-      Hu et al., LoRA, arXiv 2106.09685. Kalajdzievski, rsLoRA, arXiv 2312.03732.
+      Hu et al., LoRA, arXiv 2106.09685. Kalajdzievski, rsLoRA, arXiv 2312.03732. Methods and initialisers name theirs.
     """
 
     rank: int = 8
@@ -68,9 +74,12 @@ class LoraConfig:
     alpha_pattern: checks.Patterns = ()
     rslora: bool = False
     dropout: float = 0.0
+    method: str = "lora"
     init: str = "default"
     train: str | Collection[str] = ()
     bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    trainable_tokens: checks.Tokens = ()
     param_dtype: Any = "float32"
 
     def __post_init__(self) -> None:
@@ -85,13 +94,18 @@ class LoraConfig:
         self._set("alpha_pattern", checks.patterns("alpha_pattern", self.alpha_pattern, checks.positive))
         self._set("dropout", checks.probability("dropout", self.dropout))
         self._set("train", checks.names("train", self.train))
+        self._set("trainable_tokens", checks.tokens("trainable_tokens", self.trainable_tokens))
         self._set("param_dtype", checks.float_dtype("param_dtype", self.param_dtype))
-        if not isinstance(self.rslora, bool):
-            raise ConfigError(f"rslora={self.rslora!r} must be True or False")
+        for switch in ("rslora", "lora_bias"):
+            if not isinstance(getattr(self, switch), bool):
+                raise ConfigError(f"{switch}={getattr(self, switch)!r} must be True or False")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"bias={self.bias!r} must be one of 'none', 'all', 'lora_only'")
-        registry.find(self.init)
+        registry.INITS.find(self.init)
+        registry.METHODS.find(self.method)
         self._check_layers()
+        if self.lora_bias and self.bias != "none":
+            raise ConfigError(f"lora_bias=True adds to the biases that bias={self.bias!r} trains in full: choose one")
 
     def _set(self, field: str, value: Any) -> None:
         object.__setattr__(self, field, value)
@@ -123,6 +137,10 @@ class LoraConfig:
         """Scale at a path: `alpha / rank`, or `alpha / sqrt(rank)` with `rslora` (arXiv 2312.03732)."""
         rank = self.rank_for(path)
         return self.alpha_for(path) / (math.sqrt(rank) if self.rslora else rank)
+
+    def tables(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Names of tables and numbers of the rows trained in them; `""` for the only table."""
+        return checks.tokens("trainable_tokens", self.trainable_tokens)
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> Self:

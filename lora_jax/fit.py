@@ -1,15 +1,18 @@
 """Bringing adapters and parameters together: updates by path, checked against the parameters they are for."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter import Adapter, leaves_by_name
 from lora_jax.errors import ParameterError, nearest
 from lora_jax.site import Site
-from lora_jax.updates import Replace, Update
+from lora_jax.updates import Change, Replace, Update
+
+_Shapes: TypeAlias = list[tuple[int, ...]]
 
 
 class Placed(NamedTuple):
@@ -54,7 +57,18 @@ def fit(adapters: Adapter | Sequence[Adapter], leaves: Mapping[str, Any]) -> dic
                 f"{path!r} is trained in full by more than one adapter, and two values cannot be added. "
                 f"Leave it out of all but one: adapter.without({path!r})"
             )
+        if any(isinstance(update, Replace) for _, update in placed):
+            _check_reads_base(path, placed)
     return found
+
+
+def _check_reads_base(path: str, placed: Sequence[Placed]) -> None:
+    for _, update in placed:
+        if update.reads_base:
+            raise ParameterError(
+                f"{path!r} is trained in full by one adapter, and has a {type(update).__name__} in another that was "
+                f"made for the base's own value. Leave it out of one of them: adapter.without({path!r})"
+            )
 
 
 def _check_parameter(path: str, update: Update, leaves: Mapping[str, Any]) -> None:
@@ -72,26 +86,47 @@ def _check_parameter(path: str, update: Update, leaves: Mapping[str, Any]) -> No
 
 
 def _check_arrays(given: Sequence[tuple[str, Update]], leaves: Mapping[str, Any]) -> None:
-    """Compare what every update makes of its arrays with what its site needs, in one abstract evaluation of all."""
+    """Compare what every update makes of its parameter with what its site needs, in one abstract evaluation of all."""
+    shapes: list[tuple[Site, _Shapes]] = []
 
-    def parts(updates: Sequence[Update], bases: Sequence[Any]) -> list[Any]:
-        return [update.factors() or update.base(base) for update, base in zip(updates, bases, strict=True)]
+    def note(updates: Sequence[Update], bases: Sequence[Any]) -> None:
+        for update, base in zip(updates, bases, strict=True):
+            shapes.append((update.site, _shapes(_change(update, base))))
 
-    made = jax.eval_shape(parts, [update for _, update in given], [leaves[path] for path, _ in given])
-    for (path, update), part in zip(given, made, strict=True):
-        _check_shapes(path, update.site, [array.shape for array in jax.tree.leaves(part)])
+    jax.eval_shape(note, [update for _, update in given], [leaves[path] for path, _ in given])
+    for site, made in shapes:
+        _check_shapes(site, made)
 
 
-def _check_shapes(path: str, site: Site, made: list[tuple[int, ...]]) -> None:
-    wanted = [site.shape]
-    if len(made) > 1:
-        rank = made[0][len(site.batch_axes)] if len(made[0]) > len(site.batch_axes) else 0
-        wanted = [site.a_shape(rank), site.b_shape(rank)]
-    if made != wanted:
-        raise ParameterError(
-            f"The update at {path!r} has arrays of shapes {made} where its site needs {wanted}. "
-            "If adapters were stacked (by jax.vmap, say), take one of them: jax.tree.map(lambda leaf: leaf[0], adapter)"
-        )
+def _change(update: Update, base: Any) -> Change:
+    try:
+        return update.change(base)
+    except (TypeError, ValueError) as error:
+        given = {name: jnp.shape(leaf) for name, leaf in leaves_by_name(update)}
+        raise _misshapen(update.site, f"arrays of shapes {given}, which do not fit together ({error})") from None
+
+
+def _shapes(change: Change) -> _Shapes:
+    """Shapes of the base, of each factor, and of the gain if there is one."""
+    return [jnp.shape(each) for each in (change.base, *sum(change.factors, ()), change.gain) if each is not None]
+
+
+def _check_shapes(site: Site, made: _Shapes) -> None:
+    """Compare the shapes in a change with those of its site."""
+    base, *rest = made
+    pairs, gains = list(zip(rest[::2], rest[1::2], strict=False)), rest[len(rest) // 2 * 2 :]
+    ranks = [a[len(site.batch_axes)] if len(a) > len(site.batch_axes) else 0 for a, _ in pairs]
+    factors = [shape for rank in ranks for shape in (site.a_shape(rank), site.b_shape(rank))]
+    wanted = [site.shape, *factors, *(site.batch_shape + site.sizes(site.out_axes) for _ in gains)]
+    if [base, *rest] != wanted:
+        raise _misshapen(site, f"arrays of shapes {made} where its site needs {wanted}")
+
+
+def _misshapen(site: Site, problem: str) -> ParameterError:
+    return ParameterError(
+        f"The update at {site.path!r} has {problem}. "
+        "If adapters were stacked (by jax.vmap, say), take one of them: jax.tree.map(lambda leaf: leaf[0], adapter)"
+    )
 
 
 def _described(given: Any) -> str:

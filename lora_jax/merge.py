@@ -12,7 +12,7 @@ from lora_jax.adapter import Adapter
 from lora_jax.errors import MergeError
 from lora_jax.fit import fit
 from lora_jax.paths import named_leaves, rebuild
-from lora_jax.updates import Array, Replace, Update, is_traced, widened
+from lora_jax.updates import Array, exact_sum, is_traced, widened
 
 
 def merge(
@@ -24,9 +24,9 @@ def merge(
 ) -> Any:
     """Fold adapters into the parameters: plain parameters for the plain model.
 
-    Every adapted parameter becomes `W + Σ delta`, summed in float32 (or wider, if `W` is) and rounded once to the
-    dtype of `W`. Works on any tree (dicts, `FrozenDict`, `nnx.State`, Equinox modules, boxed linen parameters), keeps
-    types and shardings, and runs under `jax.jit`.
+    Every adapted parameter becomes `W + Σ delta` (with DoRA's gain on `W`), summed in float32 (or wider, if `W` is) and
+    rounded once to the dtype of `W`. Works on any tree (dicts, `FrozenDict`, `nnx.State`, Equinox modules, boxed linen
+    parameters), keeps types and shardings, and runs under `jax.jit`.
 
     There is no `unmerge`. The base is never written, so unmerging is keeping the tree you passed in. Subtracting
     the delta again, as PEFT's `unmerge_adapter` does, leaves a rounding error of up to 1e-3 of `W` in bfloat16.
@@ -93,16 +93,6 @@ def _check_floating(path: str, leaf: Any) -> None:
             f"{path!r} is {leaf.dtype}, and a delta cannot be merged into integers. "
             "Dequantise the parameter to a floating-point dtype first, or keep the adapter unmerged."
         )
-
-
-def exact_sum(weight: Any, updates: Sequence[Update]) -> Array:
-    """The adapted weight before rounding: the updates' deltas are added up first, then the base."""
-    wide = widened(weight)
-    if len(updates) == 1:
-        return updates[0].applied(wide)
-    replaced = [update.base(wide) for update in updates if isinstance(update, Replace)]
-    deltas = [delta for delta in (update.delta() for update in updates) if delta is not None]
-    return (replaced[0] if replaced else wide) + sum(deltas[1:], deltas[0]).astype(wide.dtype)
 
 
 def round_stochastically(exact: Array, dtype: Any, key: Array) -> Array:

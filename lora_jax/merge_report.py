@@ -10,10 +10,9 @@ from rich.table import Table
 
 from lora_jax.adapter import Adapter
 from lora_jax.fit import Placed, fit
-from lora_jax.merge import exact_sum
 from lora_jax.paths import named_leaves
 from lora_jax.site import render
-from lora_jax.updates import widened
+from lora_jax.updates import exact_sum, widened
 
 WARN_BELOW = 0.9
 """Share of a delta that must survive rounding, or `merge_report` warns."""

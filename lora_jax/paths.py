@@ -20,6 +20,19 @@ _BOX = jax.tree_util.GetAttrKey("value")
 _NUMBERED = re.compile(r"(?:^|/)(?:[^/]*_)?(\d+)(?=/)")
 
 
+def bias_beside(path: str, paths: Collection[str]) -> str | None:
+    """The bias of the module that a weight is in: a parameter named `bias`, as in PEFT, or Haiku's `b` beside a `w`.
+
+    Example:
+      >>> bias_beside("up/kernel", {"up/kernel", "up/bias"}), bias_beside("norm/w", {"norm/w"})
+      ('up/bias', None)
+    """
+    module, _, leaf = path.rpartition("/")
+    prefix = f"{module}/" if module else ""
+    names = ["bias", "b"] if leaf == "w" else ["bias"]
+    return next((f"{prefix}{name}" for name in names if f"{prefix}{name}" in paths), None)
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array or stands for one (`jax.ShapeDtypeStruct`, a tracer, a NumPy array)."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

@@ -20,6 +20,8 @@ _SAME = {
     "alpha_pattern": "alpha_pattern",
     "modules_to_save": "train",
     "bias": "bias",
+    "lora_bias": "lora_bias",
+    "trainable_token_indices": "trainable_tokens",
 }
 _INITS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 # Fields that do not change the arithmetic here: bookkeeping; the layout of a kernel, which the traced program
@@ -44,7 +46,7 @@ def read(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of our `LoraConfig` for those of PEFT's; see `LoraConfig.from_peft`."""
     if fields.get("peft_type", "LORA") != "LORA":
         raise ConfigError(f"peft_type={fields['peft_type']!r} is not LoRA; only peft_type='LORA' can be read")
-    handled = {*_SAME, *_IRRELEVANT, "init_lora_weights"}
+    handled = {*_SAME, *_IRRELEVANT, "init_lora_weights", "use_dora"}
     active = [f"{name}={value!r}" for name, value in fields.items() if name not in handled and value]
     if active:
         raise ConfigError(
@@ -56,13 +58,16 @@ def read(fields: Mapping[str, Any]) -> dict[str, Any]:
             "target_modules is not set, and PEFT then goes by the type of a Transformers model; name the modules"
         )
     given = {_SAME[name]: value for name, value in fields.items() if name in _SAME and not _unset(value)}
-    return {"alpha": 8, "init": _init(fields.get("init_lora_weights", True)), **given}
+    method = "dora" if fields.get("use_dora") else "lora"
+    return {"alpha": 8, "method": method, "init": _init(fields.get("init_lora_weights", True)), **given}
 
 
 def write(ours: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of PEFT's `LoraConfig` for the fields of ours; see `LoraConfig.to_peft`."""
     if ours["init"] not in _INITS:
         raise ConfigError(f"PEFT has no init={ours['init']!r}; it has {', '.join(_INITS)}")
+    if ours["method"] not in ("lora", "dora"):
+        raise ConfigError(f"PEFT's LoraConfig has no method={ours['method']!r}; it has lora and dora")
     if ours["layers"] is not None and isinstance(ours["targets"], str):
         raise ConfigError('PEFT refuses layers_to_transform with "all-linear": give targets as names')
     ranks, alphas = dict(pairs(ours["rank_pattern"])), dict(pairs(ours["alpha_pattern"]))
@@ -73,7 +78,15 @@ def write(ours: Mapping[str, Any]) -> dict[str, Any]:
         alphas |= {key: 2.0 * rank for key, rank in ranks.items() if key not in alphas}
     fields = {theirs: _plain(ours[name]) for theirs, name in _SAME.items()}
     fields |= {"lora_alpha": alpha, "rank_pattern": _dotted(ranks), "alpha_pattern": _dotted(alphas)}
-    return fields | {"peft_type": "LORA", "init_lora_weights": _INITS[ours["init"]]}
+    fields["trainable_token_indices"] = _tokens(ours["trainable_tokens"])
+    fields |= {"peft_type": "LORA", "init_lora_weights": _INITS[ours["init"]]}
+    return fields | {"use_dora": ours["method"] == "dora"}
+
+
+def _tokens(ours: Any) -> Any:
+    """PEFT's `trainable_token_indices`: a list for the only table, else numbers by name."""
+    found = {name.replace("/", "."): list(rows) for name, rows in pairs(ours)}
+    return found.get("", found) or None
 
 
 def _init(value: Any) -> str:

@@ -1,20 +1,74 @@
-"""The table of initialisers that `LoraConfig(init=...)` chooses from."""
+"""The tables of initialisers and methods that `LoraConfig(init=..., method=...)` chooses from."""
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import jax
 
 from lora_jax.errors import ConfigError
-from lora_jax.site import Site
 
-Initialiser: TypeAlias = Callable[[jax.Array, Site, int, str], tuple[jax.Array, jax.Array]]
-"""`(key, site, rank, dtype) -> (a, b)` for one linear map: `a` is `[rank, fan_in]` and `b` is `[rank, fan_out]`."""
+Initialiser: TypeAlias = Callable[..., tuple[jax.Array, jax.Array]]
+"""`(key, site, rank, dtype, **data) -> (a, b)` for one linear map: `a` is `[rank, fan_in]` and `b` is
+`[rank, fan_out]`."""
 
-_INITIALISERS: dict[str, Initialiser] = {}
+Data: TypeAlias = Literal["weight", "scale", "inputs", "gradient"]
+"""What an initialiser may ask for: the frozen matrix `[fan_in, fan_out]` in float32, the scale of the product, and what
+`lora_jax.capture` collected of the map's inputs or of its gradient."""
+
+_Entry = TypeVar("_Entry")
 
 
-def register(name: str) -> Callable[[Initialiser], Initialiser]:
+@dataclass(frozen=True)
+class Table(Generic[_Entry]):
+    """Things by the name that users write for them.
+
+    Attributes:
+      setting: the field of `LoraConfig` that chooses among them.
+      what: what one of them is called.
+      entries: the things by name.
+    """
+
+    setting: str
+    what: str
+    entries: dict[str, _Entry] = field(default_factory=dict)
+
+    def check_free(self, name: str) -> None:
+        """Raise a `ConfigError` if a name is taken."""
+        if name in self.entries:
+            raise ConfigError(f"{self.what} named {name!r} exists already; taken names: {', '.join(self)}")
+
+    def find(self, name: Any) -> _Entry:
+        """The thing of a name; a `ConfigError` that lists them all if there is none."""
+        if not isinstance(name, str) or name not in self.entries:
+            raise ConfigError(f"{self.setting}={name!r} is not {self.what.lower()}; choose one of: {', '.join(self)}")
+        return self.entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.entries))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An initialiser, and what it needs.
+
+    Attributes:
+      draw: the function.
+      reads: data it is called with, as keywords.
+      away: whether its product is not zero, so that adapters keep a frozen copy of the start to take off again.
+    """
+
+    draw: Initialiser
+    reads: tuple[Data, ...] = ()
+    away: bool = False
+
+
+INITS: Table[Entry] = Table("init", "An initialiser")
+METHODS: Table[Any] = Table("method", "A method")
+"""Update classes that have a `start`; see `lora_jax.updates.Start`."""
+
+
+def register(name: str, *, reads: tuple[Data, ...] = (), away: bool = False) -> Callable[[Initialiser], Initialiser]:
     """Decorator that makes an initialiser available as `LoraConfig(init=name)`.
 
     The function draws the factors of *one* linear map, with its input axes in one and its output axes in one;
@@ -24,6 +78,11 @@ def register(name: str) -> Callable[[Initialiser], Initialiser]:
 
     Args:
       name: the name users write.
+      reads: what it is called with beside key, site, rank and dtype, as keywords: `"weight"`, the frozen matrix
+        `[fan_in, fan_out]` in float32; `"scale"`, that of the product; `"inputs"` and `"gradient"`, from
+        `lora_jax.capture`.
+      away: its product is not zero. The adapter then keeps the factors it started from and takes their product off
+        again, so that the model still starts as the base; see `LowRank`.
 
     Raises:
       ConfigError: the name is taken.
@@ -36,11 +95,10 @@ def register(name: str) -> Callable[[Initialiser], Initialiser]:
       >>> "example-ones" in initialisers()
       True
     """
-    if name in _INITIALISERS:
-        raise ConfigError(f"An initialiser named {name!r} exists already; taken names: {', '.join(initialisers())}")
+    INITS.check_free(name)
 
     def add(initialiser: Initialiser) -> Initialiser:
-        _INITIALISERS[name] = initialiser
+        INITS.entries[name] = Entry(initialiser, reads, away)
         return initialiser
 
     return add
@@ -51,18 +109,41 @@ def initialisers() -> tuple[str, ...]:
 
     Example:
       >>> import lora_jax as lora
-      >>> {"default", "gaussian", "orthogonal"} <= set(lora.initialisers())
+      >>> {"default", "gaussian", "orthogonal", "pissa"} <= set(lora.initialisers())
       True
     """
-    return tuple(sorted(_INITIALISERS))
+    return tuple(INITS)
 
 
-def find(name: str) -> Initialiser:
-    """The initialiser of a name.
+_Method = TypeVar("_Method", bound=type)
+
+
+def register_method(name: str) -> Callable[[_Method], _Method]:
+    """Class decorator that makes an update available as `LoraConfig(method=name)`.
+
+    The class is an `Update` with a classmethod `start`; `docs/add-a-method.md` writes one.
+
+    Args:
+      name: the name users write.
 
     Raises:
-      ConfigError: there is none; the message lists those there are.
+      ConfigError: the name is taken.
     """
-    if not isinstance(name, str) or name not in _INITIALISERS:
-        raise ConfigError(f"init={name!r} is not an initialiser; choose one of: {', '.join(initialisers())}")
-    return _INITIALISERS[name]
+    METHODS.check_free(name)
+
+    def add(method: _Method) -> _Method:
+        METHODS.entries[name] = method
+        return method
+
+    return add
+
+
+def methods() -> tuple[str, ...]:
+    """Names that `LoraConfig(method=...)` accepts.
+
+    Example:
+      >>> import lora_jax as lora
+      >>> {"lora", "dora"} <= set(lora.methods())
+      True
+    """
+    return tuple(METHODS)

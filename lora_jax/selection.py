@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lora_jax.checks import as_tuple, pairs
 from lora_jax.config import LoraConfig
 from lora_jax.errors import MatchError, nearest
-from lora_jax.paths import ALL_LINEAR, hits, inside, layer_number, lookup, name_hits, pattern_hits
+from lora_jax.paths import ALL_LINEAR, bias_beside, hits, inside, layer_number, lookup, name_hits, pattern_hits
 from lora_jax.site import Site, Sites
 
 
@@ -18,10 +18,14 @@ class Selection:
     Attributes:
       sites: parameters that get low-rank factors, in the order of the `Sites`.
       train: paths of parameters trained in full (`train` and `bias`), in the order of the tree.
+      shifted: for each bias that is added to (`lora_bias`), the site whose factors it is beside.
+      rows: look-up tables of which rows are trained, with the numbers of those.
     """
 
     sites: tuple[Site, ...]
     train: tuple[str, ...]
+    shifted: tuple[tuple[str, Site], ...] = ()
+    rows: tuple[tuple[Site, tuple[int, ...]], ...] = ()
 
 
 def select(config: LoraConfig, sites: Sites) -> Selection:
@@ -59,7 +63,12 @@ def select(config: LoraConfig, sites: Sites) -> Selection:
     for field in ("rank_pattern", "alpha_pattern"):
         _check_patterns(field, pairs(getattr(config, field)), chosen)
     train |= _biases(config, chosen, sites)
-    return Selection(tuple(sites[path] for path in chosen), tuple(path for path in sites.all_paths if path in train))
+    return Selection(
+        sites=tuple(sites[path] for path in chosen),
+        train=tuple(path for path in sites.all_paths if path in train),
+        shifted=_shifted(chosen, train, sites) if config.lora_bias else (),
+        rows=tuple(_table(name, rows, {*chosen, *train}, sites) for name, rows in config.tables()),
+    )
 
 
 def _targeted(config: LoraConfig, sites: Sites) -> list[str]:
@@ -159,6 +168,41 @@ def _biases(config: LoraConfig, chosen: list[str], sites: Sites) -> set[str]:
         where = "in the model" if config.bias == "all" else "beside an adapted parameter"
         raise MatchError(f"bias={config.bias!r} hits nothing: no parameter {where} is a bias. Use bias='none'.")
     return biases - set(chosen)
+
+
+def _shifted(chosen: list[str], train: set[str], sites: Sites) -> tuple[tuple[str, Site], ...]:
+    """The bias beside each chosen site; without one, a bias on B has no place."""
+    found: dict[str, Site] = {}
+    for path in chosen:
+        bias = bias_beside(path, sites.all_paths)
+        if bias is None or bias in train or bias in found:
+            why = "has no bias beside it" if bias is None else f"would share {bias!r} with another update"
+            raise MatchError(
+                f"lora_bias: {path!r} {why}, and a bias on B is an addition to that. Leave the parameter out with "
+                f"exclude=, or the bias with lora_bias=False. {_NEXT}"
+            )
+        found[bias] = sites[path]
+    return tuple(found.items())
+
+
+def _table(name: str, rows: tuple[int, ...], taken: set[str], sites: Sites) -> tuple[Site, tuple[int, ...]]:
+    """The look-up table of which rows are to be trained."""
+    tables = [path for path, site in sites.items() if site.kind == "embedding" and not site.batch_axes]
+    found = [path for path in tables if not name or hits((name,), path)]
+    if len(found) != 1:
+        raise MatchError(
+            f"trainable_tokens: {name!r} hits {len(found)} of the look-up tables ({_some(tables)}): name one, as "
+            f"{{name: numbers}}. {_NEXT}"
+        )
+    site = sites[found[0]]
+    if max(rows) >= site.fan_in:
+        raise MatchError(f"trainable_tokens: row {max(rows)} of {site.path!r}, which has {site.fan_in} rows")
+    if site.path in taken:
+        raise MatchError(
+            f"trainable_tokens: {site.path!r} is adapted or trained in full too, and holds one update. Leave it out of "
+            "targets and train, or train it whole."
+        )
+    return site, rows
 
 
 def _is_bias(path: str, paths: set[str]) -> bool:

@@ -1,7 +1,6 @@
 """adapter_sharding: factors laid out over a mesh beside the parameters they adapt."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from lora_jax.adapter import Adapter
 from lora_jax.errors import ParameterError
 from lora_jax.fit import fit
 from lora_jax.paths import named_leaves
-from lora_jax.updates import LowRank, Replace, Update
+from lora_jax.updates import Update
 
 
 def adapter_sharding(adapter: Adapter, params: Any) -> Adapter:
@@ -59,17 +58,7 @@ def _placed(update: Update, leaves: Mapping[str, Any]) -> Any:
             f"{path!r} has {where}, so there is nothing that its factors could follow. Put the parameters on devices "
             "first: jax.device_put(params, ...) with a jax.sharding.NamedSharding for each of them."
         )
-    return jax.tree.map(lambda axes: _follow(base, axes), _axes(update), is_leaf=lambda axes: isinstance(axes, tuple))
-
-
-def _axes(update: Update) -> Update:
-    """The update with each array replaced by the parameter's axis along each of its own; None for the rank."""
-    site = update.site
-    if isinstance(update, LowRank):
-        a, b = ((*site.batch_axes, None, *axes) for axes in (site.in_axes, site.out_axes))
-        return replace(update, a=a, b=b, scale=site.batch_axes)
-    assert isinstance(update, Replace)
-    return replace(update, value=tuple(range(len(site.shape))))
+    return jax.tree.map(lambda axes: _follow(base, axes), update.axes(), is_leaf=lambda axes: isinstance(axes, tuple))
 
 
 def _follow(base: Sharding, axes: tuple[int | None, ...]) -> Sharding:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from rich.console import Console
@@ -144,3 +144,8 @@ def _sizes(site: Site, axes: tuple[int, ...]) -> str:
 
 def _times(sizes: tuple[int, ...]) -> str:
     return "×".join(map(str, sizes)) if sizes else "scalar"
+
+
+def full_site(path: str, leaf: Any) -> Site:
+    """A parameter that is trained whole, and needs no axes."""
+    return Site(path=path, shape=tuple(leaf.shape), dtype=str(leaf.dtype), kind="full")

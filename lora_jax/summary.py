@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter import Adapter, leaves_by_name
 from lora_jax.paths import is_array
 from lora_jax.site import render
 from lora_jax.updates import Update, is_traced
@@ -27,7 +27,7 @@ class SummaryRow:
       rank: number of rank-one terms; None for a parameter trained in full.
       scale: the scale, or the smallest and the largest of a stack; None without one, or when it has no value yet.
       trainable: numbers that train.
-      parameters: numbers the update holds, its scale left out.
+      parameters: numbers the update holds, scales and what is computed from the base left out.
       nbytes: bytes of the update's arrays.
     """
 
@@ -62,7 +62,7 @@ class Summary:
 
     @property
     def parameters(self) -> int:
-        """Numbers the adapter holds, scales left out."""
+        """Numbers the adapter holds, scales and what is computed from the base left out."""
         return sum(row.parameters for row in self.rows)
 
     @property
@@ -161,7 +161,7 @@ def _row(path: str, update: Update) -> SummaryRow:
         rank=getattr(update, "rank", None),
         scale=_extremes(scale),
         trainable=_size([leaf for leaf, trains in marked if trains]),
-        parameters=_size(leaves) - (0 if scale is None else scale.size),
+        parameters=_size([leaf for name, leaf in leaves_by_name(update) if name not in update.notes]),
         nbytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
     )
 

@@ -1,66 +1,120 @@
-"""What an adapter holds at one parameter: low-rank factors, or a full replacement, and their algebra."""
+"""What an adapter holds at one parameter, and its algebra: low-rank factors, or a full replacement."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Self, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from lora_jax.registry import register_method
 from lora_jax.site import Site
 
 Array: TypeAlias = jax.Array
 
 
+_Class = TypeVar("_Class", bound=type)
+
+
+def pytree(*static: str) -> Callable[[_Class], _Class]:
+    """Class decorator that makes a dataclass a pytree, the named fields in its structure and the others its leaves."""
+
+    def register(cls: _Class) -> _Class:
+        names = [field.name for field in fields(cls)]
+        jax.tree_util.register_dataclass(cls, [name for name in names if name not in static], list(static))
+        return cls
+
+    return register
+
+
+class Change(NamedTuple):
+    """What an update makes of a parameter: `gain · base + Σ a ⊗ b`, a sum that the engine does not form.
+
+    Attributes:
+      base: shaped as the parameter; the frozen parameter itself, unless it is replaced.
+      factors: pairs of `[*batch, rank, *in]` and `[*batch, rank, *out]`, with every scale folded in.
+      gain: `[*batch, *out]` float32, what the base is multiplied by; None for one.
+    """
+
+    base: Array
+    factors: tuple[tuple[Array, Array], ...] = ()
+    gain: Array | None = None
+
+
 class Update(ABC):
     """What an adapter holds at one parameter.
 
-    A new kind of update is a frozen dataclass registered as a pytree that implements these members;
-    the engine and `merge` need nothing else.
+    A new kind of update is a frozen dataclass, made a `pytree`, that implements these members; the engine, `merge`, the
+    optimizers and `save` need nothing else.
+
+    Attributes:
+      site: where the update belongs; static.
+      dropout: probability of dropping an element of the input of the first factor; static.
+      notes: names of fields that are no parameters: scales, and what is computed from the base.
+      reads_base: whether the change depends on the parameter's value, which another update must not have replaced.
     """
 
     site: Site
+    dropout: float = 0.0
+    notes: ClassVar[tuple[str, ...]] = ()
+    reads_base: ClassVar[bool] = False
+
+    @abstractmethod
+    def change(self, weight: Array) -> Change:
+        """What the update makes of the frozen parameter; differentiable in the leaves that train."""
 
     @abstractmethod
     def trains(self) -> Self:
         """The same update with each leaf replaced by whether it trains."""
 
     @abstractmethod
+    def axes(self) -> Self:
+        """The same update with each array replaced by the site's axes along its own; None for an axis of its own."""
+
+    @abstractmethod
     def scaled(self, factor: Any) -> Self:
         """The update with its effect multiplied by `factor`."""
 
-    def base(self, weight: Array) -> Array:
-        """The array the low-rank terms are added to: the frozen parameter, unless replaced."""
-        return weight
-
-    def factors(self) -> tuple[Array, Array] | None:
-        """Factors `a` and `b` of the low-rank term with the scale folded into `b`, or None."""
-        return None
-
-    def delta(self) -> Array | None:
-        """The low-rank term in the parameter's own layout, in float32 at full precision, or None."""
-        pair = self.factors()
-        if pair is None:
-            return None
-        batch, into, out = (list(axes) for axes in (self.site.batch_axes, self.site.in_axes, self.site.out_axes))
-        rank = len(self.site.shape)
-        a, b = map(widened, pair)
-        return jnp.einsum(
-            a, [*batch, rank, *into], b, [*batch, rank, *out], list(range(rank)), precision=jax.lax.Precision.HIGHEST
-        )
-
     def applied(self, weight: Array) -> Array:
         """The parameter as the adapted model sees it, in float32 (or wider if `weight` is)."""
-        base, delta = widened(self.base(weight)), self.delta()
-        return base if delta is None else base + delta.astype(base.dtype)
+        return exact_sum(weight, [self])
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["a", "b", "scale"], meta_fields=["site", "dropout"])
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a method starts from at one site.
+
+    Attributes:
+      site: the parameter.
+      rank: number of rank-one terms.
+      scale: `[*batch]` float32.
+      dropout: probability of dropping an element of the input of A.
+      dtype: of what trains.
+      key: of this site.
+      factors: draws `a`, `b` from the config's initialiser, and two more or None, those to take off again.
+      weight: gives the frozen parameter; raises a `ParameterError` where it has no value.
+    """
+
+    site: Site
+    rank: int
+    scale: Array
+    dropout: float
+    dtype: str
+    key: Array
+    factors: Callable[[], tuple[Array, Array, Array | None, Array | None]]
+    weight: Callable[[], Array]
+
+
+@register_method("lora")
+@pytree("site", "dropout")
 @dataclass(frozen=True)
 class LowRank(Update):
     """Low-rank factors of one parameter: the model sees `W + scale · Σ_r a[r] ⊗ b[r]`.
+
+    An initialiser that starts away from zero (PiSSA, OLoRA) leaves the factors it started from beside those that
+    train, and the model sees `W + scale · Σ_r (a[r] ⊗ b[r] - a_start[r] ⊗ b_start[r])`: the base as it is, and shared,
+    where PEFT subtracts the start from the base and rounds it. `lora_jax.absorb` does that, for a cheaper step.
 
     Attributes:
       a: `[*batch, rank, *in]`, trained; PEFT's `lora_A` as it is stored.
@@ -69,6 +123,7 @@ class LowRank(Update):
         an array so that changing it never recompiles.
       site: where the update belongs; static.
       dropout: probability of dropping an element of the input of A; static.
+      a_start, b_start: like `a` and `b`, not trained; None for a start at zero.
 
     Example:
       >>> site = Site(path="w", shape=(4, 3), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
@@ -85,27 +140,54 @@ class LowRank(Update):
     scale: Array
     site: Site
     dropout: float = 0.0
+    a_start: Array | None = None
+    b_start: Array | None = None
+    notes: ClassVar[tuple[str, ...]] = ("scale",)
+
+    @classmethod
+    def start(cls, given: Start) -> Self:
+        """Factors from the config's initialiser."""
+        a, b, *start = given.factors()
+        return cls(a, b, given.scale, given.site, given.dropout, *start)
 
     @property
     def rank(self) -> int:
-        """Number of rank-one terms."""
+        """Number of rank-one terms that train."""
         return self.a.shape[len(self.site.batch_axes)]
 
-    def trains(self) -> "LowRank":
-        """True on both factors, False on the scale."""
-        return replace(self, a=True, b=True, scale=False)
+    def trains(self) -> Self:
+        """True on both factors, False on the rest."""
+        return replace(jax.tree.map(lambda leaf: False, self), a=True, b=True)
 
-    def factors(self) -> tuple[Array, Array]:
-        """`a`, and `b` times the scale: the scale costs `rank · out` products, not one per activation."""
-        lift = self.scale.reshape(self.scale.shape + (1,) * (self.b.ndim - self.scale.ndim))
-        return self.a, self.b * lift.astype(self.b.dtype)
+    def axes(self) -> Self:
+        """The site's axes along each array."""
+        batch, into, out = self.site.batch_axes, self.site.in_axes, self.site.out_axes
+        known = {"a": (*batch, None, *into), "b": (*batch, None, *out), "scale": batch}
+        known |= {"a_start": known["a"], "b_start": known["b"]} if self.a_start is not None else {}
+        return replace(self, **known)
 
-    def scaled(self, factor: Any) -> "LowRank":
+    def pairs(self) -> tuple[tuple[Array, Array], ...]:
+        """Pairs of factors, scale and sign in the second: it costs `rank · out` products, not one per activation."""
+        trained = self.a, times(self.scale, self.b)
+        if self.a_start is None or self.b_start is None:
+            return (trained,)
+        return trained, (self.a_start, times(-self.scale, self.b_start))
+
+    def change(self, weight: Array) -> Change:
+        """The parameter plus the pairs of factors."""
+        return Change(weight, self.pairs())
+
+    def delta(self) -> Array:
+        """What is added, in the parameter's own layout, in float32 at full precision."""
+        deltas = [outer(self.site, *pair) for pair in self.pairs()]
+        return sum(deltas[1:], deltas[0])
+
+    def scaled(self, factor: Any) -> Self:
         """The same factors with `scale * factor`."""
         return replace(self, scale=self.scale * jnp.asarray(factor, self.scale.dtype))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["site"])
+@pytree("site")
 @dataclass(frozen=True)
 class Replace(Update):
     """A parameter trained in full: the model sees `value`, cast to the parameter's dtype.
@@ -118,7 +200,7 @@ class Replace(Update):
 
     Example:
       >>> update = Replace(jnp.ones(3), Site(path="bias", shape=(3,), dtype="bfloat16", kind="full"))
-      >>> update.base(jnp.zeros(3, jnp.bfloat16)).dtype  # the model sees what it saw before
+      >>> update.change(jnp.zeros(3, jnp.bfloat16)).base.dtype  # the model sees what it saw before
       dtype(bfloat16)
     """
 
@@ -129,16 +211,78 @@ class Replace(Update):
         """True on the value."""
         return replace(self, value=True)
 
-    def base(self, weight: Array) -> Array:
+    def axes(self) -> "Replace":
+        """The parameter's axes along the value."""
+        return replace(self, value=tuple(range(len(self.site.shape))))
+
+    def change(self, weight: Array) -> Change:
         """The trained value, cast to the dtype of the frozen parameter it stands for."""
-        return self.value.astype(weight.dtype)
+        return Change(self.value.astype(weight.dtype))
 
     def scaled(self, factor: Any) -> "Replace":
         """Refused: a replaced parameter has no size relative to the base."""
-        raise TypeError(
-            f"{self.site.path} is trained in full and has no scale; "
-            f"leave it out with adapter.without({self.site.path!r}) before scaling by {factor!r}"
-        )
+        raise unscalable(self.site.path, "is trained in full", factor)
+
+
+def unscalable(path: str, why: str, factor: Any) -> TypeError:
+    """The error for an update whose effect has no size."""
+    return TypeError(
+        f"{path} {why} and has no scale; leave it out with adapter.without({path!r}) before scaling by {factor!r}"
+    )
+
+
+def held(update: Update) -> Update:
+    """The update with gradients stopped at the leaves that do not train, so that none is computed for them."""
+    return jax.tree.map(lambda leaf, train: leaf if train else jax.lax.stop_gradient(leaf), update, update.trains())
+
+
+def combined(weight: Array, updates: Sequence[Update]) -> tuple[Array, Array | None, list[Change]]:
+    """What several updates make of a parameter together, in any order.
+
+    The effects of low-rank updates add up; with gains that is `(1 + Σ (gain_i - 1)) · W + Σ_i a_i ⊗ b_i`. A value that
+    replaces the parameter comes first.
+
+    Returns:
+      The base, the gain on it (None for one), and the change that each update makes.
+    """
+    changes: dict[int, Change] = {}
+    for i, update in sorted(enumerate(updates), key=lambda item: not isinstance(item[1], Replace)):
+        changes[i] = update.change(weight)
+        weight = changes[i].base
+    gains = [change.gain for change in changes.values() if change.gain is not None]
+    gain = None if not gains else gains[0] + sum(each - 1 for each in gains[1:])
+    return weight, gain, [changes[i] for i in range(len(updates))]
+
+
+def exact_sum(weight: Array, updates: Sequence[Update]) -> Array:
+    """The adapted parameter in float32 (or wider if `weight` is), before rounding: deltas are added up first."""
+    base, gain, changes = combined(widened(weight), updates)
+    if gain is not None:
+        base = base * aligned(updates[0].site, gain).astype(base.dtype)
+    deltas = [outer(updates[0].site, *pair).astype(base.dtype) for change in changes for pair in change.factors]
+    return base + sum(deltas[1:], deltas[0]) if deltas else base
+
+
+def outer(site: Site, a: Array, b: Array) -> Array:
+    """`Σ_r a[r] ⊗ b[r]` in the layout of the site's parameter, in float32 at full precision."""
+    batch, into, out = (list(axes) for axes in (site.batch_axes, site.in_axes, site.out_axes))
+    rank = len(site.shape)
+    return jnp.einsum(
+        widened(a), [*batch, rank, *into], widened(b), [*batch, rank, *out], list(range(rank)),
+        precision=jax.lax.Precision.HIGHEST,
+    )  # fmt: skip
+
+
+def aligned(site: Site, per_output: Array) -> Array:
+    """An array `[*batch, *out]` that broadcasts against the site's parameter."""
+    axes = (*site.batch_axes, *site.out_axes)
+    moved = jnp.transpose(per_output, sorted(range(len(axes)), key=lambda i: axes[i]))
+    return jnp.expand_dims(moved, sorted(site.in_axes))
+
+
+def times(scale: Array, factor: Array) -> Array:
+    """A factor `[*batch, rank, ...]` times a scale `[*batch]`."""
+    return factor * scale.reshape(scale.shape + (1,) * (factor.ndim - scale.ndim)).astype(factor.dtype)
 
 
 def widened(value: Any) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from lora_jax.adapter import Adapter
 from lora_jax.paths import named_leaves, rebuild
 from lora_jax.site import Site, Sites
-from lora_jax.updates import LowRank
+from lora_jax.updates import LowRank, exact_sum, held
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 """Largest error of a result, relative to its largest element, by the dtype it was computed in."""
@@ -80,12 +80,11 @@ def merged(params: Any, *adapters: Adapter) -> Any:
     """The parameters with every update added: what the adapted model must be equal to."""
     leaves, treedef = named_leaves(params)
     leaves = {path: jax.lax.stop_gradient(leaf) if hasattr(leaf, "dtype") else leaf for path, leaf in leaves.items()}
-    wide = dict(leaves)
-    for adapter in adapters:
-        for path, update in adapter.items():
-            wide[path] = update.applied(wide[path])
-    cast = {path: leaf.astype(leaves[path].dtype) if hasattr(leaf, "dtype") else leaf for path, leaf in wide.items()}
-    return rebuild(treedef, cast)
+    changed = dict(leaves)
+    for path in {path: None for adapter in adapters for path in adapter}:
+        updates = [held(adapter[path]) for adapter in adapters if path in adapter]
+        changed[path] = exact_sum(leaves[path], updates).astype(leaves[path].dtype)
+    return rebuild(treedef, changed)
 
 
 def merged_model(fn: Callable[..., Any]) -> Callable[..., Any]:

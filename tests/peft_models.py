@@ -118,12 +118,26 @@ class Case(NamedTuple):
 
 CASES = {
     **{
-        name: Case(net) for name in ("linear", "embedding", "patterns", "rslora", "saved", "bias_lora_only", "bias_all")
+        name: Case(net)
+        for name in (
+            "linear",
+            "embedding",
+            "patterns",
+            "rslora",
+            "saved",
+            "bias_lora_only",
+            "bias_all",
+            "dora",
+            "lora_bias",
+            "tokens",
+        )
     },
     "conv1d_hf": Case(linear, CONV1D, transposed=True),
     "conv1": Case(conv(stride=2, padding=1)),
     "conv2": Case(conv()),
     "conv3": Case(conv()),
+    "dora_conv2": Case(conv()),
+    "dora_conv1d_hf": Case(linear, CONV1D, transposed=True),
     "experts": Case(experts, EXPERTS),
     "experts_transposed": Case(experts, EXPERTS, transposed=True),
 }

@@ -160,9 +160,9 @@ def test_from_peft_honours_the_defaults_of_peft():
 @pytest.mark.parametrize(
     "field",
     [
-        {"use_dora": True}, {"loftq_config": {"loftq_bits": 4}}, {"lora_bias": True}, {"target_parameters": ["w"]},
-        {"trainable_token_indices": [1]}, {"init_lora_weights": "pissa"}, {"init_lora_weights": False},
-        {"peft_type": "IA3"}, {"layer_replication": [[0, 2]]}, {"a_later_field": 1}, {"target_modules": None},
+        {"loftq_config": {"loftq_bits": 4}}, {"target_parameters": ["w"]}, {"init_lora_weights": "pissa"},
+        {"init_lora_weights": False}, {"peft_type": "IA3"}, {"layer_replication": [[0, 2]]}, {"a_later_field": 1},
+        {"target_modules": None},
     ],
 )  # fmt: skip
 def test_from_peft_refuses_what_it_would_not_honour(field):

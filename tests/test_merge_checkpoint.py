@@ -353,7 +353,7 @@ def test_weights_must_be_one_number_each(small: tuple[Path, Path], weights: list
         merge_checkpoint(small[0], [small[1]] * 2, tmp_path / "out", weights=weights)
 
 
-@pytest.mark.parametrize("case", ["merge_only/dora", "saved"])
+@pytest.mark.parametrize("case", ["dora", "saved"])
 def test_what_replaces_cannot_be_weighted_or_combined(case: str, tmp_path: Path) -> None:
     expected = load_file(GOLDEN / case / "expected.safetensors")
     base = write_base(

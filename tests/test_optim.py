@@ -12,7 +12,7 @@ from lora_jax.adapter import Adapter
 from lora_jax.errors import ParameterError
 from lora_jax.optim import optimizer
 from lora_jax.site import Site
-from lora_jax.updates import LowRank, Replace
+from lora_jax.updates import LowRank, Replace, pytree
 
 SITE = Site(path="w", shape=(6, 5), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
 BIAS = Site(path="bias", shape=(5,), dtype="float32", kind="full")
@@ -189,11 +189,11 @@ def test_tree_without_an_adapter_is_refused() -> None:
 
 
 def test_adapter_in_which_nothing_trains_is_refused() -> None:
+    @pytree("site", "dropout")
     class Frozen(LowRank):
         def trains(self) -> "Frozen":
             return jax.tree.map(lambda leaf: False, self)
 
-    jax.tree_util.register_dataclass(Frozen, data_fields=["a", "b", "scale"], meta_fields=["site", "dropout"])
     frozen = make()["w"]
     with pytest.raises(ParameterError, match="nothing that trains"):
         optimizer(optax.sgd(0.1), Adapter({"w": Frozen(frozen.a, frozen.b, frozen.scale, SITE)}))

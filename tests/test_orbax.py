@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from lora_jax.init import initialisers
 from lora_jax.io.orbax import load, load_config, save
 from lora_jax.optim import optimizer
 from lora_jax.site import Site
-from lora_jax.updates import LowRank, Replace
+from lora_jax.updates import LowRank, Replace, pytree
 
 DENSE = Site(path="params/mlp/kernel", shape=(16, 8), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
 STACK = Site(path="params/layers/w", shape=(3, 8, 2, 4), dtype="bfloat16", kind="dense", in_axes=(1,), out_axes=(2, 3), batch_axes=(0,), uses=2)  # fmt: skip  # noqa: E501
@@ -135,19 +134,20 @@ def test_config(tmp_path: Path) -> None:
     assert load_config(tmp_path / "without") is None
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["a", "b", "scale", "magnitude"], meta_fields=["site", "dropout", "axes"])  # fmt: skip  # noqa: E501
+@pytree("site", "dropout", "order")
 @dataclass(frozen=True)
 class Variant(LowRank):
     """A kind of update that the library does not know."""
 
     magnitude: jax.Array | None = None
-    axes: tuple[int, ...] = (0, 1)
+    order: tuple[int, ...] = (0, 1)
 
 
 @pytest.mark.parametrize("magnitude", [None, jnp.ones(8)])
 def test_new_kinds_of_update_need_no_support(tmp_path: Path, magnitude: jax.Array | None) -> None:
     plain = make()[DENSE.path]
-    adapter = Adapter({DENSE.path: Variant(plain.a, plain.b, plain.scale, DENSE, 0.0, magnitude, (1, 0))})
+    update = Variant(plain.a, plain.b, plain.scale, DENSE, magnitude=magnitude, order=(1, 0))
+    adapter = Adapter({DENSE.path: update})
     save(tmp_path / "adapter", adapter)
     assert_bits(load(tmp_path / "adapter"), adapter)
 

@@ -69,7 +69,7 @@ def test_written_again_as_peft_wrote_it(name: str, tmp_path: Path) -> None:
         assert written[field] == original[field]
 
 
-@pytest.mark.parametrize("name", ["linear", "embedding", "patterns", "rslora"])
+@pytest.mark.parametrize("name", ["linear", "embedding", "patterns", "rslora", "dora", "lora_bias", "tokens"])
 def test_scanned_layers_take_the_same_files(name: str, tmp_path: Path) -> None:
     golden = Golden(name)
     params = stacked(golden.base)

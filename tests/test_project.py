@@ -22,7 +22,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors", "site"],
     ["paths", "checks", "registry", "peft_fields", "config", "selection"],
-    ["updates", "adapter", "fit"],
+    ["updates", "adapter", "fit", "methods"],
     ["engine"],
     ["apply", "sites"],
     ["init", "merge", "merge_report", "optim", "summary", "sharding", "io", "nnx"],

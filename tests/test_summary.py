@@ -9,7 +9,7 @@ import lora_jax as lora
 from lora_jax.adapter import Adapter
 from lora_jax.site import Site, render
 from lora_jax.summary import summary, trainable_line
-from lora_jax.updates import Replace
+from lora_jax.updates import Replace, pytree
 
 DENSE = Site(path="mlp/kernel", shape=(100, 40), dtype="bfloat16", kind="dense", in_axes=(0,), out_axes=(1,))
 STACK = Site(path="layers/kernel", shape=(3, 10, 20), dtype="float32", kind="dense", in_axes=(1,), out_axes=(2,), batch_axes=(0,))  # fmt: skip  # noqa: E501
@@ -68,7 +68,7 @@ def test_frozen_factors_count_but_do_not_train() -> None:
     def _mask(update):
         return jax.tree.map(lambda leaf: leaf is update.b, update)
 
-    jax.tree_util.register_dataclass(frozen, ["a", "b", "scale"], ["site", "dropout"])
+    pytree("site", "dropout")(frozen)
     update = adapter["mlp/kernel"]
     row = summary(Adapter({"mlp/kernel": frozen(update.a, update.b, update.scale, DENSE)})).rows[0]
     assert (row.trainable, row.parameters) == (80, 280)

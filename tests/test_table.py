@@ -19,7 +19,6 @@ from helpers import (
     cast_floats,
     differ,
     merged_model,
-    random_adapter,
 )
 
 import lora_jax as lora
@@ -40,6 +39,11 @@ def rows(*conditions: Callable[[Case], Any]) -> Any:
 def full(case: Case) -> bool:
     """Whether a row differs from others in more than its geometry."""
     return not case.variant
+
+
+def model(case: Case) -> bool:
+    """Whether a row is not a variant of another model, or of the same one with LoRA."""
+    return case.method == "lora" or not case.variant
 
 
 def floats(tree: Any) -> tuple[list[jax.Array], Callable[[Any], Any]]:
@@ -99,16 +103,9 @@ class Given(NamedTuple):
 def given(case: Case, adapter_lane: int = 0, input_lane: int = 0) -> Given:
     """Values for a call."""
     lanes = np.float32([1, 1.5])
-    adapter = jax.tree.map(lambda leaf: np.asarray(leaf) * lanes[adapter_lane], random_adapter(case.targets))
+    adapter = jax.tree.map(lambda leaf: np.asarray(leaf) * lanes[adapter_lane], case.adapter)
     inputs = [np.asarray(leaf) * lanes[input_lane] for leaf in floats(case.model.args)[0]]
     return Given(floats(case.model.params)[0], adapter, inputs)
-
-
-def untrained(adapter: lora.Adapter, factor: str) -> lora.Adapter:
-    """The adapter with one of its factors zero, as at the start of training."""
-    return lora.Adapter(
-        {path: replace(u, **{factor: np.zeros_like(getattr(u, factor))}) for path, u in adapter.items()}
-    )
 
 
 def stack(one: Any, other: Any) -> Any:
@@ -141,7 +138,7 @@ class Reference:
 reference = cache(Reference)
 
 
-@rows()
+@rows(lambda case: case.method == "lora")
 def test_sites(case):
     assert {path: roles(site) for path, site in case.found.items()} == case.sites
     values, rebuild = floats(case.model)
@@ -149,15 +146,15 @@ def test_sites(case):
     assert dict(lora.find_sites(fn, params, *args)) == dict(case.found)
 
 
-@rows()
+@rows(model)
 def test_routes(case):
     fn, params, args = case.model
-    explained = lora.explain(fn, params, random_adapter(case.targets), *args)
+    explained = lora.explain(fn, params, case.adapter, *args)
     assert {use.path for use in explained.materialised} == set(case.materialised)
     assert all(use.reason for use in explained.materialised)
 
 
-@rows()
+@rows(model)
 def test_jit(case):
     """One program serves every adapter: trained, swapped, or scaled to nothing."""
     fn, _params, _args = case.model
@@ -178,17 +175,17 @@ def test_jit(case):
 
 
 # These three use what Flax and JAX themselves do not evaluate without compiling.
-@rows(lambda case: case.id not in ("nnx-scan", "nnx-scan_of_remat", "plain-ragged_experts"))
+@rows(lambda case: not case.id.startswith(("nnx-scan", "plain-ragged_experts")))
 def test_identity_at_the_start(case):
     """Bit for bit, operation by operation: XLA may fuse and sum two compiled programs in different orders."""
     params, args = case.model.params, case.model.args
     narrow = case.but(params=cast_floats(params, jnp.bfloat16), args=cast_floats(args, jnp.bfloat16))
     for each in (case, narrow) if full(case) else (case,):
-        base, inputs, adapter = floats(each.model.params)[0], floats(each.model.args)[0], random_adapter(case.targets)
+        base, inputs = floats(each.model.params)[0], floats(each.model.args)[0]
         with jax.disable_jit():
             run = adapted(each, "factored")
-            plain = call_of(each, lambda params, *args: case.model.fn(params, *args[1:]))(base, adapter, inputs)
-            for start in (untrained(adapter, "a"), untrained(adapter, "b")):
+            plain = call_of(each, lambda params, *args: case.model.fn(params, *args[1:]))(base, None, inputs)
+            for start in each.starts:
                 assert_same(run(base, start, inputs), plain)
 
 
@@ -253,7 +250,7 @@ def test_scan(case):
 def test_bfloat16_base_under_a_float32_adapter(case):
     fn, params, args = case.model
     narrow = case.but(params=cast_floats(params, jnp.bfloat16), args=cast_floats(args, jnp.bfloat16))
-    base, adapter, inputs = floats(narrow.model.params)[0], random_adapter(case.targets), floats(narrow.model.args)[0]
+    base, adapter, inputs = floats(narrow.model.params)[0], case.adapter, floats(narrow.model.args)[0]
     outputs = quick_jit(adapted(narrow))(base, adapter, inputs)
     # The same model on the same numbers without any rounding: a merged one would round its weights.
     exact = quick_jit(call_of(narrow, merged_model(fn)))(*cast_floats((base, adapter, inputs), jnp.float32))

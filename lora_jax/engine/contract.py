@@ -18,45 +18,31 @@ from lora_jax.engine.weight import RANK, Labelled, Term, flat_size
 
 
 def hidden(
-    inputs: Sequence[Labelled], terms: Sequence[Term], out: Sequence[int], precision: Any, like: Any
-) -> list[Labelled]:
-    """The first product `x·a` of every term, rank-sized, accumulated in float32 or wider.
+    read: Labelled, first: Labelled, second: Labelled, out: Sequence[int], precision: Any, like: Any
+) -> Labelled:
+    """The first product `x·a` of a term, rank-sized, accumulated in float32 or wider.
 
     Args:
-      inputs: for every term the activation it reads, after dropout.
-      terms: the low-rank terms; the factor that contracts more of the activation comes first.
-      out: ids of the final result's axes; what is in neither `out` nor a factor is summed away.
+      read: the activation, after dropout.
+      first: the factor that meets it.
+      second: the factor that comes after; what is neither in it nor in `out` is summed away.
+      out: ids of the final result's axes.
       precision: as of `jax.lax.dot_general`.
       like: the base's own product; on a mesh results go where it is.
     """
-    found = []
-    for read, term in zip(inputs, terms, strict=True):
-        first, second = _order(term, read.axes, out)
-        owners = (Labelled(like, tuple(out)), read, first)
-        inner = product(read, first.astype(read.array.dtype), {*out, *second.axes}, precision, owners)
-        found.append(inner.astype(read.array.dtype))
-    return found
+    owners = (Labelled(like, tuple(out)), read, first)
+    inner = product(read, first.astype(read.array.dtype), {*out, *second.axes}, precision, owners)
+    return inner.astype(read.array.dtype)
 
 
-def mixed(
-    inner: Sequence[Labelled],
-    x_axes: Sequence[int],
-    terms: Sequence[Term],
-    out: Sequence[int],
-    precision: Any,
-    like: Any,
-) -> Any:
-    """The sum of the second products, with axes `out`: `inner`, from an activation with axes `x_axes`, through `b`."""
-    total, owners = None, (Labelled(like, tuple(out)),)
-    for each, term in zip(inner, terms, strict=True):
-        _, second = _order(term, x_axes, out)
-        result = product(each, second.astype(each.array.dtype), set(out), precision, owners).ordered(out).array
-        total = result if total is None else total + result
-    return total
+def mixed(inner: Labelled, second: Labelled, out: Sequence[int], precision: Any, like: Any) -> Any:
+    """The second product of a term, `(x·a)·b`, with axes `out`."""
+    owners = (Labelled(like, tuple(out)),)
+    return product(inner, second.astype(inner.array.dtype), set(out), precision, owners).ordered(out).array
 
 
-def _order(term: Term, x_axes: Sequence[int], out: Sequence[int]) -> tuple[Labelled, Labelled]:
-    """The two factors, the one that contracts more of the activation first."""
+def ordered(term: Term, x_axes: Sequence[int], out: Sequence[int]) -> tuple[Labelled, Labelled]:
+    """The two factors of a term, the one that contracts more of an activation with axes `x_axes` first."""
     weights = [flat_size(f, [i for i in f.axes if i in x_axes and i not in out]) for f in (term.a, term.b)]
     return (term.b, term.a) if weights[1] > weights[0] else (term.a, term.b)
 

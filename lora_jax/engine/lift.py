@@ -2,7 +2,7 @@
 
 An equation without symbolic operands is evaluated as it stands. One with symbolic operands goes to the
 rule of its primitive, looked up by name; where there is no rule, or the rule declines, the operands
-are materialised and the equation is evaluated on `W + Σ a·b`: always correct, and logged.
+are materialised and the equation is evaluated on `gain · W + Σ a·b`: always correct, and logged.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,7 +68,7 @@ def dense(ctx: Context, eqn: Any, value: Any, reason: str = "", **facts: Any) ->
     if rows:
         ctx.record(value, eqn, "look-up", kind="embedding", flops=flops, **ctx.log.looked_up[rows[0]])
     else:
-        nbytes = value.base.size * value.base.dtype.itemsize if value.terms else 0
+        nbytes = value.base.size * value.base.dtype.itemsize if value.adapted else 0
         reason = reason or f"{eqn.primitive.name} has no low-rank form"
         ctx.record(value, eqn, "materialised", reason=reason, flops=flops, nbytes=nbytes, **facts)
     return value.dense()

@@ -1,6 +1,7 @@
 """Linear rules: products, convolutions and grouped products run on the base, plus two thin products."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -13,7 +14,7 @@ from lora_jax.engine.context import Context
 from lora_jax.engine.lift import dense, rule
 from lora_jax.engine.placement import spread, unreduced
 from lora_jax.engine.planner import Plan
-from lora_jax.engine.product import adapted_product, added
+from lora_jax.engine.product import adapted_product, adapted_result, takes
 from lora_jax.engine.recompute import Recipe
 from lora_jax.engine.weight import RANK, Labelled, Term, Weight
 
@@ -29,7 +30,7 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     side = 0 if isinstance(lhs, Weight) else 1
     weight: Weight = operands[side] if side else lhs
     other: Any = lhs if side else rhs
-    if weight.terms and unreduced(eqn.params["out_sharding"]):
+    if weight.adapted and unreduced(eqn.params["out_sharding"]):
         return None  # Two products in a row cannot share one sum over devices.
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     ours, theirs = ((*lc, *lb), (*rc, *rb)) if side == 0 else ((*rc, *rb), (*lc, *lb))
@@ -44,11 +45,13 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
         return jaxprs.bind(eqn, (w, x) if side == 0 else (x, w))[0]
 
     x = Labelled(_floating(other, weight.base.dtype), tuple(names))
+    if not takes(weight, x, out):
+        return None
     dropout = ctx.key is not None and any(term.dropout for term in weight.terms)
     planned = planner.plan(weight, x, out, ctx.strategy, dropout)
     _record(ctx, eqn, weight, x, contracted, remains[0], out, planned)
     precision = eqn.params["precision"]
-    if not weight.terms:
+    if not weight.adapted:
         return [dot(other, weight.base)]
     recipe = _recipe(ctx, eqn.invars[1 - side], x, weight)
     with jax.named_scope("lora"):
@@ -101,7 +104,7 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
         return None
     out_axis, *window = (kernel.axes[i] for i in numbers.rhs_spec)
     pairs = _split_factors(kernel.terms, window, [out_axis])
-    if pairs is None:
+    if pairs is None or (kernel.gain and kernel.gain.axes != (out_axis,)):
         return None
     x = dense(ctx, eqn, image, "the kernel is adapted too")
     (y,) = jaxprs.bind(eqn, [x, kernel.base])
@@ -110,10 +113,13 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     flops = 2 * positions * channels * (kernel.base.size // outputs) + 2 * positions * channels * outputs
     roles = ctx.roles(kernel.path, into=window, out=[out_axis])
     ctx.record(kernel, eqn, "factored", kind="conv", flops=flops, nbytes=4 * positions * channels, **roles)
-    for (a, b), read in zip(pairs, _inputs(ctx, kernel, Labelled(x, ())), strict=True):
-        with jax.named_scope("lora"):
-            y = added(y, _thin_convolution(eqn, read.array, a.array, b.array))
-    return [y]
+    reads = _inputs(ctx, kernel, Labelled(x, ()))
+    with jax.named_scope("lora"):
+        terms = [
+            _thin_convolution(eqn, read.array, a.array, b.array) for (a, b), read in zip(pairs, reads, strict=True)
+        ]
+        axes = [out_axis if i == numbers.out_spec[1] else RANK for i in range(y.ndim)]
+        return [adapted_result(y, axes, kernel.gain, terms)]
 
 
 def _split_factors(
@@ -166,7 +172,7 @@ def _ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | 
         return None
     group, into, out = stack.axes if tuple(rc) == (1,) else (stack.axes[0], stack.axes[2], stack.axes[1])
     pairs = _split_factors(stack.terms, [into], [out], [group])
-    if pairs is None:
+    if pairs is None or (stack.gain and {*stack.gain.axes} != {group, out}):
         return None
     x = dense(ctx, eqn, rows, "the weights are adapted too")
     (y,) = jaxprs.bind(eqn, [x, stack.base, sizes])
@@ -174,10 +180,20 @@ def _ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | 
     flops = 2 * x.shape[0] * rank * (x.shape[1] + y.shape[1])
     roles = ctx.roles(stack.path, into=[into], out=[out])
     ctx.record(stack, eqn, "factored", kind="ragged", flops=flops, nbytes=4 * rank * x.shape[0], **roles)
-    for (a, b), read in zip(pairs, _inputs(ctx, stack, Labelled(x, ())), strict=True):
-        with jax.named_scope("lora"):
-            y = added(y, _thin_ragged(read.array, a.ordered((group, into, RANK)).array, b.array, sizes))
-    return [y]
+    reads = _inputs(ctx, stack, Labelled(x, ()))
+    with jax.named_scope("lora"):
+        terms = [
+            _thin_ragged(read.array, a.ordered((group, into, RANK)).array, b.array, sizes)
+            for (a, b), read in zip(pairs, reads, strict=True)
+        ]
+        gain = stack.gain and _by_row(stack.gain.ordered((group, out)), sizes, len(y))
+        return [adapted_result(y, (group, out), gain, terms)]
+
+
+def _by_row(gain: Labelled, sizes: Any, rows: int) -> Labelled:
+    """The gain of each row's group."""
+    groups = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=rows)
+    return replace(gain, array=gain.array[groups])
 
 
 def _thin_ragged(x: Any, a: Any, b: Any, sizes: Any) -> Any:

@@ -36,7 +36,7 @@ def _block(operand: Any, shape: Sequence[Any]) -> Weight | None:
 def _part(weight: Weight, shape: Sequence[int], kept: Sequence[bool]) -> Weight:
     """A stand-in for some part of a weight, without some of its axes."""
     axes = tuple(axis for axis, keep in zip(weight.axes, kept, strict=True) if keep)
-    return replace(weight, base=jnp.zeros(shape, weight.base.dtype), terms=(), axes=axes)
+    return replace(weight, base=jnp.zeros(shape, weight.base.dtype), terms=(), axes=axes, gain=None)
 
 
 def _walk(ctx: Context, program: Program, operands: Sequence[Weight | None]) -> None:

@@ -1,4 +1,4 @@
-"""The adapted product: `x·(W + Σ a·b)` in the planned form, with the factors' own gradients.
+"""The adapted product: `x·(G·W + Σ a·b)` in the planned form, with the factors' own gradients.
 
 Plain autodiff of `x·W + (x·a)·b` already gives the thin backward pass, but keeps the whole input for the gradient
 of `a`, and cannot run forward on the merged weight without forming a gradient of its size. Written as a
@@ -6,19 +6,52 @@ of `a`, and cannot run forward on the merged weight without forming a gradient o
 
     dx·W + (dx·a + x·da)·b + (x·a)·db
 
-so that the backward pass reads the output's gradient once per factor: `z = g·bᵀ` serves both the input and `a`.
+without the parts that belong to something frozen, so that the backward pass reads the output's gradient once per
+factor (`z = g·bᵀ` serves both the input and `a`), and keeps no input for a factor that does not train. A gain on the
+outputs scales the base's product, one on the inputs scales what the base reads.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from lora_jax.engine import contract
 from lora_jax.engine.planner import Plan
 from lora_jax.engine.recompute import Recipe
-from lora_jax.engine.weight import Labelled, Weight
+from lora_jax.engine.weight import Labelled, Term, Weight
+
+
+class Operands(NamedTuple):
+    """What a product is a function of.
+
+    Attributes:
+      x: the activation.
+      leaves: what the activation can be computed from again.
+      gain_in: gain on what the base reads, or None.
+      base: the frozen array.
+      gain_out: gain on the base's product, or None.
+      factors: for every term its two factors, the one that meets the activation first.
+      masks: for every term what its dropout keeps of the activation; None for everything.
+    """
+
+    x: Any
+    leaves: Sequence[Any]
+    gain_in: Labelled | None
+    base: Any
+    gain_out: Labelled | None
+    factors: Sequence[tuple[Labelled, Labelled]]
+    masks: Sequence[Any]
+
+
+def takes(weight: Weight, x: Labelled, out: Sequence[int]) -> bool:
+    """Whether the weight's gain can be applied to the activation or to the result."""
+    return weight.gain is None or set(weight.gain.axes) <= set(out) or set(weight.gain.axes) <= set(x.axes)
 
 
 def adapted_product(
@@ -31,55 +64,143 @@ def adapted_product(
     recipe: Recipe | None,
     masks: Sequence[Any],
 ) -> Any:
-    """`dot(x, W + Σ ab)` without any gradient of the weight's size.
+    """`dot(x, G·W + Σ ab)` without any gradient of the weight's size.
 
     Args:
       dot: the program's product of activation and weight.
       x: the activation.
-      weight: the weight, with its terms.
+      weight: the weight, with its terms, and a gain that it `takes`.
       out: ids of the result's axes.
       precision: as of `jax.lax.dot_general`.
       planned: which products run on the merged weight.
       recipe: how to compute the activation again for the gradient of `a`; None to keep it.
       masks: for every term what its dropout keeps of the activation; None for everything.
     """
-    leaves, again = recipe or Recipe([x.array], lambda leaves: leaves[0])
+    product = _Product(dot, x, weight, out, precision, planned, recipe)
+    after = weight.gain is not None and set(weight.gain.axes) <= set(out)
+    gains = (None, weight.gain) if after else (weight.gain, None)
+    factors = [contract.ordered(term, x.axes, out) for term in weight.terms]
+    run = jax.custom_jvp(product.value)
+    run.defjvp(product.tangent, symbolic_zeros=True)
+    return run(Operands(x.array, product.again.leaves, gains[0], weight.base, gains[1], factors, masks))
 
-    def hidden(x_in: Any, terms: Any, masks: Any, like: Any) -> list[Labelled]:
-        pairs = zip(terms, masks, strict=True)
-        reads = [contract.dropped(Labelled(x_in, x.axes), term.dropout, mask) for term, mask in pairs]
-        return contract.hidden(reads, terms, out, precision, like)
 
-    def mixed(inner: Any, terms: Any, like: Any) -> Any:
-        return contract.mixed(inner, x.axes, terms, out, precision, like)
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """One adapted product of a program: value and tangent as functions of its operands."""
 
-    def formed(x: Any, base: Any, terms: Any) -> Any:
-        return dot(x, Weight(base, terms, weight.axes, weight.path).dense())
+    dot: Callable[[Any, Any], Any]
+    given: Labelled
+    weight: Weight
+    out: Sequence[int]
+    precision: Any
+    planned: Plan
+    recipe: Recipe | None
 
-    @jax.custom_jvp
-    def run(x: Any, leaves: Sequence[Any], base: Any, terms: Any, masks: Any) -> Any:
-        if planned.call:
-            return formed(x, base, terms)
-        y = dot(x, base)
-        return added(y, mixed(hidden(x, terms, masks, y), terms, y))
+    @property
+    def again(self) -> Recipe:
+        """How to compute the activation for the gradient of `a`."""
+        return self.recipe or Recipe([self.given.array], lambda leaves: leaves[0])
 
-    @run.defjvp
-    def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        (x, leaves, base, terms, masks), (dx, _, _, dterms, _) = primals, tangents
-        y = formed(x, base, terms) if planned.forward else dot(x, base)
-        inner = hidden(x, terms, masks, y)
-        if not planned.forward:
+    def value(self, of: Operands) -> Any:
+        """The product."""
+        if self.planned.call:
+            return self.formed(of)
+        y = self.plain(of)
+        return self.summed(of, y, self.inner(of.x, of, y))
+
+    def tangent(self, primals: tuple[Operands], tangents: tuple[Operands]) -> tuple[Any, Any]:
+        """The product and its tangent; tangents of what is frozen are symbolic zeros, and cost nothing."""
+        (of,), (change,) = primals, tangents
+        y = self.formed(of) if self.planned.forward else self.plain(of)
+        inner, value = self.inner(of.x, of, y), y
+        if not self.planned.forward:
             # Without the barrier XLA repeats this sum in the backward pass, and keeps both its parts until then.
-            y = lax.optimization_barrier(added(y, mixed(inner, terms, y)))
-        # The leaves' tangents are not lost: the activation is a function of them, and its own are in dx.
-        read = lambda leaves, dterms: hidden(again(leaves), dterms, masks, y)  # noqa: E731
-        by_a = (jax.checkpoint(read) if recipe else read)(leaves, dterms)
-        change = jax.tree.map(lax.add, hidden(dx, terms, masks, y), by_a)
-        return y, added(dot(dx, base), mixed(change, terms, y) + mixed(inner, dterms, y))
+            value = lax.optimization_barrier(self.summed(of, y, inner))
+        parts = self.base_tangent(of, change, y)
+        parts += [self.mixed(each, of.factors[i][1], y) for i, each in self.inner_tangent(of, change, y).items()]
+        seconds = [second for _, second in change.factors]
+        parts += [self.mixed(each, second, y) for each, second in zip(inner, seconds, strict=True) if _moves(second)]
+        return value, _total(parts, y) if parts else jnp.zeros_like(y)
 
-    return run(x.array, leaves, weight.base, weight.terms, masks)
+    def formed(self, of: Operands) -> Any:
+        """The product with the merged weight."""
+        terms = tuple(Term(first, second, 0.0, 0) for first, second in of.factors)
+        gain = of.gain_out if of.gain_in is None else of.gain_in
+        return self.dot(of.x, Weight(of.base, terms, self.weight.axes, self.weight.path, gain).dense())
+
+    def plain(self, of: Operands) -> Any:
+        """The base's product, before a gain on it."""
+        return self.dot(_times(of.x, self.given.axes, of.gain_in).astype(of.x.dtype), of.base)
+
+    def summed(self, of: Operands, y: Any, inner: Sequence[Labelled]) -> Any:
+        """The base's product `y` with its gain, plus the terms."""
+        terms = [self.mixed(each, second, y) for each, (_, second) in zip(inner, of.factors, strict=True)]
+        return adapted_result(y, self.out, of.gain_out, terms)
+
+    def inner(self, x: Any, of: Operands, like: Any) -> list[Labelled]:
+        """The first product of every term."""
+        return [self.hidden(i, x, of, first, like) for i, (first, _) in enumerate(of.factors)]
+
+    def hidden(self, i: int, x: Any, of: Operands, first: Labelled, like: Any) -> Labelled:
+        """The first product of one term, with `first` for its first factor."""
+        read = contract.dropped(Labelled(x, self.given.axes), self.weight.terms[i].dropout, of.masks[i])
+        return contract.hidden(read, first, of.factors[i][1], self.out, self.precision, like)
+
+    def mixed(self, inner: Labelled, second: Labelled, like: Any) -> Any:
+        """The second product of a term."""
+        return contract.mixed(inner, second, self.out, self.precision, like)
+
+    def inner_tangent(self, of: Operands, change: Operands, like: Any) -> dict[int, Labelled]:
+        """By how much first products change, for each term whose does."""
+        found = {} if _frozen(change.x) else dict(enumerate(self.inner(change.x, of, like)))
+        firsts = {i: first for i, (first, _) in enumerate(change.factors) if _moves(first)}
+
+        def read(leaves: Sequence[Any], firsts: dict[int, Labelled]) -> dict[int, Labelled]:
+            x = self.again.run(leaves)
+            return {i: self.hidden(i, x, of, first, like) for i, first in firsts.items()}
+
+        # The leaves' tangents are not lost: the activation is a function of them, and its own are in change.x.
+        by_first = (jax.checkpoint(read) if self.recipe else read)(of.leaves, firsts) if firsts else {}
+        both = {i: jax.tree.map(lax.add, found[i], each) for i, each in by_first.items() if i in found}
+        return found | by_first | both
+
+    def base_tangent(self, of: Operands, change: Operands, y: Any) -> list[Any]:
+        """How the base's product `y` changes with the activation and the gains."""
+        read = [] if _frozen(change.x) else [_times(change.x, self.given.axes, of.gain_in)]
+        if _moves(change.gain_in):
+            read.append(_times(of.x, self.given.axes, change.gain_in))
+        moved = [self.dot(_total(read, of.x), of.base)] if read else []
+        parts = [_times(each, self.out, of.gain_out) for each in moved]
+        return parts + ([_times(y, self.out, change.gain_out)] if _moves(change.gain_out) else [])
 
 
-def added(y: Any, change: Any) -> Any:
-    """Add in the wider dtype and round once to the dtype the program expects."""
-    return (y.astype(change.dtype) + change).astype(y.dtype)
+def _moves(tangent: Labelled | None) -> bool:
+    return tangent is not None and not _frozen(tangent.array)
+
+
+def _frozen(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _times(array: Any, axes: Sequence[int], gain: Labelled | None) -> Any:
+    """The array times a gain on some of its axes, in float32 or wider; the array itself without one."""
+    if gain is None:
+        return array
+    wide = jnp.promote_types(array.dtype, jnp.float32)
+    return array.astype(wide) * gain.over(axes).astype(wide)
+
+
+def _total(parts: Sequence[Any], like: Any) -> Any:
+    """The sum, in the widest dtype there is, rounded once to that of the result."""
+    wide = jnp.result_type(*parts)
+    return reduce(lax.add, [part.astype(wide) for part in parts]).astype(like.dtype)
+
+
+def adapted_result(y: Any, axes: Sequence[int], gain: Labelled | None, terms: Sequence[Any]) -> Any:
+    """A base's result, with axes `axes`, times its gain and plus the terms, rounded once to the base's dtype.
+
+    Terms are added up first: at the start of training they may cancel exactly.
+    """
+    base = _times(y, axes, gain)
+    return _total([base, reduce(lax.add, terms)], y) if terms else base.astype(y.dtype)

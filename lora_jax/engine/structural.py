@@ -1,6 +1,7 @@
 """Structural rules: operations that move, cut or cast a weight and leave it symbolic."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from math import prod
@@ -79,15 +80,15 @@ def _broadcast(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | N
     sizes = dict(zip(axes, shape, strict=True))
     new = [axis for i, axis in enumerate(axes) if i not in known]
 
-    def grow(factor: Labelled, extra: Sequence[int]) -> Labelled:
+    def grow(factor: Labelled, extra: Sequence[int] = ()) -> Labelled:
         array = factor.array.reshape(factor.array.shape + (1,) * len(extra))
         names = (*factor.axes, *extra)
         full = [sizes.get(axis, n) for axis, n in zip(names, array.shape, strict=True)]
         return Labelled(jnp.broadcast_to(array, full), names)
 
     (base,) = jaxprs.bind(eqn, [weight.base])
-    terms = tuple(Term(grow(t.a, ()), grow(t.b, new), t.dropout, t.slot) for t in weight.terms)
-    return [Weight(base, terms, tuple(axes), weight.path)]
+    terms = tuple(Term(grow(t.a), grow(t.b, new), t.dropout, t.slot) for t in weight.terms)
+    return [Weight(base, terms, tuple(axes), weight.path, weight.gain and grow(weight.gain))]
 
 
 @rule("reshape")
@@ -109,40 +110,38 @@ def _reshape(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | Non
         new = [ctx.fresh(origin) for _ in sizes]
         moves.append((names, new, sizes))
         axes += new
-    terms, placed = [], eqn.params.get("sharding") is not None
-    for term in [term.map(gathered) for term in weight.terms] if placed else weight.terms:
-        for old, new, sizes in moves:
-            term = _regroup(term, old, new, sizes)
-            if term is None:
-                return None
-        terms.append(term)
+    placed = eqn.params.get("sharding") is not None
     (base,) = jaxprs.bind(eqn, [weight.base])
-    result = Weight(base, tuple(terms), tuple(axes), weight.path)
+    weight = weight.map(weight.base, weight.axes, gathered) if placed else weight
+    lengths = dict(zip(weight.axes, weight.base.shape, strict=True))
+    for old, new, sizes in moves:
+        long = [axis for axis in old if lengths[axis] > 1]
+        if any(_straddles(term, long) for term in weight.terms) or (weight.gain and _cuts(weight.gain, long)):
+            return None
+        regroup = partial(_regroup, old=old, long=long, new=new, sizes=sizes)
+        weight = weight.map(weight.base, weight.axes, regroup)
+        if not long:  # Axes of length one that were in neither factor must be in one of them.
+            terms = tuple(replace(term, b=reshaped(term.b, [], new, sizes)) for term in weight.terms)
+            weight = replace(weight, terms=terms)
+    result = weight.map(base, axes, lambda factor: factor)
     return [beside(result) if placed else result]
 
 
-def _regroup(term: Term, old: list[int], new: list[int], sizes: list[int]) -> Term | None:
-    """One group of a reshape on a term; None where the group straddles both factors."""
-    long = [axis for axis in old if _length(term, axis) > 1]
-    in_a, in_b = (set(long) & set(factor.axes) for factor in (term.a, term.b))
-    if set(long) not in (in_a, in_b) or (in_a and in_b and in_a != in_b):
-        return None
-    term = term.map(lambda factor: _drop(factor, [axis for axis in old if axis not in long]))
-    if in_a and in_b:
-        return term.map(lambda factor: reshaped(factor, long, new, sizes))
-    if in_a:
-        return Term(reshaped(term.a, long, new, sizes), term.b, term.dropout, term.slot)
-    return Term(term.a, reshaped(term.b, long, new, sizes), term.dropout, term.slot)
+def _straddles(term: Term, axes: list[int]) -> bool:
+    """Whether some of the axes are in one factor and some in the other."""
+    return _cuts(term.a, axes) or _cuts(term.b, axes)
 
 
-def _length(term: Term, axis: int) -> int:
-    return next(factor.size(axis) for factor in (term.a, term.b) if axis in factor.axes)
+def _cuts(factor: Labelled, axes: list[int]) -> bool:
+    """Whether a factor has some of the axes, but not all."""
+    return set(axes) & set(factor.axes) not in (set(), set(axes))
 
 
-def _drop(factor: Labelled, axes: Sequence[int]) -> Labelled:
-    for axis in axes:
-        factor = factor.without(axis)
-    return factor
+def _regroup(factor: Labelled, old: list[int], long: list[int], new: list[int], sizes: list[int]) -> Labelled:
+    """One group of a reshape on a factor that has all of its axes, those of length one aside, or none."""
+    for axis in old:
+        factor = factor if axis in long else factor.without(axis)
+    return reshaped(factor, long, new, sizes) if set(long) & set(factor.axes) else factor
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
@@ -251,4 +250,4 @@ def _multiplied(eqn: Any, operands: Sequence[Any], weight: Weight, by: Any) -> l
         Term(term.a, Labelled(term.b.array * jnp.asarray(by, term.b.array.dtype), term.b.axes), term.dropout, term.slot)
         for term in weight.terms
     )
-    return [Weight(base, terms, weight.axes, weight.path)]
+    return [replace(weight, base=base, terms=terms)]

@@ -1,4 +1,4 @@
-"""Weight: a parameter held symbolically as `base + Σ a·b`, with an identity for every axis.
+"""Weight: a parameter held symbolically as `gain · base + Σ a·b`, with an identity for every axis.
 
 Axes carry integer ids. A structural operation (transpose, slice, reshape, ...) runs on the base and
 renames or moves ids; the factors, which carry the ids of their own axes and the rank axis, follow only
@@ -53,6 +53,11 @@ class Labelled:
         kept = tuple(i for i in self.axes if i != axis)
         return Labelled(jax.lax.squeeze(self.array, (self.axes.index(axis),)), kept)
 
+    def over(self, axes: Sequence[int]) -> Any:
+        """The array, such that it broadcasts against one with these axes, which include its own."""
+        array = self.ordered([axis for axis in axes if axis in self.axes]).array
+        return jnp.expand_dims(array, [i for i, axis in enumerate(axes) if axis not in self.axes])
+
     def astype(self, dtype: Any) -> "Labelled":
         """Cast to a dtype."""
         return replace(self, array=self.array.astype(dtype))
@@ -85,38 +90,45 @@ class Term:
         return replace(self, a=fn(self.a), b=fn(self.b))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["base", "terms"], meta_fields=["axes", "path"])
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "terms", "gain"], meta_fields=["axes", "path"])
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of the program, symbolic: its value is `base + Σ a·b` over its terms.
+    """A parameter of the program, symbolic: its value is `gain · base + Σ a·b` over its terms.
 
     Attributes:
       base: the frozen array.
       terms: low-rank terms; none while sites are being discovered.
       axes: ids of the base's axes.
       path: the parameter's path.
+      gain: what the base is multiplied by, over some of its axes; None for one.
     """
 
     base: Any
     terms: tuple[Term, ...]
     axes: tuple[int, ...]
     path: str
+    gain: Labelled | None = None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the value differs from the base."""
+        return bool(self.terms) or self.gain is not None
 
     def map(self, base: Any, axes: Sequence[int], fn: Callable[[Labelled], Labelled]) -> "Weight":
-        """The weight with a new base, new axis ids, and `fn` applied to every factor."""
-        return replace(self, base=base, axes=tuple(axes), terms=tuple(term.map(fn) for term in self.terms))
-
-    def delta(self, dtype: Any = jnp.float32) -> Any:
-        """`Σ a·b` in the layout of the base, accumulated in float32 or wider; None without terms."""
-        deltas = [_outer(term, self.axes, dtype, explicit(self.base)) for term in self.terms]
-        return sum(deltas[1:], start=deltas[0]) if deltas else None
+        """The weight with a new base, new axis ids, and `fn` applied to every factor and to the gain."""
+        terms, gain = tuple(term.map(fn) for term in self.terms), self.gain and fn(self.gain)
+        return replace(self, base=base, axes=tuple(axes), terms=terms, gain=gain)
 
     def dense(self) -> Any:
-        """The value `base + Σ a·b`, computed in float32 or wider and rounded once to the base's dtype."""
-        if not self.terms:
+        """The value `gain · base + Σ a·b`, computed in float32 or wider and rounded once to the base's dtype."""
+        if not self.adapted:
             return self.base
         wide = jnp.promote_types(self.base.dtype, jnp.float32)
-        return (self.base.astype(wide) + self.delta(wide)).astype(self.base.dtype)
+        value = self.base.astype(wide)
+        if self.gain is not None:
+            value = value * self.gain.over(self.axes).astype(wide)
+        deltas = [_outer(term, self.axes, wide, explicit(self.base)) for term in self.terms]
+        return (value + sum(deltas[1:], start=deltas[0]) if deltas else value).astype(self.base.dtype)
 
     def unstack(self) -> tuple[list[Any], Callable[[Sequence[Any]], "Weight"]]:
         """Split off the leading axis: the arrays that run along it, and the weight made of their slices."""

@@ -1,6 +1,6 @@
 """Starting an adapter: `init`, and one module per family of initialisers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -17,11 +17,13 @@ from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.init.default import default
 from lora_jax.init.gaussian import gaussian
 from lora_jax.init.orthogonal import orthogonal
+from lora_jax.methods.rows import Rows, rows_of
+from lora_jax.methods.shift import Shift
 from lora_jax.paths import is_array, named_leaves
-from lora_jax.registry import Initialiser, find, initialisers, register
+from lora_jax.registry import INITS, METHODS, Data, Entry, Initialiser, initialisers, register
 from lora_jax.selection import select
-from lora_jax.site import Site, Sites
-from lora_jax.updates import LowRank, Replace
+from lora_jax.site import Site, Sites, full_site
+from lora_jax.updates import Replace, Start, Update, widened
 
 __all__ = ["Initialiser", "default", "gaussian", "init", "initialisers", "orthogonal", "register"]
 
@@ -36,14 +38,15 @@ def init(key: Any, config: LoraConfig, params: Any, sites: Sites) -> Adapter:
     Args:
       key: a PRNG key, typed (`jax.random.key`) or raw.
       config: what to adapt and how.
-      params: the parameters. Their values are read only where `train` or `bias` names a parameter to train
-        in full; otherwise `jax.ShapeDtypeStruct` leaves do. Parameters that are no floating-point arrays (counters
-        and random keys in a module named by `train`) cannot train and are left out.
+      params: the parameters. Their values are read only where the method or the initialiser starts from them, or
+        `train`, `bias` or `trainable_tokens` trains them; otherwise `jax.ShapeDtypeStruct` leaves do. Parameters
+        that are no floating-point arrays (counters and random keys in a module named by `train`) cannot train and are
+        left out.
       sites: from `find_sites`.
 
     Returns:
-      An `Adapter` with low-rank factors in `param_dtype` and a float32 scale at each selected site, and a copy
-      of each parameter trained in full, in `param_dtype` or its own dtype, whichever holds both.
+      An `Adapter` with what the method holds at each selected site, for LoRA factors in `param_dtype` and a float32
+      scale, and a copy of what is trained in full, in `param_dtype` or its own dtype, whichever holds both.
 
     Raises:
       MatchError: something in `config` hits nothing.
@@ -63,49 +66,105 @@ def init(key: Any, config: LoraConfig, params: Any, sites: Sites) -> Adapter:
     _check(sites, leaves)
     selection = select(config, sites)
     key = _typed(key)
-    low_rank = {site.path: _low_rank(key, config, site) for site in selection.sites}
-    replaced = {path: _replace(config, path, leaves, sites) for path in _floating(selection.train, leaves)}
-    return Adapter({**low_rank, **replaced})
+    updates: dict[str, Update] = {site.path: _start(key, config, site, leaves) for site in selection.sites}
+    updates |= {path: _replace(config, path, leaves, sites) for path in _floating(selection.train, leaves)}
+    updates |= {path: _shift(config, path, site, leaves) for path, site in selection.shifted}
+    updates |= {site.path: _rows(config, site, rows, leaves) for site, rows in selection.rows}
+    return Adapter(updates)
 
 
-def _low_rank(key: jax.Array, config: LoraConfig, site: Site) -> LowRank:
+def _start(key: jax.Array, config: LoraConfig, site: Site, leaves: Mapping[str, Any]) -> Update:
+    """The update that the config's method starts with at one site."""
+    entry, rank = INITS.find(config.init), config.rank_for(site.path)
     name = np.uint32(crc32(site.path.encode()))
-    rank = config.rank_for(site.path)
-    try:
+    scale = jnp.full(site.batch_shape, config.scale_for(site.path), jnp.float32)
+
+    def weight() -> jax.Array:
+        return jnp.asarray(_value(site.path, leaves, f"method={config.method!r} and init={config.init!r} read it"))
+
+    def factors() -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+        known: dict[Data, Callable[[], Any]] = {"weight": weight, "scale": lambda: scale}
+        data = {name: known[name]() for name in entry.reads}
         # Without its path, so that all sites of one shape share one compilation.
-        a, b = _draw(key, name, find(config.init), replace(site, path=""), rank, config.param_dtype)
+        a, b = _draw(key, name, entry, replace(site, path=""), rank, config.param_dtype, data)
+        # Copies: an optimizer step that donates the adapter must not donate one array twice.
+        return (a, b, jnp.array(a), jnp.array(b)) if entry.away else (a, b, None, None)
+
+    given = Start(
+        site=site, rank=rank, scale=scale, dropout=config.dropout, dtype=config.param_dtype,
+        key=jax.random.fold_in(key, name), factors=factors, weight=weight,
+    )  # fmt: skip
+    try:
+        return METHODS.find(config.method).start(given)
     except ConfigError as error:
         raise ConfigError(f"{site.path}: {error}") from None
-    scale = jnp.full(site.batch_shape, config.scale_for(site.path), jnp.float32)
-    return LowRank(a, b, scale, site, config.dropout)
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _draw(
-    key: jax.Array, name: np.uint32, initialiser: Initialiser, site: Site, rank: int, dtype: str
+    key: jax.Array, name: np.uint32, entry: Entry, site: Site, rank: int, dtype: str, data: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     key = jax.random.fold_in(key, name)
+    count = prod(site.batch_shape)
+    stacks = {name: _stacked(site, value, count) for name, value in data.items()}
 
-    def draw(index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return initialiser(jax.random.fold_in(key, index), site, rank, dtype)
+    def draw(key: jax.Array, stacks: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return entry.draw(key, site, rank, dtype, **{name: widened(value) for name, value in stacks.items()})
 
-    # A loop, and factors of two axes: XLA compiles random bits several times slower for every axis they have.
-    indexes = jnp.arange(prod(site.batch_shape), dtype=jnp.uint32)
-    a, b = jax.lax.map(draw, indexes) if site.batch_axes else initialiser(key, site, rank, dtype)
+    if not site.batch_axes:
+        a, b = draw(key, {name: value[0] for name, value in stacks.items()})
+    else:
+        # A loop, and factors of two axes: XLA compiles random bits several times slower for every axis they have.
+        indexes = jnp.arange(count, dtype=jnp.uint32)
+        a, b = jax.lax.map(lambda each: draw(jax.random.fold_in(key, each[0]), each[1]), (indexes, stacks))
     return a.reshape(site.a_shape(rank)), b.reshape(site.b_shape(rank))
 
 
+def _stacked(site: Site, value: jax.Array, count: int) -> jax.Array:
+    """The data of each linear map of a site, stacked: a matrix `[fan_in, fan_out]` of a parameter, else as it is."""
+    if value.shape != site.shape:
+        return value.reshape(count, *value.shape[len(site.batch_axes) :])
+    moved = jnp.transpose(value, (*site.batch_axes, *site.in_axes, *site.out_axes))
+    return moved.reshape(count, site.fan_in, site.fan_out)
+
+
+def _shift(config: LoraConfig, path: str, site: Site, leaves: Mapping[str, Any]) -> Shift:
+    """The bias on B of a site, which is an addition to the bias beside it."""
+    leaf = leaves[path]
+    if tuple(leaf.shape[: len(site.batch_axes)]) != site.batch_shape:
+        raise ParameterError(
+            f"lora_bias: {path!r} of shape {tuple(leaf.shape)} is not stacked as {site.path!r} is, "
+            f"{site.batch_shape} in front"
+        )
+    scale = jnp.full(site.batch_shape, config.scale_for(site.path), jnp.float32)
+    return Shift(jnp.zeros(leaf.shape, config.param_dtype), scale, full_site(path, leaf))
+
+
+def _rows(config: LoraConfig, site: Site, rows: tuple[int, ...], leaves: Mapping[str, Any]) -> Rows:
+    table = _value(site.path, leaves, f"trainable_tokens={rows} start from its rows")
+    return Rows(rows_of(site, jnp.asarray(table), rows).astype(_own_dtype(config, table)), site, rows)
+
+
 def _replace(config: LoraConfig, path: str, leaves: Mapping[str, Any], sites: Sites) -> Replace:
+    leaf = _value(path, leaves, f"train={config.train!r} and bias={config.bias!r} train it in full")
+    # A copy: an optimizer step that donates the adapter must not free the base.
+    return Replace(jnp.array(leaf, dtype=_own_dtype(config, leaf)), sites.get(path) or full_site(path, leaf))
+
+
+def _own_dtype(config: LoraConfig, leaf: Any) -> Any:
+    """The dtype of what starts as the base's own values: one that holds them."""
+    return jnp.promote_types(leaf.dtype, config.param_dtype)
+
+
+def _value(path: str, leaves: Mapping[str, Any], why: str) -> Any:
+    """The value of a parameter."""
     leaf = leaves[path]
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise ParameterError(
-            f"{path} is to be trained in full (train={config.train!r}, bias={config.bias!r}) and starts from its "
-            "value, but params holds shapes only: pass arrays, or call init inside jax.eval_shape for shapes"
+            f"The value of {path} is needed ({why}), but params holds shapes only: pass arrays, or call init inside "
+            "jax.eval_shape for shapes"
         )
-    # A copy: an optimizer step that donates the adapter must not free the base.
-    value = jnp.array(leaf, dtype=jnp.promote_types(leaf.dtype, config.param_dtype))
-    site = sites.get(path) or Site(path=path, shape=tuple(leaf.shape), dtype=str(leaf.dtype), kind="full")
-    return Replace(value, site)
+    return leaf
 
 
 def _floating(paths: tuple[str, ...], leaves: Mapping[str, Any]) -> list[str]:

@@ -5,17 +5,23 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lora_jax.io.columns import Share
 from lora_jax.io.rules import Target
 from lora_jax.site import Site
 
 
 class Piece(NamedTuple):
-    """Factors of one module: `a` of `[rank, *in]`, and the module's share of `b`; a leading axis if it has experts."""
+    """Factors of one module: `a` of `[rank, *in]`, and the module's share of `b`; a leading axis if it has experts.
+
+    Magnitudes (DoRA) and a bias on B, where there are any, are shares of the outputs.
+    """
 
     target: Target
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: Share | None = None
+    bias: Share | None = None
 
 
 class Joined(NamedTuple):

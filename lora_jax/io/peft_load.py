@@ -1,16 +1,20 @@
 """Reading a PEFT adapter into a JAX model: every tensor finds its place, or is listed."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
 from os import PathLike
 from typing import Any, Literal, NamedTuple, overload
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapter import Adapter
 from lora_jax.errors import CheckpointError, listed, nearest
 from lora_jax.fit import fit
-from lora_jax.io import layouts
+from lora_jax.io import columns, layouts
+from lora_jax.io.columns import Share
 from lora_jax.io.join import Piece, join, stack
 from lora_jax.io.known_names import find_names
 from lora_jax.io.names import Names
@@ -20,8 +24,9 @@ from lora_jax.io.peft_match import saves, targets
 from lora_jax.io.peft_read import read_peft
 from lora_jax.io.peft_whole import WholeReader
 from lora_jax.io.twin import Place, Twin, is_tied, twin
-from lora_jax.paths import named_leaves
-from lora_jax.site import Site, Sites
+from lora_jax.methods import Dora, Shift
+from lora_jax.paths import bias_beside, named_leaves
+from lora_jax.site import Site, Sites, full_site
 from lora_jax.updates import LowRank, Update
 
 
@@ -75,8 +80,8 @@ def load(
 
     Args:
       path: the directory that `save_pretrained` wrote, or a `.safetensors` file.
-      params: the base's parameters; left untouched. Values are needed only where the file holds whole tables of the
-        base, to see whether they changed; otherwise `jax.ShapeDtypeStruct` leaves do.
+      params: the base's parameters; left untouched. Values are needed only for DoRA, and where the file holds whole
+        tables of the base, to see whether they changed; otherwise `jax.ShapeDtypeStruct` leaves do.
       sites: from `find_sites`.
       names: what PyTorch calls the parameters: a `Names`, the name of a known map (`"lora_jax"`, `"hf_flax"`,
         `"hf_flax_gpt2"`, `"tunix"`, `"gemma"`, ...), or None for the identity: `layers_0/attn/query/kernel` is
@@ -85,9 +90,10 @@ def load(
       strict: raise if anything is left over. If False, return what was left out instead.
 
     Returns:
-      The adapter, with a `LowRank` per adapted parameter and a `Replace` per parameter stored whole; without `strict`
-      also an `Unmatched`. Layers of a stack that the file leaves out, or that have lower ranks, are padded with
-      zeros, which changes nothing.
+      The adapter: a `LowRank` per adapted parameter (`Dora` where the file has magnitudes), a `Shift` for each bias on
+      B, a `Replace` per parameter stored whole and `Rows` for trained tokens; without `strict` also an `Unmatched`.
+      Layers of a stack that the file leaves out, or that have lower ranks, are padded with zeros, which changes
+      nothing.
 
     Raises:
       CheckpointError: the file is damaged, does not fit the model, or holds what cannot be represented.
@@ -135,7 +141,9 @@ class _Reader:
             piece = self._piece(name, place, owner)
             if piece is not None:
                 pieces.setdefault(place.site.path, []).append(piece)
-        updates: dict[str, Update] = {path: self._low_rank(self.sites[path], found) for path, found in pieces.items()}
+        updates: dict[str, Update] = {path: self._update(self.sites[path], found) for path, found in pieces.items()}
+        shifts = [shift for path, found in pieces.items() for shift in self._shift(self.sites[path], found)]
+        updates |= {shift.site.path: shift for shift in shifts}
         whole = WholeReader(self.files, self.leaves, self.sites, self.names, self.twin)
         updates |= whole.updates(updates.keys())
         unexpected, mismatched = self.unexpected + whole.unexpected, self.mismatched + whole.mismatched
@@ -203,7 +211,6 @@ class _Reader:
 
     def _piece(self, name: str, place: Place, owner: str) -> Piece | None:
         module = self.files.modules[owner]
-        self._check_representable(name, module)
         site, target = place
         experts = site.batch_shape[-1] if target.parameter else 1
         rank = module.a.shape[0] // experts
@@ -214,28 +221,72 @@ class _Reader:
             return None
         scale = self.files.scale(owner, name, experts) * target.gain
         a, b = module.a.astype(np.float32), module.b.astype(np.float32)
-        return Piece(target, layouts.a_from_torch(site, target, a), layouts.b_from_torch(site, target, b), scale)
+        a, b = layouts.a_from_torch(site, target, a), layouts.b_from_torch(site, target, b)
+        magnitude, bias = (self._columns(name, place, each) for each in (module.magnitude, module.b_bias))
+        return Piece(target, a, b, scale, magnitude, bias)
 
-    def _check_representable(self, name: str, module: Module) -> None:
-        reasons = {
-            "DoRA magnitudes (use_dora)": module.magnitude,
-            "a bias on B (lora_bias)": module.b_bias,
-        }
-        for what, array in reasons.items():
-            if array is not None:
-                raise CheckpointError(
-                    f"{self.files.where}: {name} has {what}, which no update here holds; without it the adapter would "
-                    "compute something else. Merge it in PEFT (merge_and_unload) and convert the merged model."
-                )
+    def _columns(self, name: str, place: Place, vector: np.ndarray | None) -> Share | None:
+        """A vector with a number for each output, for the share that the module has of them."""
+        if vector is None:
+            return None
+        site, target = place
+        if target.parameter or vector.size != prod(layouts.share_shape(site, target)):
+            raise CheckpointError(
+                f"{self.files.where}: {name} has a vector of {vector.size} numbers for its outputs (DoRA magnitudes or "
+                f"a bias on B), which does not fit {site.path!r} with {prod(layouts.share_shape(site, target))}"
+            )
+        return columns.from_torch(site, target, vector)
 
-    def _low_rank(self, site: Site, pieces: list[Piece]) -> LowRank:
+    def _update(self, site: Site, pieces: list[Piece]) -> LowRank:
         by_index: dict[tuple[int, ...], list[Piece]] = {}
         for piece in pieces:
             by_index.setdefault(piece.target.index, []).append(piece)
         joined = {index: join(site, found) for index, found in by_index.items()}
         a, b, scale = stack(site, joined)
         dropout = float(self.files.config.get("lora_dropout") or 0.0)
-        return LowRank(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale), site, dropout)
+        factors = LowRank(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale), site, dropout)
+        shares = [piece.magnitude for piece in pieces if piece.magnitude is not None]
+        if not shares:
+            return factors
+        if len(shares) < len(pieces):
+            raise CheckpointError(
+                f"{self.files.where}: only some of the modules that {site.path!r} is made of have DoRA magnitudes"
+            )
+        return self._dora(factors, shares)
+
+    def _dora(self, factors: LowRank, shares: list[Share]) -> Dora:
+        """Columns that the file says nothing about keep the length they have."""
+        leaf, site = self.leaves[factors.site.path], factors.site
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise CheckpointError(
+                f"{self.files.where} has DoRA magnitudes for {site.path!r}, whose effect depends on the base's value, "
+                "and abstract parameters have none: pass arrays."
+            )
+        update = Dora.around(factors, jnp.asarray(leaf))
+        magnitude = np.array(update.magnitude)
+        columns.fill(magnitude, site, [Share(to, value * np.float32(to.gain)) for to, value in shares])
+        return replace(update, magnitude=jnp.asarray(magnitude))
+
+    def _shift(self, site: Site, pieces: list[Piece]) -> list[Shift]:
+        """What biases on B add to the bias beside a site; nothing if all of them are zero."""
+        given = [(piece.scale, piece.bias) for piece in pieces if piece.bias is not None and piece.bias.value.any()]
+        if not given:
+            return []
+        path = bias_beside(site.path, self.leaves)
+        shape = site.batch_shape + site.sizes(site.out_axes)
+        if path is None or np.shape(self.leaves[path]) != shape:
+            has = "no bias beside it" if path is None else f"{path!r} of shape {np.shape(self.leaves[path])} beside it"
+            raise CheckpointError(
+                f"{self.files.where} has a bias on B (lora_bias) for {site.path!r}, which has {has} instead of one of "
+                f"shape {shape} to add it to. PEFT cannot merge such an adapter either."
+            )
+        value, scale = np.zeros(shape, np.float32), np.zeros(site.batch_shape, np.float32)
+        for own, share in given:
+            # The largest, so that the others become factors below one, as for B.
+            scale[share.target.index] = max(scale[share.target.index], own, key=abs)
+        for own, (target, vector) in given:
+            columns.fill(value, site, [Share(target, vector * np.float32(own / (scale[target.index] or 1)))])
+        return [Shift(jnp.asarray(value), jnp.asarray(scale), full_site(path, self.leaves[path]))]
 
     def _missing(self, present: set[str]) -> tuple[str, ...]:
         """Modules that the config adapts or saves, and that the file does not have."""

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
+from math import prod
 from os import PathLike
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from lora_jax.adapter import Adapter
 from lora_jax.errors import CheckpointError
 from lora_jax.fit import fit
-from lora_jax.io import layouts
+from lora_jax.io import columns, layouts
 from lora_jax.io.known_names import find_names
 from lora_jax.io.names import Names
 from lora_jax.io.peft_delta import Module, ModuleKind
@@ -22,7 +23,8 @@ from lora_jax.io.peft_tables import WholeWriter, untied
 from lora_jax.io.peft_write import write_peft
 from lora_jax.io.rules import Target
 from lora_jax.io.twin import is_tied, twin
-from lora_jax.paths import named_leaves
+from lora_jax.methods import Dora, Rows, Shift
+from lora_jax.paths import bias_beside, named_leaves
 from lora_jax.site import Site, Sites
 from lora_jax.updates import LowRank, Replace
 
@@ -95,18 +97,20 @@ class _Writer:
     def __init__(self, adapter: Adapter, names: Names, sites: Sites | None, leaves: Mapping[str, Any]):
         self.names = names
         self.low_rank = {path: each for path, each in adapter.items() if isinstance(each, LowRank)}
-        replaced = {path: each for path, each in adapter.items() if isinstance(each, Replace)}
-        others = sorted(adapter.keys() - self.low_rank.keys() - replaced.keys())
+        self.shifts = {path: each for path, each in adapter.items() if isinstance(each, Shift)}
+        whole = {path: each for path, each in adapter.items() if isinstance(each, (Replace, Rows))}
+        others = sorted(adapter.keys() - self.low_rank.keys() - self.shifts.keys() - whole.keys())
         if others:
             kind = type(adapter[others[0]]).__name__
             raise CheckpointError(f"PEFT's files have no place for {others[0]!r}, which is a {kind}")
+        self._check_alike()
         own = [update.site for update in adapter.values()]
         self.sites = sites or Sites([site for site in own if site.kind != "full"], tuple(adapter))
         self.targets = names.resolve(update.site for update in self.low_rank.values())
         self.twin = twin(names, self.sites)
         # Endings are short only against every other name: a module without one could end alike.
         self.complete = sites is not None and not self.twin.unnamed
-        self.whole = WholeWriter(replaced, names, self.sites, leaves)
+        self.whole = WholeWriter(whole, names, self.sites, leaves)
         # Rank and alpha by the name that PEFT's patterns go by.
         self.scales: dict[str, tuple[int, float]] = {}
         self.ties = False
@@ -134,14 +138,14 @@ class _Writer:
     def _module(self, update: LowRank, target: Target) -> Module | None:
         """The factors at one target, or None where a stack holds nothing."""
         site = update.site
-        a, b, scale = (np.asarray(each[target.index], np.float32) for each in (update.a, update.b, update.scale))
+        a, b, scale = (np.asarray(each[target.index], np.float32) for each in _factors(update))
         scale = scale / np.float32(target.gain)
         if target.parameter:
             # PEFT has one scale for all experts.
             first = scale[np.flatnonzero(scale)[0]] if scale.any() else scale[0]
             ratio = np.where(scale == first, np.float32(1), scale / (first or np.float32(1)))
             b, scale = b * ratio.reshape(-1, *(1,) * (b.ndim - 1)), first
-        elif site.batch_axes:
+        elif site.batch_axes and not isinstance(update, Dora):
             used = [bool(a[term].any() or b[term].any()) for term in range(len(a))]
             if not any(used) and not scale:
                 return None
@@ -151,7 +155,34 @@ class _Writer:
         self.scales[target.name] = (rank, _alpha(np.float32(scale), rank))
         kinds: dict[str, ModuleKind] = {"conv": "conv", "embedding": "embedding"}
         kind = "parameter" if target.parameter else kinds.get(site.kind, "linear")
-        return Module(kind, layouts.a_to_torch(site, target, a), layouts.b_to_torch(site, target, b))
+        a, b = layouts.a_to_torch(site, target, a), layouts.b_to_torch(site, target, b)
+        return Module(kind, a, b, self._magnitude(update, target, b), self._bias(update, target, float(scale)))
+
+    def _magnitude(self, update: LowRank, target: Target, b: np.ndarray) -> np.ndarray | None:
+        if not isinstance(update, Dora):
+            return None
+        if target.parameter or (np.asarray(update.strength) != 1).any():
+            why = "PEFT has no DoRA for a stack of experts" if target.parameter else "PEFT cannot scale DoRA's effect"
+            raise CheckpointError(f"{update.site.path!r}: {why}. Leave it out, or merge it.")
+        own = np.asarray(update.magnitude[target.index], np.float32) / np.float32(target.gain)
+        flat = columns.to_torch(update.site, target, own)
+        return flat.reshape(1, -1, *b.shape[2:]) if b.ndim > 2 else flat
+
+    def _bias(self, update: LowRank, target: Target, scale: float) -> np.ndarray | None:
+        """The bias on B: zeros for a module without, where others have one, as PEFT has one switch for all."""
+        if not self.shifts:
+            return None
+        site = update.site
+        shift = self.shifts.get(bias_beside(site.path, self.shifts) or "")
+        if target.parameter or site.kind == "embedding":
+            raise CheckpointError(f"PEFT has no lora_bias for {target.name}, and one switch for all. Save it apart.")
+        if shift is None:
+            return np.zeros(prod(layouts.share_shape(site, target)), np.float32)
+        own = np.asarray(shift.value[target.index], np.float32)
+        ratio = np.float32(np.asarray(shift.scale[target.index]) / np.float32(scale * target.gain)) if scale else 0.0
+        if not scale and own.any() and np.asarray(shift.scale[target.index]).any():
+            raise CheckpointError(f"{shift.site.path!r}: the factors beside it have scale 0, and PEFT has one for both")
+        return columns.to_torch(site, target, own if ratio == 1 else own * ratio)
 
     def _tie(self, site: Site, target: Target, module: Module, modules: dict[str, Module]) -> None:
         """Write a table that is the head too as `ensure_weight_tying` does: PEFT then applies it to both uses."""
@@ -196,7 +227,9 @@ class _Writer:
             "fan_in_fan_out": self._fan_in_fan_out(plain, parameters),
             "init_lora_weights": True,
             "use_rslora": False,
-            "use_dora": False,
+            "use_dora": any(isinstance(update, Dora) for update in self.low_rank.values()),
+            "lora_bias": bool(self.shifts),
+            "trainable_token_indices": self.whole.tokens or None,
             "ensure_weight_tying": self.ties or self.whole.ties,
         }
 
@@ -207,6 +240,21 @@ class _Writer:
                 f"adapter. Save them apart: adapter.without(...)"
             )
         return self.names.fan_in_fan_out and not parameters
+
+    def _check_alike(self) -> None:
+        """PEFT has one switch for DoRA, and no bias on B without factors."""
+        plain = [path for path, update in self.low_rank.items() if not isinstance(update, Dora)]
+        if plain and len(plain) < len(self.low_rank):
+            raise CheckpointError(
+                f"Some updates are DoRA and others ({plain[0]!r}) are not, and PEFT has one use_dora for all. Save "
+                "them apart: adapter.without(...)"
+            )
+        owners = {bias_beside(path, self.shifts) for path in self.low_rank}
+        alone = sorted(self.shifts.keys() - owners)
+        if alone:
+            raise CheckpointError(
+                f"{alone[0]!r} is added to, but nothing beside it has factors, and PEFT keeps it with those"
+            )
 
     def _dropout(self) -> float:
         rates = {update.dropout for update in self.low_rank.values()}
@@ -233,6 +281,15 @@ class _Stacked(NamedTuple):
     order: tuple[int, int]
     name: str
     module: Module
+
+
+def _factors(update: LowRank) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Factors and scale; a start away from zero is as many terms again, taken off: twice the rank."""
+    if update.a_start is None or update.b_start is None:
+        return update.a, update.b, update.scale  # type: ignore[return-value]
+    rank = len(update.site.batch_axes)
+    a = np.concatenate([update.a, update.a_start], rank)
+    return a, np.concatenate([update.b, -np.asarray(update.b_start)], rank), np.asarray(update.scale)
 
 
 def _alpha(scale: np.float32, rank: int) -> float:

@@ -13,7 +13,9 @@ from lora_jax.errors import CheckpointError, ParameterError
 from lora_jax.io import layouts
 from lora_jax.io.names import Names
 from lora_jax.io.peft_files import EMBEDDINGS
+from lora_jax.io.peft_tokens import SUFFIX, whole_tensors
 from lora_jax.io.twin import Twin, is_tied, tensor_name
+from lora_jax.methods import Rows
 from lora_jax.site import Site, Sites
 from lora_jax.updates import Replace
 
@@ -24,17 +26,24 @@ class WholeWriter:
     Attributes:
       saved: arrays by the name they have in PyTorch.
       ties: whether a table is saved for both of its uses.
+      tokens: numbers of trained rows by the module that holds their table; PEFT ties them as the model ties the table.
     """
 
-    def __init__(self, replaced: Mapping[str, Replace], names: Names, sites: Sites, leaves: Mapping[str, Any]):
+    def __init__(self, whole: Mapping[str, Replace | Rows], names: Names, sites: Sites, leaves: Mapping[str, Any]):
         self.names, self.sites, self.leaves = names, sites, leaves
         self.saved: dict[str, np.ndarray] = {}
         self.ties = False
-        for path, update in replaced.items():
+        self.tokens: dict[str, list[int]] = {}
+        for path, update in whole.items():
             self._add(path, update)
 
-    def _add(self, path: str, update: Replace) -> None:
+    def _add(self, path: str, update: Replace | Rows) -> None:
         name = tensor_name(self.names, path, update.site)
+        if isinstance(update, Rows):
+            module = name.rpartition(".")[0]
+            self.saved[module + SUFFIX] = np.asarray(update.value).reshape(len(update.rows), -1)
+            self.tokens[module] = list(update.rows)
+            return
         self.saved[name] = self._weight(update.site, np.asarray(update.value))
         if is_tied(update.site):
             head = self.names.tied.get(name.rpartition(".")[0])
@@ -60,7 +69,7 @@ class WholeWriter:
           adapted: modules that have factors.
         """
         owners: dict[str, set[str]] = {}
-        for name in self.saved:
+        for name in whole_tensors(self.saved):
             owner, _, leaf = name.rpartition(".")
             owners.setdefault(owner, set()).add(leaf)
         biases = {owner for owner, leaves in owners.items() if leaves == {"bias"}}

@@ -13,9 +13,11 @@ from lora_jax.io.names import Names
 from lora_jax.io.peft_config import setting
 from lora_jax.io.peft_files import PeftFiles
 from lora_jax.io.peft_match import saves
+from lora_jax.io.peft_tokens import token_indices, tokens_by_module, whole_tensors
 from lora_jax.io.twin import Twin, is_tied
-from lora_jax.site import Site, Sites
-from lora_jax.updates import Replace
+from lora_jax.methods import Rows
+from lora_jax.site import Site, Sites, full_site
+from lora_jax.updates import Replace, Update
 
 
 class WholeReader:
@@ -33,28 +35,49 @@ class WholeReader:
         self.unexpected: list[str] = []
         self.mismatched: list[str] = []
 
-    def updates(self, adapted: Collection[str]) -> dict[str, Replace]:
-        """A `Replace` by path for what the config trains in full, and for tables that are not the base's.
+    def updates(self, adapted: Collection[str]) -> dict[str, Update]:
+        """A `Replace` by path for what the config trains in full, and for tables that are not the base's; and `Rows`.
 
         Args:
           adapted: paths that have factors.
         """
         found: dict[str, tuple[str, np.ndarray]] = {}
-        for name, array in self.files.saved.items():
+        tokens = tokens_by_module(self.files.saved)
+        for name, array in whole_tensors(self.files.saved).items():
             path = self._path(name)
             value = None if path is None else self._value(name, path, array)
             if path is None or value is None or not (self._asked(name) or self._changed(name, path, value)):
                 continue
             self._check_alone(name, path, value, adapted, found)
             found[path] = (name, value)
-        return {path: self._replace(path, value) for path, (_, value) in found.items()}
+        updates: dict[str, Update] = {path: self._replace(path, value) for path, (_, value) in found.items()}
+        for module, rows in tokens.items():
+            self._add_rows(module, rows, adapted, updates)
+        return updates
+
+    def _add_rows(self, module: str, rows: np.ndarray, adapted: Collection[str], updates: dict[str, Update]) -> None:
+        """Trained rows of a look-up table; those of a head that is tied to it are the same."""
+        path = self._path(f"{module}.weight")
+        if path is None:
+            return
+        site, numbers = self._site(path), token_indices(self.files.where, self.files.config, module, rows)
+        if site.kind != "embedding" or site.batch_axes or rows.shape[1:] != (site.fan_out,):
+            self.mismatched.append(
+                f"{module} has trained rows of shape {rows.shape}, and {path} is {site.kind} {site.shape}"
+            )
+            return
+        if max(numbers) >= site.fan_in:
+            raise CheckpointError(f"{self.files.where}: row {max(numbers)} of {path!r}, which has {site.fan_in} rows")
+        value = jnp.asarray(rows.astype(np.float32).reshape(-1, *site.sizes(site.out_axes)))
+        known = updates.get(path)
+        if path in adapted or (known is not None and not _same_rows(known, value, numbers)):
+            raise CheckpointError(
+                f"{self.files.where} trains rows of {module}, and {path!r} has another update too: a parameter holds "
+                "one. Save them as two adapters."
+            )
+        updates[path] = Rows(value, site, numbers)
 
     def _path(self, name: str) -> str | None:
-        if name.endswith(".trainable_tokens_delta"):
-            raise CheckpointError(
-                f"{self.files.where}: {name} replaces rows of a table (trainable_token_indices), which no update here "
-                "holds. Merge it in PEFT (merge_and_unload) and convert the merged model."
-            )
         path = self.twin.tensors.get(name) or self.twin.tensors.get(self.embeddings.get(name, ""))
         if path is None:
             self.unexpected.append(name)
@@ -62,7 +85,7 @@ class WholeReader:
 
     def _site(self, path: str) -> Site:
         leaf = self.leaves[path]
-        return self.sites.get(path) or Site(path=path, shape=tuple(leaf.shape), dtype=str(leaf.dtype), kind="full")
+        return self.sites.get(path) or full_site(path, leaf)
 
     def _value(self, name: str, path: str, array: np.ndarray) -> np.ndarray | None:
         site = self._site(path)
@@ -115,3 +138,7 @@ class WholeReader:
     def _replace(self, path: str, value: np.ndarray) -> Replace:
         dtype = jnp.promote_types(self.leaves[path].dtype, jnp.float32)
         return Replace(jnp.asarray(np.asarray(value, order="C"), dtype), self._site(path))
+
+
+def _same_rows(update: Update, value: Any, numbers: tuple[int, ...]) -> bool:
+    return isinstance(update, Rows) and update.rows == numbers and np.array_equal(update.value, value)

@@ -9,10 +9,14 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers import random_adapter
 
 import lora_jax as lora
+from cases.methods import METHODS
+from lora_jax.adapter import Adapter
 from lora_jax.paths import named_leaves
 from lora_jax.site import Site, Sites
+from lora_jax.updates import LowRank, Update
 
 
 class Model(NamedTuple):
@@ -63,6 +67,7 @@ class Case:
       affine: whether the output is affine in the input of every site, so that dropout keeps its expectation.
       reverse: whether the program has a gradient (a `while` loop has none).
       variant: whether it differs from another row only in its geometry, so that forward and backward say it all.
+      method: the row of the table of methods that adapts it.
     """
 
     framework: str
@@ -74,16 +79,17 @@ class Case:
     affine: bool = False
     reverse: bool = True
     variant: bool = False
+    method: str = "lora"
 
     @property
     def id(self) -> str:
         """Name of the row in test reports."""
-        return f"{self.framework}-{self.name}"
+        return f"{self.framework}-{self.name}" + (f"-{self.method}" if self.method != "lora" else "")
 
     @cached_property
     def model(self) -> Model:
         """The model, built once."""
-        return self.build(Draw(self.id))
+        return self.build(Draw(f"{self.framework}-{self.name}"))
 
     def but(self, **changes: Any) -> "Case":
         """The case with other parameters or arguments."""
@@ -100,6 +106,28 @@ class Case:
         """Every site that the tests adapt: those found and those made by hand."""
         leaves, _ = named_leaves(self.model.params)
         return Sites([*self.found.values(), *(site(path, leaves[path], roles) for path, roles in self.hidden.items())])
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        """An adapter whose every leaf is random, of the case's method."""
+        return self._adapted(METHODS[self.method].trained, self._factors)
+
+    @property
+    def starts(self) -> list[Adapter]:
+        """Adapters that change nothing: those of the method, with either factor zero where that is a start."""
+        zero = [
+            {path: replace(u, **{factor: jnp.zeros_like(getattr(u, factor))}) for path, u in self._factors.items()}
+            for factor in "ab"
+        ]
+        return [self._adapted(METHODS[self.method].start, Adapter(each)) for each in zero]
+
+    @cached_property
+    def _factors(self) -> Adapter:
+        return random_adapter(self.targets)
+
+    def _adapted(self, make: Callable[[LowRank, Any], Update], factors: Adapter) -> Adapter:
+        leaves, _ = named_leaves(self.model.params)
+        return Adapter({path: make(factors[path], leaves[path]) for path in factors})
 
     @property
     def drops(self) -> bool:

@@ -107,24 +107,20 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor], dict
         lambda: Wrapped(Experts(True)), lambda: torch.randn(4, 6),
         {"r": 2, "target_modules": [], "target_parameters": ["layer.gate_up_proj", "layer.down_proj"]},
     ),
-}  # fmt: skip
-
-# Adapters that change a checkpoint but that no update of lora_jax holds: for merging on disk only.
-MERGE_ONLY: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor], dict[str, Any]]] = {
-    "merge_only/dora": (Net, lambda: TOKENS, {"r": 2, "use_dora": True, "target_modules": ["embed", "q", "v", "up"]}),
-    "merge_only/dora_conv1d_hf": (
+    "dora": (Net, lambda: TOKENS, {"r": 2, "use_dora": True, "target_modules": ["embed", "q", "v", "up"]}),
+    "dora_conv1d_hf": (
         lambda: Wrapped(Conv1D(9, 5)), lambda: torch.randn(2, 5),
         {"r": 2, "use_dora": True, "target_modules": ["layer"], "fan_in_fan_out": True},
     ),
-    "merge_only/dora_conv2": (lambda: Wrapped(nn.Conv2d(4, 6, (3, 2))), lambda: torch.randn(2, 4, 8, 7), {"r": 3, "use_dora": True, "target_modules": ["layer"]}),  # noqa: E501
-    "merge_only/lora_bias": (Net, lambda: TOKENS, {"r": 2, "lora_alpha": 6, "lora_bias": True, "target_modules": ["q", "up"]}),  # noqa: E501
-    "merge_only/tokens": (Net, lambda: TOKENS, {"r": 2, "target_modules": ["q"], "trainable_token_indices": {"embed": [1, 9]}}),  # noqa: E501
+    "dora_conv2": (lambda: Wrapped(nn.Conv2d(4, 6, (3, 2))), lambda: torch.randn(2, 4, 8, 7), {"r": 3, "use_dora": True, "target_modules": ["layer"]}),  # noqa: E501
+    "lora_bias": (Net, lambda: TOKENS, {"r": 2, "lora_alpha": 6, "lora_bias": True, "target_modules": ["q", "up"]}),
+    "tokens": (Net, lambda: TOKENS, {"r": 2, "target_modules": ["q"], "trainable_token_indices": {"embed": [1, 9]}}),
 }  # fmt: skip
 
 
 def make(name: str) -> None:
     """Write one case."""
-    build, example, options = (CASES | MERGE_ONLY)[name]
+    build, example, options = CASES[name]
     torch.manual_seed(len(name))
     base, x = build(), example()
     state = {f"base.{key}": value.clone() for key, value in base.state_dict().items()}
@@ -146,5 +142,5 @@ def make(name: str) -> None:
 
 
 if __name__ == "__main__":
-    for case in CASES | MERGE_ONLY:
+    for case in CASES:
         make(case)

@@ -1,5 +1,6 @@
 """Real PEFT and lora_jax on the same layers: outputs and merged weights agree, whoever wrote the file."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from golden.make import CASES as TORCH_CASES
-from golden.make import MERGE_ONLY
 from helpers import assert_close, random_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_models import CASES, SCANNED, from_torch, scanned_net, stacked
@@ -21,6 +21,8 @@ from safetensors.numpy import load_file
 from torch_side import adapted, numbers, opened, run
 
 import lora_jax as lora
+from lora_jax.paths import named_leaves
+from lora_jax.site import full_site
 
 NET: dict[str, dict[str, Any]] = {
     "all linear": {"r": 2, "target_modules": "all-linear"},
@@ -32,6 +34,9 @@ NET: dict[str, dict[str, Any]] = {
     "everything": {"r": 2, "target_modules": ["q", "v", "up", "embed"], "modules_to_save": ["head"], "bias": "all"},
     "gaussian": {"r": 2, "target_modules": ["q"], "init_lora_weights": "gaussian"},
     "dropout": {"r": 2, "target_modules": ["q"], "lora_dropout": 0.5},
+    "DoRA with everything else": {"r": 2, "use_dora": True, "target_modules": ["q", "v", "up", "embed"], "modules_to_save": ["head"], "bias": "all", "use_rslora": True, "rank_pattern": {"up": 4}},
+    "a bias on B and patterns": {"r": 2, "lora_bias": True, "target_modules": ["q", "up"], "rank_pattern": {"up": 4}, "alpha_pattern": {"q": 3}},
+    "tokens beside modules": {"r": 2, "target_modules": ["q"], "modules_to_save": ["head"], "trainable_token_indices": {"embed": [9, 2, 5]}},
 }  # fmt: skip
 LOADED = {name: (name, options) for name, (_, _, options) in TORCH_CASES.items()} | {
     name: ("linear", options) for name, options in NET.items()
@@ -93,11 +98,28 @@ def test_read_by_peft(case: str, whole: bool, tmp_path: Path) -> None:
     assert np.abs(expected - ours.run(lora.Adapter({}))).max() > 0.1
 
 
+def dora(update: Any, params: Any) -> lora.Dora:
+    """The update with magnitudes that are not the weight's."""
+    made = lora.Dora.around(update, named_leaves(params)[0][update.site.path])
+    return replace(made, magnitude=made.magnitude * jnp.linspace(0.5, 2, made.magnitude.size))
+
+
 def _chosen(case: str, ours: Jax, whole: bool) -> lora.Adapter:
     """Factors of another rank for every site that the case adapts, and values for whole parameters of the net."""
     parts = {"linear": ("q", "up", "head"), "embedding": ("embed",), "bias_all": ("q",)}.get(case, ("",))
     paths = [path for path in ours.sites if any(part in path for part in parts)]
-    found = {path: random_adapter(ours.sites, rank=1 + place)[path] for place, path in enumerate(paths)}
+    found: dict[str, lora.Update] = {
+        path: random_adapter(ours.sites, rank=1 + place)[path] for place, path in enumerate(paths)
+    }
+    if case.startswith("dora"):
+        found = {path: dora(update, ours.params) for path, update in found.items()}
+    if case == "tokens":
+        table = ours.sites["embed/embedding"]
+        found = {"layers_1/up/kernel": found["layers_1/up/kernel"], table.path: lora.Rows(jnp.eye(2, 5), table, (7, 3))}
+    if case == "lora_bias":
+        found = {path: found[path] for path in ("layers_1/attn/q/kernel", "layers_0/up/kernel")}
+        bias = full_site("layers_1/attn/q/bias", jnp.zeros(7))
+        found[bias.path] = lora.Shift(jnp.arange(7.0), jnp.float32(0.3), bias)
     if not whole:
         return lora.Adapter(found)
     found.pop("head/kernel", None)
@@ -162,13 +184,3 @@ def test_inits_that_change_the_base(init: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "start")
     adapter = lora.peft.load(tmp_path / "converted", ours.params, ours.sites)
     assert_close(ours.run(adapter), expected, factor=10)  # the singular value decomposition rounds in PyTorch
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("dora", "DoRA"), ("lora_bias", "lora_bias"), ("tokens", "trainable_tok")]
-)
-def test_variants_are_refused(name: str, message: str, tmp_path: Path) -> None:
-    ours, (base, _) = Jax("linear"), torch_base("linear")
-    adapted(base, **MERGE_ONLY[f"merge_only/{name}"][2]).save_pretrained(tmp_path)
-    with pytest.raises(lora.CheckpointError, match=message):
-        lora.peft.load(tmp_path, ours.params, ours.sites)

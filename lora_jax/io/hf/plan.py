@@ -1,6 +1,5 @@
 """What adapters do to a checkpoint: every module finds its tensors, and tied tables stay tied or are told apart."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,12 +15,12 @@ from lora_jax.io.peft_config import setting
 from lora_jax.io.peft_delta import Module, matrices
 from lora_jax.io.peft_files import PeftFiles
 from lora_jax.io.peft_match import saves
+from lora_jax.io.peft_tokens import table_name, token_indices, tokens_by_module, whole_tensors
 
 # Models whose dense layers are Conv1D, all but the head.
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 # Models whose stacked experts PEFT takes for (experts, in, out): it reads that off the module.
 _EXPERTS_IN_FIRST = {"gpt_oss"}
-_TOKENS = re.compile(r"(\.token_adapter)?\.trainable_tokens_delta$")
 _RENAMED = (
     "Or transformers renames these modules when it loads the checkpoint, as it does with experts and vision towers: "
     "then save the base once as the model holds it, model.save_pretrained(path, save_original_format=False), and merge "
@@ -84,8 +83,11 @@ class _Adapter:
 
     def changes(self) -> dict[str, Change]:
         """Changes by tensor."""
-        found = {self.place(name): self._saved(name, value) for name, value in self._whole().items()}
-        found |= {self.place(f"{name}.weight"): self._rows(name, rows) for name, rows in self._tokens().items()}
+        found = {self.place(name): self._saved(name, value) for name, value in whole_tensors(self.files.saved).items()}
+        found |= {
+            self.place(f"{name}.weight"): self._rows(name, rows)
+            for name, rows in tokens_by_module(self.files.saved).items()
+        }
         for name, (entry, module) in self._modules().items():
             tensor = self._tensor(name)
             change = self._low_rank(name, entry, module, tensor)
@@ -171,9 +173,6 @@ class _Adapter:
             )
         return bias
 
-    def _whole(self) -> dict[str, np.ndarray]:
-        return {name: value for name, value in self.files.saved.items() if not _TOKENS.search(name)}
-
     def _saved(self, name: str, value: np.ndarray) -> Change:
         if self.weight != 1:
             raise CheckpointError(
@@ -181,25 +180,16 @@ class _Adapter:
             )
         return Change(value=value, shared=not saves(self.files.config.get("modules_to_save"), name))
 
-    def _tokens(self) -> dict[str, np.ndarray]:
-        """Trained rows by the module that holds the table."""
-        return {_TOKENS.sub("", name): rows for name, rows in self.files.saved.items() if _TOKENS.search(name)}
-
     def _rows(self, name: str, rows: np.ndarray) -> Change:
-        given = self.files.config.get("trainable_token_indices")
-        if isinstance(given, Mapping):
-            given = next((ids for key, ids in given.items() if name == key or name.endswith(f".{key}")), None)
-        if not isinstance(given, Sequence) or len(given) != len(rows) or self.weight != 1:
-            raise CheckpointError(
-                f"{self.files.where}: {name} has {len(rows)} trained rows, and trainable_token_indices={given!r} must "
-                f"name one index for each (adapter weight {self.weight:g}, which must be 1)"
-            )
+        if self.weight != 1:
+            raise CheckpointError(f"{self.files.where}: {name} has trained rows: this adapter's weight must be 1")
+        numbers = token_indices(self.files.where, self.files.config, name, rows)
         size = self._tensor(f"{name}.weight").shape[0]
-        if not all(isinstance(index, int) and 0 <= index < size for index in given):
+        if max(numbers) >= size:
             raise CheckpointError(
                 f"{self.files.where}: trainable_token_indices of {name} leave its table of {size} rows"
             )
-        return Change(rows=tuple(zip(given, rows, strict=True)), shared=True)
+        return Change(rows=tuple(zip(numbers, rows, strict=True)), shared=True)
 
 
 def _renaming(base: Checkpoint, files: PeftFiles) -> Callable[[str], str]:
@@ -240,4 +230,4 @@ def _renaming(base: Checkpoint, files: PeftFiles) -> Callable[[str], str]:
 def _names(files: PeftFiles) -> list[str]:
     """Every tensor of the base that an adapter names; of experts, any parameter would do."""
     modules = [f"{name}.weight" for name, module in files.modules.items() if module.kind != "parameter"]
-    return [*modules, *(_TOKENS.sub(".weight", name) for name in files.saved)]
+    return [*modules, *map(table_name, files.saved)]

@@ -1,0 +1,103 @@
+"""DoRA: the direction of a weight gets low-rank factors, the length of each of its columns trains by itself."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.methods.norms import changed_squares, squares
+from lora_jax.registry import register_method
+from lora_jax.updates import Array, Change, LowRank, Start, pytree
+
+
+@register_method("dora")
+@pytree("site", "dropout")
+@dataclass(frozen=True, kw_only=True)
+class Dora(LowRank):
+    """Weight-decomposed low-rank factors: the model sees `m · (W + ΔW) / ‖W + ΔW‖`, column by column.
+
+    A column is what one output reads (of a look-up table: one feature, over all rows); its norm is a constant in the
+    gradient, as in section 4.3 of the paper. Norms are computed in float32 from the factors, the kept squares of `W`,
+    and `W` times the first factor: no array of the weight's size is formed, and at the start nothing changes, in
+    bfloat16 too. Of several DoRA adapters each has its own norm, and their effects on the base add up, in any order.
+
+    Differs from PEFT, where norms are computed in the dtype of the weight, dropout acts on the base's product too, at
+    the price of a second one, and a second active adapter acts on the result of the first. `scaled` interpolates
+    between the base and the whole effect; PEFT's `set_scale` changes the norm too.
+
+    Attributes:
+      a, b, scale, site, dropout, a_start, b_start: as in `LowRank`.
+      magnitude: `[*batch, *out]`, trained; PEFT's `lora_magnitude_vector`.
+      base_squares: `[*batch, *out]` float32, not trained; squared norm of each column of the frozen weight.
+      strength: `[*batch]` float32, not trained; share of the effect, 1 unless scaled.
+
+    Example:
+      >>> import lora_jax as lora
+      >>> params = {"w": jnp.arange(12.0).reshape(4, 3)}
+      >>> fn, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+      >>> config = lora.LoraConfig(method="dora", rank=2, targets="w")
+      >>> adapter = lora.init(jax.random.key(0), config, params, lora.find_sites(fn, params, x))
+      >>> adapter["w"].magnitude.shape, bool(jnp.allclose(lora.adapt(fn)(params, adapter, x), fn(params, x)))
+      ((3,), True)
+
+    References:
+      Liu et al., DoRA, arXiv 2402.09353.
+    """
+
+    magnitude: Array
+    base_squares: Array
+    strength: Array
+    notes: ClassVar[tuple[str, ...]] = ("scale", "strength", "base_squares")
+    reads_base: ClassVar[bool] = True
+
+    @classmethod
+    def start(cls, given: Start) -> Self:
+        """Factors from the config's initialiser, around the weight."""
+        return cls.around(LowRank.start(given), given.weight(), given.dtype)
+
+    @classmethod
+    def around(cls, factors: LowRank, weight: Array, dtype: Any = jnp.float32) -> Self:
+        """The given factors with the magnitude of the weight they change, such that nothing else changes.
+
+        Args:
+          factors: the low-rank part.
+          weight: the frozen parameter.
+          dtype: of the magnitude.
+        """
+        base = squares(factors.site, weight)
+        known = {field.name: getattr(factors, field.name) for field in fields(factors)}
+        size = jnp.sqrt(changed_squares(factors.site, weight, base, factors.pairs()))
+        return cls(**known, magnitude=size.astype(dtype), base_squares=base, strength=jnp.ones_like(factors.scale))
+
+    def trains(self) -> Self:
+        """True on both factors and the magnitude, False on the rest."""
+        return replace(super().trains(), magnitude=True)
+
+    def axes(self) -> Self:
+        """The site's axes along each array."""
+        columns = (*self.site.batch_axes, *self.site.out_axes)
+        return replace(super().axes(), magnitude=columns, base_squares=columns, strength=self.site.batch_axes)
+
+    def change(self, weight: Array) -> Change:
+        """The parameter and the pairs of factors, both with the gain that gives columns their magnitude."""
+        gain, rank = self.gain(weight), len(self.site.batch_axes)
+        part = _per_column(self.strength, gain)
+        folded = jnp.expand_dims(gain * part, rank)
+        pairs = tuple((a, b * folded.astype(b.dtype)) for a, b in self.pairs())
+        return Change(weight, pairs, 1 + part * (gain - 1))
+
+    def gain(self, weight: Array) -> Array:
+        """`[*batch, *out]` float32: magnitude over norm, at full strength; 1 where a column is zero."""
+        fixed = jax.lax.stop_gradient((weight, self.base_squares, self.pairs()))
+        norm = jnp.sqrt(changed_squares(self.site, *fixed))
+        return jnp.where(norm > 0, self.magnitude.astype(norm.dtype) / jnp.where(norm > 0, norm, 1), 1)
+
+    def scaled(self, factor: Any) -> Self:
+        """The same update with `strength * factor`."""
+        return replace(self, strength=self.strength * jnp.asarray(factor, self.strength.dtype))
+
+
+def _per_column(per_weight: Array, columns: Array) -> Array:
+    """An array `[*batch]` that broadcasts against one of `[*batch, *out]`."""
+    return per_weight.reshape(per_weight.shape + (1,) * (columns.ndim - per_weight.ndim))
