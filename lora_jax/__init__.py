@@ -42,7 +42,12 @@ from lora_jax.methods import Dora as Dora
 from lora_jax.methods import Rows as Rows
 from lora_jax.methods import Shift as Shift
 from lora_jax.methods import methods as methods
+from lora_jax.optim import lora_fa as lora_fa
+from lora_jax.optim import lora_plus as lora_plus
+from lora_jax.optim import lora_plus_labels as lora_plus_labels
 from lora_jax.optim import optimizer as optimizer
+from lora_jax.optim import rate_pattern as rate_pattern
+from lora_jax.optim import riemannian as riemannian
 from lora_jax.sharding import adapter_sharding as adapter_sharding
 from lora_jax.site import Site as Site
 from lora_jax.site import Sites as Sites
