@@ -18,7 +18,7 @@ SITES = [
     Site(path="heads/w", shape=(6, 2, 4), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1, 2)),
     Site(path="conv/kernel", shape=(3, 2, 4, 7), dtype="float32", kind="conv", in_axes=(0, 1, 2), out_axes=(3,)),
     Site(path="scan/w", shape=(4, 3, 5), dtype="float32", kind="dense", in_axes=(0,), out_axes=(2,), batch_axes=(1,)),
-    Site(path="moe/w", shape=(2, 3, 4, 6), dtype="float32", kind="dense", in_axes=(3,), out_axes=(2,), batch_axes=(0, 1)),
+    Site(path="moe/w", shape=(2, 3, 4, 6), dtype="int8", kind="ragged", in_axes=(3,), out_axes=(2,), batch_axes=(0, 1)),
     Site(path="table/embedding", shape=(11, 4), dtype="float32", kind="embedding", in_axes=(0,), out_axes=(1,)),
 ]  # fmt: skip
 
