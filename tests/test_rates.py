@@ -119,8 +119,11 @@ def test_partition_by_label_is_the_same_as_factors() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_steps_keep_their_dtype(dtype: str) -> None:
     adapter = jax.tree.map(lambda leaf: leaf.astype(dtype), low_rank())
-    for tx in (lora.lora_plus(jnp.float32(3.0)), lora.rate_pattern({".*": 0.3})):
-        assert {leaf.dtype for leaf in jax.tree.leaves(run(tx, noise(adapter), adapter))} == {jnp.dtype(dtype)}
+    injected = optax.inject_hyperparams(lora.lora_plus, hyperparam_dtype=jnp.float32)(ratio=2.0, embedding=1.0)
+    for tx in (lora.lora_plus(jnp.float32(3.0)), lora.rate_pattern({".*": 0.3}), injected):
+        assert {
+            leaf.dtype for leaf in jax.tree.leaves(jax.jit(run, static_argnums=0)(tx, noise(adapter), adapter))
+        } == {jnp.dtype(dtype)}
 
 
 def test_ratio_can_be_injected_and_changed_without_compiling() -> None:
