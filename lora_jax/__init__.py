@@ -10,6 +10,10 @@ merged  = lora.merge(variables, adapter)                     # plain parameters 
 ```
 """
 
+# Families of things, under their own names.
+from lora_jax import methods as methods
+from lora_jax import optim as optim
+
 # What to adapt, and where a program can be adapted.
 # Adapters.
 from lora_jax.adapter import Adapter as Adapter
@@ -38,16 +42,7 @@ from lora_jax.io.orbax import load_config as load_config
 from lora_jax.io.orbax import save as save
 from lora_jax.merge import merge as merge
 from lora_jax.merge_report import merge_report as merge_report
-from lora_jax.methods import Dora as Dora
-from lora_jax.methods import Rows as Rows
-from lora_jax.methods import Shift as Shift
-from lora_jax.methods import methods as methods
-from lora_jax.optim import lora_fa as lora_fa
-from lora_jax.optim import lora_plus as lora_plus
-from lora_jax.optim import lora_plus_labels as lora_plus_labels
 from lora_jax.optim import optimizer as optimizer
-from lora_jax.optim import rate_pattern as rate_pattern
-from lora_jax.optim import riemannian as riemannian
 from lora_jax.sharding import adapter_sharding as adapter_sharding
 from lora_jax.site import Site as Site
 from lora_jax.site import Sites as Sites

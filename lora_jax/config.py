@@ -36,7 +36,7 @@ class LoraConfig:
       alpha_pattern: `{regex: alpha}`, likewise.
       rslora: scale by `alpha / sqrt(rank)`.
       dropout: probability of dropping elements of the input of A in training. As in PEFT, look-ups have none.
-      method: the variant of LoRA: `"lora"`, `"dora"`, or another of `lora_jax.methods()`.
+      method: the variant of LoRA: `"lora"`, `"dora"`, or another of `lora_jax.methods.names()`.
       init: how factors start: `"default"` (PEFT's), `"gaussian"`, `"orthogonal"`, or another of
         `lora_jax.initialisers()`.
       train: names of parameters, or of modules with all they hold, trained in full (PEFT `modules_to_save`) and never

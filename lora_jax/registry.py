@@ -128,6 +128,13 @@ def register_method(name: str) -> Callable[[_Method], _Method]:
 
     Raises:
       ConfigError: the name is taken.
+
+    Example:
+      >>> from lora_jax.updates import LowRank
+      >>> @register_method("example-lora")
+      ... class Mine(LowRank): ...
+      >>> "example-lora" in method_names()
+      True
     """
     METHODS.check_free(name)
 
@@ -138,12 +145,12 @@ def register_method(name: str) -> Callable[[_Method], _Method]:
     return add
 
 
-def methods() -> tuple[str, ...]:
+def method_names() -> tuple[str, ...]:
     """Names that `LoraConfig(method=...)` accepts.
 
     Example:
       >>> import lora_jax as lora
-      >>> {"lora", "dora"} <= set(lora.methods())
+      >>> {"lora", "dora"} <= set(lora.methods.names())
       True
     """
     return tuple(METHODS)

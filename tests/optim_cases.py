@@ -1,7 +1,6 @@
 """Adapters for the tests of optimizers: every shape of factors, and kinds of updates that only look like LowRank."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,8 +9,9 @@ import numpy as np
 from helpers import random_adapter
 
 from lora_jax.adapter import Adapter
+from lora_jax.methods import Dora, Rows
 from lora_jax.site import Site
-from lora_jax.updates import LowRank, Replace, Update
+from lora_jax.updates import LowRank, Replace, pytree
 
 SITES = [
     Site(path="dense/kernel", shape=(6, 5), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,)),
@@ -23,20 +23,7 @@ SITES = [
 ]  # fmt: skip
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["a", "b", "scale", "magnitude"], meta_fields=["site", "dropout"]
-)
-@dataclass(frozen=True)
-class WithMagnitude(LowRank):
-    """Factors and a magnitude, as DoRA has them."""
-
-    magnitude: Any = None
-
-    def trains(self) -> "WithMagnitude":
-        return replace(self, a=True, b=True, scale=False, magnitude=True)
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["a", "b", "scale"], meta_fields=["site", "dropout", "frozen"])
+@pytree("site", "dropout", "frozen")
 @dataclass(frozen=True)
 class Half(LowRank):
     """Factors of which one does not train."""
@@ -44,22 +31,7 @@ class Half(LowRank):
     frozen: str = "a"
 
     def trains(self) -> "Half":
-        return replace(self, a=self.frozen != "a", b=self.frozen != "b", scale=False)
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["site"])
-@dataclass(frozen=True)
-class TrainedRows(Update):
-    """Rows of a table, and no factors."""
-
-    rows: Any
-    site: Site
-
-    def trains(self) -> "TrainedRows":
-        return replace(self, rows=True)
-
-    def scaled(self, factor: Any) -> "TrainedRows":
-        raise TypeError
+        return replace(super().trains(), a=self.frozen != "a", b=self.frozen != "b")
 
 
 def full(path: str, *shape: int, like: Site | None = None) -> Replace:
@@ -81,13 +53,13 @@ def mixed(seed: int = 0) -> Adapter:
     table = replace(SITES[-1], path="tokens/embedding")
     return Adapter({
         **factors,
-        "dora/kernel": WithMagnitude(**fields | {"site": replace(one.site, path="dora/kernel")}, magnitude=jnp.ones(5)),
+        "dora/kernel": Dora.around(replace(one, site=replace(one.site, path="dora/kernel")), jnp.ones((6, 5))),
         "half/kernel": Half(**fields | {"site": replace(one.site, path="half/kernel")}),
         "head/kernel": full("head/kernel", like=SITES[0]),
         "head/bias": full("head/bias", 5),
         "scan/bias": full("scan/bias", 3, 5),
         "norm/scale": full("norm/scale", 5),
-        "tokens/embedding": TrainedRows(jnp.ones((2, 4)), table),
+        "tokens/embedding": Rows(jnp.ones((2, 4)), table, (3, 5)),
     })  # fmt: skip
 
 

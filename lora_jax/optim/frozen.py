@@ -24,8 +24,8 @@ def optimizer(tx: optax.GradientTransformation, tree: Any) -> optax.GradientTran
     Which leaves train is read off the tree given to `init` and `update`, so another adapter of another shape
     works too.
 
-    A transformation in `tx` that must know frozen leaves, as `lora_jax.lora_fa` must know scales, gets the whole tree
-    as optax's extra argument `unmasked_params`.
+    A transformation in `tx` that must know frozen leaves, as `lora_jax.optim.lora_fa` must know scales, gets the whole
+    tree as optax's extra argument `unmasked_params`.
 
     Differs from PEFT, which marks frozen parameters with `requires_grad=False` and leaves the filtering to the user.
 

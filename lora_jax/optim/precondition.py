@@ -53,7 +53,7 @@ def riemannian(reg: float = 1e-2) -> optax.GradientTransformationExtraArgs:
       >>> params = {"w": jnp.ones((4, 3))}
       >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)))
       >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
-      >>> tx = lora.optimizer(optax.chain(lora.riemannian(reg=0.01), optax.sgd(1.0)), adapter)
+      >>> tx = lora.optimizer(optax.chain(lora.optim.riemannian(reg=0.01), optax.sgd(1.0)), adapter)
       >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, adapter), tx.init(adapter), adapter)
       >>> round(float(updates["w"].a[0, 0]))  # b is zero: 1 / reg
       -100
@@ -108,7 +108,7 @@ def lora_fa(tx: optax.GradientTransformation, *, eps: float = 1e-8) -> optax.Gra
       >>> params = {"w": jnp.ones((4, 3))}
       >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)))
       >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
-      >>> tx = lora.optimizer(lora.lora_fa(optax.adam(0.1)), adapter)
+      >>> tx = lora.optimizer(lora.optim.lora_fa(optax.adam(0.1)), adapter)
       >>> state = tx.init(adapter)
       >>> sum(leaf.size for leaf in jax.tree.leaves(state))  # a count, and two moments of b alone
       13

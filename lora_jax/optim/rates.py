@@ -43,10 +43,10 @@ def lora_plus_labels(tree: Any) -> Any:
       >>> params = {"w": jnp.ones((4, 3))}
       >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)))
       >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
-      >>> jax.tree.leaves(lora.lora_plus_labels(adapter))  # a, b and the scale
+      >>> jax.tree.leaves(lora.optim.lora_plus_labels(adapter))  # a, b and the scale
       ['a', 'b', 'frozen']
       >>> groups = {"a": optax.adam(1e-3), "b": optax.sgd(0.1), "embedding": optax.adam(1e-6)}
-      >>> tx = lora.optimizer(optax.partition(groups, lora.lora_plus_labels), adapter)
+      >>> tx = lora.optimizer(optax.partition(groups, lora.optim.lora_plus_labels), adapter)
       >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, adapter), tx.init(adapter), adapter)
       >>> round(float(updates["w"].a[0, 0]), 6), round(float(updates["w"].b[0, 0]), 6)
       (-0.001, -0.1)
@@ -98,7 +98,7 @@ def lora_plus(ratio: Any = 16.0, *, embedding: Any = 1.0) -> optax.GradientTrans
       >>> params = {"w": jnp.ones((4, 3))}
       >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)))
       >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
-      >>> tx = lora.optimizer(optax.chain(optax.adam(1e-3), lora.lora_plus(ratio=16)), adapter)
+      >>> tx = lora.optimizer(optax.chain(optax.adam(1e-3), lora.optim.lora_plus(ratio=16)), adapter)
       >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, adapter), tx.init(adapter), adapter)
       >>> round(float(updates["w"].a[0, 0]), 6), round(float(updates["w"].b[0, 0]), 6)
       (-0.001, -0.016)
@@ -145,7 +145,7 @@ def rate_pattern(patterns: Patterns) -> optax.GradientTransformation:
       >>> fn = lambda p, x: x @ p["layers_0"]["w"] @ p["layers_1"]["w"]
       >>> sites = lora.find_sites(fn, params, jnp.ones((2, 4)))
       >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets=("w",)), params, sites)
-      >>> tx = lora.optimizer(optax.chain(optax.sgd(0.1), lora.rate_pattern({"layers_0/w": 0.5})), adapter)
+      >>> tx = lora.optimizer(optax.chain(optax.sgd(0.1), lora.optim.rate_pattern({"layers_0/w": 0.5})), adapter)
       >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, adapter), tx.init(adapter), adapter)
       >>> [round(float(update.b[0, 0]), 6) for update in updates.values()]
       [-0.05, -0.1]

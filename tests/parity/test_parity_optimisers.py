@@ -85,7 +85,7 @@ def test_lora_plus(options: dict[str, Any], tmp_path: Path) -> None:
     theirs = create_loraplus_optimizer(
         pair.model, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=16, loraplus_lr_embedding=1e-4, eps=1e-8
     )
-    assert_same_steps(pair, theirs, optax.chain(adamw(), lora.lora_plus(16, embedding=1e-4 / RATE)))
+    assert_same_steps(pair, theirs, optax.chain(adamw(), lora.optim.lora_plus(16, embedding=1e-4 / RATE)))
 
 
 def no_biases(tree: Any) -> Any:
@@ -98,7 +98,7 @@ def test_lora_plus_decays_all_but_biases(tmp_path: Path) -> None:
         pair.model, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=16, loraplus_lr_embedding=1e-4, loraplus_weight_decay=DECAY
     )  # fmt: skip
     base = adamw(weight_decay=DECAY, mask=no_biases)
-    assert_same_steps(pair, theirs, optax.chain(base, lora.lora_plus(16, embedding=1e-4 / RATE)))
+    assert_same_steps(pair, theirs, optax.chain(base, lora.optim.lora_plus(16, embedding=1e-4 / RATE)))
 
 
 def test_lora_plus_groups(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_lora_plus_groups(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in pair.trained:
             parameter.fill_(rates[id(parameter)])
-    labels = lora.lora_plus_labels(pair.adapter())
+    labels = lora.optim.lora_plus_labels(pair.adapter())
     expected = {"a": 1.0, "b": 3.0, "embedding": 2.0}
 
     def check(label: str, leaf: jax.Array) -> None:
@@ -135,7 +135,7 @@ def test_riemannian(optimizer: Any, reg: float, tmp_path: Path) -> None:
     pair = Pair(tmp_path, {**LINEAR, "modules_to_save": ["head"], "bias": "all"})
     theirs = create_riemannian_optimizer(pair.model, optimizer, lr=RATE, reg=reg, weight_decay=0.0)
     base = adamw() if optimizer is torch.optim.AdamW else optax.sgd(RATE)
-    assert_same_steps(pair, theirs, optax.chain(lora.riemannian(reg), base))
+    assert_same_steps(pair, theirs, optax.chain(lora.optim.riemannian(reg), base))
 
 
 def test_lora_fa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_lora_fa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = create_lorafa_optimizer(pair.model, r=2, lora_alpha=5, lr=RATE)
     # Theirs is added before the bias correction, optax's after it.
     theirs.param_groups[0]["eps"] = 1e-12
-    end = assert_same_steps(pair, theirs, lora.lora_fa(optax.adam(RATE, eps=1e-12)))
+    end = assert_same_steps(pair, theirs, lora.optim.lora_fa(optax.adam(RATE, eps=1e-12)))
     for path, update in end.items():
         if isinstance(update, lora.LowRank):
             np.testing.assert_array_equal(update.a, start[path].a)
