@@ -33,6 +33,7 @@ from lora_jax.errors import MergeError as MergeError
 from lora_jax.errors import ParameterError as ParameterError
 from lora_jax.init import init as init
 from lora_jax.init import initialisers as initialisers
+from lora_jax.init import loftq as loftq
 
 # Disk.
 from lora_jax.io import hub as hub
@@ -40,6 +41,7 @@ from lora_jax.io import peft as peft
 from lora_jax.io.orbax import load as load
 from lora_jax.io.orbax import load_config as load_config
 from lora_jax.io.orbax import save as save
+from lora_jax.merge import absorb as absorb
 from lora_jax.merge import merge as merge
 from lora_jax.merge_report import merge_report as merge_report
 from lora_jax.optim import optimizer as optimizer

@@ -23,7 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors", "site"],
     ["paths", "checks", "registry", "peft_fields", "config", "selection"],
-    ["updates", "adapter", "fit", "methods"],
+    ["updates", "adapter", "fit", "svd", "methods"],
     ["engine"],
     ["apply", "sites"],
     ["init", "merge", "merge_report", "optim", "summary", "sharding", "io", "nnx"],

@@ -16,16 +16,22 @@ from lora_jax.config import LoraConfig
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.init.default import default
 from lora_jax.init.gaussian import gaussian
+from lora_jax.init.loftq import loftq
+from lora_jax.init.olora import olora
 from lora_jax.init.orthogonal import orthogonal
+from lora_jax.init.pissa import milora, pissa, pissa_niter
 from lora_jax.methods.rows import Rows, rows_of
 from lora_jax.methods.shift import Shift
 from lora_jax.paths import is_array, named_leaves
-from lora_jax.registry import INITS, METHODS, Data, Entry, Initialiser, initialisers, register
+from lora_jax.registry import METHODS, Data, Entry, Initialiser, find_init, initialisers, register
 from lora_jax.selection import select
 from lora_jax.site import Site, Sites, full_site
 from lora_jax.updates import Replace, Start, Update, widened
 
-__all__ = ["Initialiser", "default", "gaussian", "init", "initialisers", "orthogonal", "register"]
+__all__ = [
+    "Initialiser", "default", "gaussian", "init", "initialisers", "loftq", "milora", "olora", "orthogonal", "pissa",
+    "pissa_niter", "register",
+]  # fmt: skip
 
 
 def init(key: Any, config: LoraConfig, params: Any, sites: Sites) -> Adapter:
@@ -75,7 +81,7 @@ def init(key: Any, config: LoraConfig, params: Any, sites: Sites) -> Adapter:
 
 def _start(key: jax.Array, config: LoraConfig, site: Site, leaves: Mapping[str, Any]) -> Update:
     """The update that the config's method starts with at one site."""
-    entry, rank = INITS.find(config.init), config.rank_for(site.path)
+    entry, rank = find_init(config.init), config.rank_for(site.path)
     name = np.uint32(crc32(site.path.encode()))
     scale = jnp.full(site.batch_shape, config.scale_for(site.path), jnp.float32)
 
@@ -92,10 +98,10 @@ def _start(key: jax.Array, config: LoraConfig, site: Site, leaves: Mapping[str, 
 
     given = Start(
         site=site, rank=rank, scale=scale, dropout=config.dropout, dtype=config.param_dtype,
-        key=jax.random.fold_in(key, name), factors=factors, weight=weight,
+        key=jax.random.fold_in(key, name), seed=config.seed, factors=factors, weight=weight,
     )  # fmt: skip
     try:
-        return METHODS.find(config.method).start(given)
+        return METHODS.find(config.method).update.start(given)
     except ConfigError as error:
         raise ConfigError(f"{site.path}: {error}") from None
 
@@ -109,7 +115,9 @@ def _draw(
     stacks = {name: _stacked(site, value, count) for name, value in data.items()}
 
     def draw(key: jax.Array, stacks: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return entry.draw(key, site, rank, dtype, **{name: widened(value) for name, value in stacks.items()})
+        known = {name: widened(value) for name, value in stacks.items()}
+        numbered = {} if entry.number is None else {"number": entry.number}
+        return entry.draw(key, site, rank, dtype, **known, **numbered)
 
     if not site.batch_axes:
         a, b = draw(key, {name: value[0] for name, value in stacks.items()})

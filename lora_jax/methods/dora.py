@@ -11,7 +11,7 @@ from lora_jax.registry import register_method
 from lora_jax.updates import Array, Change, LowRank, Start, pytree
 
 
-@register_method("dora")
+@register_method("dora", lora_bias=False)
 @pytree("site", "dropout")
 @dataclass(frozen=True, kw_only=True)
 class Dora(LowRank):
@@ -92,6 +92,11 @@ class Dora(LowRank):
         fixed = jax.lax.stop_gradient((weight, self.base_squares, self.pairs()))
         norm = jnp.sqrt(changed_squares(self.site, *fixed))
         return jnp.where(norm > 0, self.magnitude.astype(norm.dtype) / jnp.where(norm > 0, norm, 1), 1)
+
+    def absorbed(self, weight: Array) -> tuple[Array, Self]:
+        """The parameter without the start, and the update with the norms of that one."""
+        weight, update = super().absorbed(weight)
+        return weight, replace(update, base_squares=squares(self.site, weight))
 
     def scaled(self, factor: Any) -> Self:
         """The same update with `strength * factor`."""
