@@ -129,10 +129,9 @@ def find_init(name: Any) -> Entry:
     Raises:
       ConfigError: there is none; the message lists those there are.
     """
-    number = re.search(r"(?<=_)[1-9]\d*$", name) if isinstance(name, str) and name not in INITS.entries else None
-    if number is None:
-        return INITS.find(name)
-    return replace(INITS.find(f"{name[: number.start()]}N"), number=int(number[0]))
+    number = re.search(r"(?<=_)[1-9]\d*$", name) if isinstance(name, str) else None
+    family = INITS.entries.get(f"{name[: number.start()]}N") if number else None
+    return INITS.find(name) if number is None or family is None else replace(family, number=int(number[0]))
 
 
 def initialisers() -> tuple[str, ...]:
