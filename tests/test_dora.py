@@ -168,3 +168,20 @@ def test_norms_are_computed_once_outside_a_loop() -> None:
     adapter = lora.init(jax.random.key(0), config, params, lora.find_sites(fn, params, x))
     loss = partial(lambda params, adapter: lora.adapt(fn)(params, adapter, x).sum(), params)
     assert str(jax.make_jaxpr(jax.grad(loss))(adapter)).count(" sqrt ") == 1
+
+
+def test_gains_are_computed_once_for_evaluation() -> None:
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 12, 12))}
+    fn = lambda params, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]  # noqa: E731
+    x = jax.random.normal(jax.random.key(2), (4, 12))
+    site = lora.find_sites(fn, params, x)["w"]
+    made = lora.methods.Dora.around(random_adapter([site])["w"], params["w"])
+    adapter = lora.Adapter({"w": replace(made, magnitude=made.magnitude * 1.5)})
+    fixed = lora.methods.precompute(params, adapter)
+    assert_close(lora.adapt(fn)(params, fixed, x), lora.adapt(fn)(params, adapter, x))
+    assert_close(lora.merge(params, fixed), lora.merge(params, adapter))
+    assert_close(lora.merge(params, lora.scale(fixed, 0.5)), lora.merge(params, lora.scale(adapter, 0.5)))
+    assert "sqrt" not in str(jax.make_jaxpr(lora.adapt(fn))(params, fixed, x))
+    assert not any(jax.tree.leaves(lora.trainable(fixed)))
+    with pytest.raises(lora.CheckpointError, match="PEFT's files have no place for 'w', which is a Gained"):
+        lora.peft.save("never-written", fixed)

@@ -1,7 +1,7 @@
 """One module per variant of LoRA: what an adapter holds at a parameter, and what that makes of the parameter."""
 
 from lora_jax.methods.adalora import AdaLora, trim
-from lora_jax.methods.dora import Dora
+from lora_jax.methods.dora import Dora, Gained, precompute
 from lora_jax.methods.lora_fa import FrozenA
 from lora_jax.methods.lora_xs import LoraXS
 from lora_jax.methods.rows import Rows
@@ -10,4 +10,7 @@ from lora_jax.methods.vera import Vera
 from lora_jax.registry import method_names as names
 from lora_jax.registry import register_method
 
-__all__ = ["AdaLora", "Dora", "FrozenA", "LoraXS", "Rows", "Shift", "Vera", "names", "register_method", "trim"]
+__all__ = [
+    "AdaLora", "Dora", "FrozenA", "Gained", "LoraXS", "Rows", "Shift", "Vera", "names", "precompute", "register_method",
+    "trim",
+]  # fmt: skip
