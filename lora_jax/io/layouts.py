@@ -62,7 +62,7 @@ def shapes(site: Site, target: Target, rank: int) -> tuple[tuple[int, ...], tupl
     if site.kind == "conv":
         channels = _channels(site)
         kernel = into[:channels] + into[channels + 1 :]
-        return (rank, into[channels], *kernel), (out, rank, *(1,) * len(kernel))
+        return (rank, into[channels] * site.groups, *kernel), (out, rank // site.groups, *(1,) * len(kernel))
     stacked = rank * (site.batch_shape[-1] if target.parameter else 1)
     return (stacked, site.fan_in), (out, stacked)
 
@@ -108,14 +108,13 @@ def weight_from_torch(site: Site, value: np.ndarray, *, transposed: bool) -> np.
 
 
 def _channels(site: Site) -> int:
-    """Which of a convolution's input axes counts channels: the one beside the outputs, as in `HWIO` and `OIHW`."""
-    distances = [abs(axis - site.out_axes[0]) for axis in site.in_axes]
-    if distances.count(min(distances)) > 1:
+    """Which of a convolution's input axes counts channels."""
+    if site.channel_axis is None:
         raise CheckpointError(
-            f"{site.path!r} has its outputs (axis {site.out_axes[0]}) between its input axes, as a transposed "
-            "convolution has, and PEFT adapts none. Leave it out."
+            f"{site.path!r} is a transposed convolution, which PEFT does not adapt, or its Site does not tell which "
+            "axis counts channels. Leave it out, or pass sites= from find_sites (Site(channel_axis=...) by hand)."
         )
-    return distances.index(min(distances))
+    return site.in_axes.index(site.channel_axis)
 
 
 def _rotated(flat: np.ndarray, part: Part, *, back: bool) -> np.ndarray:

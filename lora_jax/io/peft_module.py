@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax.errors import CheckpointError, ParameterError
 from lora_jax.io import columns, layouts
 from lora_jax.io.columns import Column
+from lora_jax.io.groups import grouped
 from lora_jax.io.join import Piece, join
 from lora_jax.io.peft_delta import Module, ModuleKind
 from lora_jax.io.targets import Target
@@ -50,6 +51,8 @@ class ModuleMaker:
         span, stacked = target.part.span, target.parameter
         a, b, scale = join(pieces, (span.groups, span.size), stacked=stacked)
         a, b = layouts.packed(a, b.reshape(*b.shape[:-2], span.total), stacked=stacked)
+        if site.groups > 1:
+            a, b = grouped(a, b, site.groups)
         rank = len(a) // (site.batch_shape[-1] if stacked else 1)
         kinds: dict[str, ModuleKind] = {"conv": "conv", "embedding": "embedding"}
         kind = "parameter" if stacked else kinds.get(site.kind, "linear")
@@ -125,8 +128,10 @@ def _piece(update: LowRank, target: Target) -> Piece | None:
 
 
 def _magnitudes(update: Dora, target: Target) -> Column:
-    if target.parameter or (np.asarray(update.strength) != 1).any():
-        why = "PEFT has no DoRA for a stack of experts" if target.parameter else "PEFT cannot scale DoRA's effect"
+    if target.parameter or update.site.groups > 1 or (np.asarray(update.strength) != 1).any():
+        kind = "a stack of experts" if target.parameter else "a convolution in groups"
+        scaled = not target.parameter and update.site.groups == 1
+        why = "PEFT cannot scale DoRA's effect" if scaled else f"PEFT has no DoRA for {kind}"
         raise CheckpointError(f"{update.site.path!r}: {why}. Leave it out, or merge it.")
     own = np.asarray(update.magnitude[target.index], np.float32)
     return Column(update.site, target.part, own / np.float32(target.part.gain))

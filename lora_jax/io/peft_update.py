@@ -11,6 +11,7 @@ import numpy as np
 from lora_jax.errors import CheckpointError
 from lora_jax.io import columns, layouts
 from lora_jax.io.columns import Share
+from lora_jax.io.groups import ungrouped
 from lora_jax.io.join import Piece, join, stack
 from lora_jax.io.peft_delta import Module
 from lora_jax.io.targets import Target
@@ -40,6 +41,7 @@ class UpdateMaker:
         """A parameter's own of a module's factors; None if the module has nothing but zeros for it."""
         (site, target), experts = place, place.site.batch_shape[-1] if place.target.parameter else 0
         a, b = (array.astype(np.float32) for array in (module.a, module.b))
+        a, b = ungrouped(f"{self.where}: {name}", a, b, site.groups) if site.groups > 1 else (a, b)
         a, b = layouts.unpacked(a, b, experts=experts)
         magnitude, bias = (self._columns(name, place, each) for each in (module.magnitude, module.b_bias))
         if magnitude is None and not target.part.span.whole:

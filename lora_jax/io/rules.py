@@ -112,6 +112,8 @@ class Rule:
 
     def _split(self, site: Site) -> list[Part]:
         sizes = site.sizes(site.out_axes)
+        if site.groups > 1 and self._count > 1:
+            raise MatchError(f"{site.path!r} is a convolution in groups, whose outputs several modules cannot share")
         if self.axis >= len(sizes):
             raise MatchError(f"The rule for {site.path!r} splits output axis {self.axis}, but it has {len(sizes)}")
         shares = self.shares or (1,) * self._count
