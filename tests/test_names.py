@@ -113,6 +113,7 @@ ROWS = {
     "HF Llama": Row("hf_flax", site("params/model/layers/0/mlp/up_proj/kernel", (6, 8), "io"), one("model.layers.0.mlp.up_proj", 6)),
     "HF Gemma": Row("hf_flax_gemma", site("model/layers/0/mlp/up_proj/kernel", (6, 8), "io"), one("model.layers.0.mlp.up_proj", 6)),
     "HF BERT": Row("hf_flax", site("bert/encoder/layer/1/attention/self/query/kernel", (6, 8), "io"), one(BERT, 6)),
+    "HF masked BERT": Row("hf_flax_bert", site("bert/encoder/layer/1/attention/self/query/kernel", (6, 8), "io"), one(BERT, 6)),
     "HF T5": Row("hf_flax", site("encoder/block/0/layer/0/SelfAttention/q/kernel", (6, 8), "io"), one("encoder.block.0.layer.0.SelfAttention.q", 6)),
     "HF GPT-2": Row("hf_flax_gpt2", site("transformer/h/0/attn/c_attn/kernel", (12, 4), "oi"), lambda w: {"transformer.h.0.attn.c_attn": w}),
     "tunix Llama": Row("tunix", site("layers/1/attn/o_proj/w", (3, 4, 6), "iio"), one(LLAMA.format(1, "o"), 12)),
@@ -208,6 +209,7 @@ def test_every_known_map_is_in_the_table() -> None:
 
 def test_known_maps_name_whole_parameters() -> None:
     norms = {
+        "hf_flax_bert": ("params/cls/predictions/bias", "cls.predictions"),
         "lora_jax": ("params/layers_3/mlp_norm/scale", "model.layers.3.post_attention_layernorm"),
         "hf_flax_gemma": ("model/layers/3/input_layernorm/scale", "model.layers.3.input_layernorm"),
         "hf_flax_gpt2": ("transformer/h/3/ln_1/bias", "transformer.h.3.ln_1"),
