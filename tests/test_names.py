@@ -413,6 +413,8 @@ def test_the_first_rule_that_matches_decides() -> None:
         (Rule("layers/q/kernel", "layers.{i}.q"), "layers/q/bias"),
         (Rule("q/kernel", "q", rotary=4), "q/bias"),
         (Rule("q/kernel", "q", query_scaled=True), "q/kernel"),
+        (Rule(PATHS, "qkv"), PATHS[1]),
+        (Rule(PATHS, "qkv"), "attn/v/bias"),
     ],
 )
 def test_whole_parameters_with_other_numbers_in_pytorch_are_refused(rule: Rule, path: str, tmp_path: Path) -> None:

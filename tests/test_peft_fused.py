@@ -147,6 +147,17 @@ def test_a_bias_on_b_without_factors_of_its_own_part(tmp_path: Path) -> None:
     assert_close(read_peft(tmp_path / "b").modules["h.0.qkv"].arrays(), module.arrays())
 
 
+def test_whole_tensors_of_fused_modules_are_refused(tmp_path: Path) -> None:
+    saved = {
+        f"h.0.{name}": np.ones(shape, np.float32) for name, shape in {"qkv.weight": (9, 6), "qkv.bias": (9,)}.items()
+    }
+    write_peft(tmp_path / "a", PeftFiles({"r": 2, "modules_to_save": ["0.qkv"]}, {}, saved))
+    _, unmatched = lora.peft.load(tmp_path / "a", PARAMS, SITES, NAMES, strict=False)
+    parts = ", ".join(f"h_0/{part}/kernel" for part in PARTS)
+    why = f"is one tensor, and {parts} here, stacked, fused or with other numbers: only factors are taken apart"
+    assert unmatched.mismatched == (f"h.0.qkv.bias {why}", f"h.0.qkv.weight {why}")
+
+
 # Experts: a stack of weights that PyTorch keeps with both projections in one.
 
 

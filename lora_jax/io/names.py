@@ -124,9 +124,9 @@ class Names:
         template = rule.templates[0] if rule else self._identity(path)
         if rule and (not rule.whole or any(hole not in known for hole in holes((template,)))):
             raise MatchError(
-                f"{path!r} is stored stacked, fused, or with other numbers than in PyTorch ({template}), which is "
-                "possible for low-rank factors only. Train it in an unstacked model, or leave it out of the export: "
-                f"adapter.without({path!r})"
+                f"{path!r} is stored stacked, fused, or with other numbers than in PyTorch ({template}), or PyTorch "
+                "fuses it with others, which is possible for low-rank factors only. Train it in a model without that, "
+                f"or leave it out of the export: adapter.without({path!r})"
             )
         return filled(template, known)
 
