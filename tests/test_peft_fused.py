@@ -213,7 +213,7 @@ def test_shares_stand_in_for_sites_that_are_not_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rules", "sites", "message"),
     [
-        ([Rule(("q", "k"), "qk", shares=(2, 1))], [dense("q", 6, 4), dense("k", 6, 4)], r"shares=\(2, 1\), but 'k' has 4, 'q' has 4"),
+        ([Rule(("q", "k"), "qk", shares=(2, 1))], [dense("q", 6, 4), dense("k", 6, 4)], r"shares=\(2, 1\), but 'q' has 4, 'k' has 4"),
         ([Rule(("q", "k"), "qk", shares=(3, 2))], [dense("q", 6, 4)], r"shares=\(3, 2\), but 'q' has 4 outputs"),
         ([Rule(("q", "k"), "qk", interleaved=3)], [dense("q", 6, 3), dense("k", 6, 4)], r"3 groups, which do not divide \[3, 4\]"),
         ([Rule(("q", "k"), "qk", interleaved=-1, shares=(1, 1))], [dense("q", 6, 4)], "with 'k', whose size is not known"),

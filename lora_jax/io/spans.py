@@ -92,12 +92,7 @@ def find_span(
     for path in paths:
         _check_alike(sites[own], sites.get(path, sites[own]))
     sizes = _sizes(own, paths, sites, shares)
-    groups = interleaved if interleaved > 0 else min(sites[path].sizes(sites[path].out_axes)[0] for path in paths)
-    if any(size % groups for size in sizes):
-        raise MatchError(
-            f"The rule for {', '.join(paths)} interleaves {groups} groups, which do not divide {sizes} outputs evenly. "
-            "Give it interleaved=, the number of key and value heads."
-        )
+    groups = _groups(paths, sites, sizes, interleaved)
     place = list(paths).index(own)
     start, stop = (sum(sizes[:end]) // groups for end in (place, place + 1))
     return Span(start, stop, sum(sizes) // groups, groups)
@@ -108,12 +103,22 @@ def _sizes(own: str, paths: Sequence[str], sites: Mapping[str, Site], shares: Se
     if not shares:
         return [sites[path].fan_out for path in paths]
     unit = sites[own].fan_out / shares[list(paths).index(own)]
-    wrong = {path: sites[path].fan_out for path in paths if path in sites}
-    wrong = {path: size for path, size in wrong.items() if size != unit * shares[list(paths).index(path)]}
-    if wrong or unit % 1:
-        known = ", ".join(f"{path!r} has {size}" for path, size in ({own: sites[own].fan_out} | wrong).items())
-        raise MatchError(f"The rule for {', '.join(paths)} has shares={tuple(shares)}, but {known} outputs")
-    return [int(unit) * share for share in shares]
+    known = {path: sites[path].fan_out for path in paths if path in sites}
+    wanted = {path: unit * share for path, share in zip(paths, shares, strict=True)}
+    if unit % 1 or any(wanted[path] != size for path, size in known.items()):
+        given = ", ".join(f"{path!r} has {size}" for path, size in known.items())
+        raise MatchError(f"The rule for {', '.join(paths)} has shares={tuple(shares)}, but {given} outputs")
+    return [int(size) for size in wanted.values()]
+
+
+def _groups(paths: Sequence[str], sites: Mapping[str, Site], sizes: list[int], interleaved: int) -> int:
+    groups = interleaved if interleaved > 0 else min(sites[path].sizes(sites[path].out_axes)[0] for path in paths)
+    if any(size % groups for size in sizes):
+        raise MatchError(
+            f"The rule for {', '.join(paths)} interleaves {groups} groups, which do not divide {sizes} outputs evenly. "
+            "Give it interleaved=, the number of key and value heads."
+        )
+    return groups
 
 
 def _check_alike(own: Site, other: Site) -> None:
