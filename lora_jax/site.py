@@ -31,9 +31,13 @@ class Site:
       uses: how many times the program uses the parameter linearly (a scan body counts once).
       head: whether the result is an output of the program (an output head), possibly after a
         bias, a cast or another function of each element.
+      channel_axis: of a convolution, the input axis that counts channels (those of one group); the others are its
+        window. None where the program does not tell, or convolves as no layer of PyTorch's does (transposed).
+      groups: of a convolution, how many groups of channels are convolved apart (`feature_group_count`).
 
     Raises:
-      ParameterError: the axes do not account for every axis of the shape exactly once.
+      ParameterError: the axes do not account for every axis of the shape exactly once, or `channel_axis` is no input
+        axis.
 
     Example:
       >>> site = Site(path="w", shape=(3, 4, 5), dtype="float32", kind="dense",
@@ -51,8 +55,12 @@ class Site:
     batch_axes: tuple[int, ...] = ()
     uses: int = 1
     head: bool = False
+    channel_axis: int | None = None
+    groups: int = 1
 
     def __post_init__(self) -> None:
+        if self.channel_axis is not None and self.channel_axis not in self.in_axes:
+            raise ParameterError(f"Site {self.path!r}: channel_axis={self.channel_axis} is none of {self.in_axes}")
         axes = (*self.in_axes, *self.out_axes, *self.batch_axes)
         if self.kind != "full" and sorted(axes) != list(range(len(self.shape))):
             raise ParameterError(

@@ -74,6 +74,7 @@ def _site(path: str, leaf: Any, uses: list[Use], heads: set[int]) -> Site:
         path=path, shape=tuple(leaf.shape), dtype=jnp.dtype(leaf.dtype).name, kind=use.kind,
         in_axes=use.in_axes, out_axes=use.out_axes, batch_axes=use.batch_axes,
         uses=len(uses), head=any(use.equation in heads for use in uses),
+        channel_axis=use.channel_axis, groups=use.groups,
     )  # fmt: skip
 
 

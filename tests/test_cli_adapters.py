@@ -1,7 +1,12 @@
 """The verbs that work on adapters and checkpoints on disk: merge, convert, inspect."""
 
 import json
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
+from subprocess import PIPE
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +79,47 @@ def test_merge_stopped_by_ctrl_c(
     assert main(["merge", str(base), str(GOLDEN / "linear"), str(tmp_path / "merged")]) == 130
     assert capsys.readouterr().err == "lora-jax: stopped; nothing was left behind\n"
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+_SLOW = """
+import sys, time, lora_jax.io.hf.merge as merge
+def write_file(*args, **kwargs):
+    print("writing", flush=True)
+    time.sleep(60)
+merge.write_file = write_file
+from lora_jax.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_merge_stopped_by_sigterm(base: Path, tmp_path: Path) -> None:
+    paths = [str(base), str(GOLDEN / "linear"), str(tmp_path / "merged")]
+    run = subprocess.Popen([sys.executable, "-c", _SLOW, "merge", *paths], stdout=PIPE, stderr=PIPE, text=True)
+    assert run.stdout is not None and any("writing" in line for line in run.stdout)
+    assert len(list(tmp_path.iterdir())) == 2, "the hidden directory stands beside OUT"
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=30)
+    assert (run.returncode, said) == (143, "lora-jax: stopped; nothing was left behind\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+def test_the_handler_of_sigterm_is_put_back(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    former = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("lora_jax.io.hf.merge.write_file", stop)
+    arguments = ["merge", str(base), str(GOLDEN / "linear"), str(tmp_path / "merged")]
+    assert main(arguments) == 143
+    assert signal.getsignal(signal.SIGTERM) is former
+    monkeypatch.undo()
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(main(arguments)))
+    thread.start()
+    thread.join()
+    assert codes == [0], "no thread but the main one may set handlers"
 
 
 def test_convert_there_and_back(adapter: lora.Adapter, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Names and layouts: every rule is checked on numbers, against PyTorch's weight written out by hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +113,7 @@ ROWS = {
     "HF Llama": Row("hf_flax", site("params/model/layers/0/mlp/up_proj/kernel", (6, 8), "io"), one("model.layers.0.mlp.up_proj", 6)),
     "HF Gemma": Row("hf_flax_gemma", site("model/layers/0/mlp/up_proj/kernel", (6, 8), "io"), one("model.layers.0.mlp.up_proj", 6)),
     "HF BERT": Row("hf_flax", site("bert/encoder/layer/1/attention/self/query/kernel", (6, 8), "io"), one(BERT, 6)),
+    "HF masked BERT": Row("hf_flax_bert", site("bert/encoder/layer/1/attention/self/query/kernel", (6, 8), "io"), one(BERT, 6)),
     "HF T5": Row("hf_flax", site("encoder/block/0/layer/0/SelfAttention/q/kernel", (6, 8), "io"), one("encoder.block.0.layer.0.SelfAttention.q", 6)),
     "HF GPT-2": Row("hf_flax_gpt2", site("transformer/h/0/attn/c_attn/kernel", (12, 4), "oi"), lambda w: {"transformer.h.0.attn.c_attn": w}),
     "tunix Llama": Row("tunix", site("layers/1/attn/o_proj/w", (3, 4, 6), "iio"), one(LLAMA.format(1, "o"), 12)),
@@ -180,8 +182,8 @@ def _sorted(weights: Weights) -> Weights:
     return {name: weights[name].astype(np.float32) for name in sorted(weights)}
 
 
-def _zeros(of: Site) -> dict[str, object]:
-    return nested({of.path: np.zeros(of.shape, np.float32)})
+def _zeros(*sites: Site) -> dict[str, object]:
+    return nested({of.path: np.zeros(of.shape, np.float32) for of in sites})
 
 
 def _random_files(shapes: dict[str, tuple[int, ...]], table: bool) -> PeftFiles:
@@ -207,6 +209,7 @@ def test_every_known_map_is_in_the_table() -> None:
 
 def test_known_maps_name_whole_parameters() -> None:
     norms = {
+        "hf_flax_bert": ("params/cls/predictions/bias", "cls.predictions"),
         "lora_jax": ("params/layers_3/mlp_norm/scale", "model.layers.3.post_attention_layernorm"),
         "hf_flax_gemma": ("model/layers/3/input_layernorm/scale", "model.layers.3.input_layernorm"),
         "hf_flax_gpt2": ("transformer/h/3/ln_1/bias", "transformer.h.3.ln_1"),
@@ -221,6 +224,107 @@ def test_known_maps_name_whole_parameters() -> None:
     assert {known: find_names(known).module(path) for known, (path, _) in norms.items()} == {
         known: module for known, (_, module) in norms.items()
     }
+
+
+# Modules that PyTorch fuses: parameters by path on one side, weights by module on the other.
+
+
+class Fused(NamedTuple):
+    """Parameters that are one module in PyTorch, and its weights `(out, in)` for their values, in order."""
+
+    names: Names
+    sites: tuple[Site, ...]
+    torch: Callable[..., Weights]
+
+
+def out_in(w: np.ndarray, rows: int = 6) -> np.ndarray:
+    return w.reshape(rows, -1).T
+
+
+def interleaved(groups: int, *weights: np.ndarray) -> np.ndarray:
+    """Rows of several weights, a group of each at a time."""
+    return np.concatenate(
+        [np.concatenate([w.reshape(groups, -1, w.shape[-1])[g] for w in weights]) for g in range(groups)]
+    )
+
+
+PATHS = ("attn/q/kernel", "attn/k/kernel", "attn/v/kernel")
+GQA = (site(PATHS[0], (6, 4, 2), "ioo"), site(PATHS[1], (6, 2, 2), "ioo"), site(PATHS[2], (6, 2, 2), "ioo"))
+STACKED = tuple(site(f"params/h/{n}/w", shape, "ibo") for n, shape in {"gate": (6, 3, 5), "up": (6, 3, 2)}.items())
+FUSED = {
+    "unequal": Fused(Names([(PATHS, "attn.qkv")]), GQA, lambda *w: {"attn.qkv": np.concatenate([*map(out_in, w)])}),
+    "other layouts of each": Fused(
+        Names([(("m/q", "m/k"), "qk")]), (site("m/q", (2, 6, 4), "oio"), site("m/k", (3, 3, 2), "ioi")),
+        lambda q, k: {"qk": np.concatenate([q.transpose(0, 2, 1).reshape(8, 6), k.transpose(1, 0, 2).reshape(3, 6)])},
+    ),
+    "stacked": Fused(
+        Names([(("h/gate/w", "h/up/w"), "h.{i}.gate_up")]), STACKED,
+        lambda g, u: {f"h.{i}.gate_up": np.concatenate([g[:, i].T, u[:, i].T]) for i in range(3)},
+    ),
+    "rotary but for the values": Fused(
+        Names([Rule(PATHS, "qkv", rotary=(4, -1, 0))]),
+        (site(PATHS[0], (6, 8), "io"), site(PATHS[1], (6, 1, 4), "ioo"), site(PATHS[2], (6, 4), "io")),
+        lambda q, k, v: {"qkv": np.concatenate([halves(out_in(q), 4), halves(out_in(k), 4), out_in(v)])},
+    ),
+    "scaled query": Fused(
+        Names([Rule(PATHS, "qkv", query_scaled=(True, False, False))]), GQA,
+        lambda q, k, v: {"qkv": np.concatenate([out_in(q) * np.sqrt(2), out_in(k), out_in(v)])},
+    ),
+    "interleaved by heads": Fused(
+        Names([Rule(PATHS, "qkv", interleaved=-1)]), GQA,
+        lambda *w: {"qkv": interleaved(2, *map(out_in, w))},
+    ),
+    "interleaved by number": Fused(
+        Names([Rule(PATHS[1:], "kv", interleaved=4)]), GQA[1:], lambda *w: {"kv": interleaved(4, *map(out_in, w))},
+    ),
+}  # fmt: skip
+
+
+def fused_weights(row: Fused, adapter: lora.Adapter) -> Weights:
+    values = [np.asarray(adapter[of.path].delta()) if of.path in adapter else np.zeros(of.shape) for of in row.sites]
+    return _sorted(row.torch(*values))
+
+
+def own_adapter(sites: Sequence[Site]) -> lora.Adapter:
+    """Factors of another rank for each."""
+    found = [random_adapter([of], seed=rank, rank=rank) for rank, of in enumerate(sites, start=1)]
+    return lora.Adapter({path: update for each in found for path, update in each.items()})
+
+
+@pytest.mark.parametrize("row", FUSED.values(), ids=FUSED)
+def test_fused_modules_are_written_and_come_back(row: Fused, tmp_path: Path) -> None:
+    complete, params = own_adapter(row.sites), _zeros(*row.sites)
+    for count in range(1, len(row.sites) + 1):
+        for place, chosen in enumerate(combinations(row.sites, count)):
+            adapter = lora.Adapter({of.path: complete[of.path] for of in chosen})
+            folder = tmp_path / f"{count}-{place}"
+            lora.peft.save(folder, adapter, row.names, sites=Sites(row.sites))
+            files = read_peft(folder)
+            written = {name: np.float32(files.scale(name)) * _product(module) for name, module in files.modules.items()}
+            assert_close(_sorted(written), fused_weights(row, adapter))
+            assert {len(module.a) for module in files.modules.values()} == {sum(each.rank for each in adapter.values())}
+            loaded = lora.peft.load(folder, params, Sites(row.sites), row.names)
+            assert {path: each.rank for path, each in loaded.items()} == {p: each.rank for p, each in adapter.items()}
+            deltas = ({path: each.delta() for path, each in found.items()} for found in (loaded, adapter))
+            assert_close(*deltas)
+
+
+@pytest.mark.parametrize("row", FUSED.values(), ids=FUSED)
+def test_fused_modules_are_read_and_go_back(row: Fused, tmp_path: Path) -> None:
+    shapes = {name: value.shape for name, value in row.torch(*(np.zeros(of.shape) for of in row.sites)).items()}
+    files = _random_files(shapes, table=False)
+    write_peft(tmp_path / "a", files)
+    adapter = lora.peft.load(tmp_path / "a", _zeros(*row.sites), Sites(row.sites), row.names)
+    expected = {name: np.float32(files.scale(name)) * _product(module) for name, module in files.modules.items()}
+    assert sorted(adapter) == sorted(of.path for of in row.sites)
+    assert_close(fused_weights(row, adapter), _sorted(expected))
+    lora.peft.save(tmp_path / "b", adapter, row.names, sites=Sites(row.sites))
+    again = read_peft(tmp_path / "b")
+    assert {name: len(module.a) for name, module in again.modules.items()} == {
+        name: len(module.a) for name, module in files.modules.items()
+    }, "parts with the same A share their ranks"
+    back = {name: np.float32(again.scale(name)) * _product(module) for name, module in again.modules.items()}
+    assert_close(_sorted(back), _sorted(expected))
 
 
 EXPERTS = site("moe/up", (3, 6, 8), "bio")
@@ -273,14 +377,23 @@ def test_what_cannot_be_named_is_refused(names: list[Rule], sites: list[Site], m
         (dict(modules=("q", "k"), shares=(1, 0)), "must be 2 positive"),
         (dict(modules="q", rotary=3), "rotary=3 must be even"),
         (dict(modules="q", rotary=-2), "rotary=-2 must be even"),
-        (dict(modules=("q", "k"), rotary=(4,)), "must have 2 numbers"),
+        (dict(modules=("q", "k"), rotary=(4,)), "must have 2 entries"),
+        (dict(modules="q", rotary=0, query_scaled=(True, False)), "must have 1 entries"),
         (dict(modules=()), "names no module"),
+        (dict(path=(), modules="q"), "names no path"),
+        (dict(path=("q", "k"), modules=("q", "k")), "several parameters or several modules, not both"),
+        (dict(path=("q", "k"), modules="qk", axis=1), "axis is for several modules"),
+        (dict(path=("q", "k"), modules="qk", shares=(1,)), r"shares=\(1,\) must be 2 positive"),
+        (dict(path=("q", "params/q"), modules="qk"), "names a parameter twice"),
+        (dict(path=("h_{i}/q", "k"), modules="qk"), "must have the same names in braces"),
+        (dict(path=("q", "k"), modules="qk", interleaved=0), "interleaved=0 is a number of groups"),
+        (dict(modules="q", interleaved=2), "interleaved=2 is a number of groups .* for several paths"),
         (dict(modules="layers.{layer}.q"), "{layer} is not in the path"),
     ],
 )
 def test_rules_that_contradict_themselves(rule: dict[str, object], message: str) -> None:
     with pytest.raises(lora.MatchError, match=message):
-        Rule("q/kernel", **rule)
+        Rule(**{"path": "q/kernel", **rule})
 
 
 def test_the_first_rule_that_matches_decides() -> None:
@@ -300,6 +413,8 @@ def test_the_first_rule_that_matches_decides() -> None:
         (Rule("layers/q/kernel", "layers.{i}.q"), "layers/q/bias"),
         (Rule("q/kernel", "q", rotary=4), "q/bias"),
         (Rule("q/kernel", "q", query_scaled=True), "q/kernel"),
+        (Rule(PATHS, "qkv"), PATHS[1]),
+        (Rule(PATHS, "qkv"), "attn/v/bias"),
     ],
 )
 def test_whole_parameters_with_other_numbers_in_pytorch_are_refused(rule: Rule, path: str, tmp_path: Path) -> None:

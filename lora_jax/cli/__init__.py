@@ -6,10 +6,11 @@ cli/finetune.py   the verb `finetune`; every verb is a file with a dataclass of 
 cli/merge.py      `merge`: PEFT adapters into a Hugging Face checkpoint
 cli/convert.py    `convert`: adapters between Orbax and PEFT
 cli/inspect.py    `inspect`: what an adapter holds
+cli/stop.py       SIGTERM as an exception
 ```
 
 Whatever happens ends in one line and an exit code: 0 done, 1 failed, 2 nothing done because of what was asked for,
-130 stopped by Ctrl-C.
+130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from lora_jax.cli.stop import Terminated, terminable
 from lora_jax.errors import LoraError
 
 
@@ -41,10 +43,11 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("stopped before anything was written", 130)
     try:
-        job.run()
+        with terminable():
+            job.run()
     except KeyboardInterrupt as stop:
         hint = f"to continue: {_program()} {job.resume}" if job.resume else "nothing was left behind"
-        return _fail(f"{str(stop) or 'stopped'}; {hint}", 130)
+        return _fail(f"{str(stop) or 'stopped'}; {hint}", 143 if isinstance(stop, Terminated) else 130)
     except (LoraError, OSError) as error:
         return _fail(error, 1)
     return 0

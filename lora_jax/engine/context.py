@@ -27,6 +27,7 @@ class Use:
         (rows of A, then B), or `materialised` (`W + ab` formed on the spot).
       kind: `dense`, `conv`, `embedding` or `ragged` for a linear use; None otherwise.
       in_axes, out_axes, batch_axes: original axes of the parameter by their role in a linear use.
+      channel_axis, groups: of a convolution, as in `Site`.
       flops: floating-point operations the adapter adds to one forward evaluation of this use.
       nbytes: bytes of the arrays the adapter adds: rank-sized activations, or the formed weight.
       reason: why it was materialised, else empty.
@@ -40,6 +41,8 @@ class Use:
     in_axes: tuple[int, ...] = ()
     out_axes: tuple[int, ...] = ()
     batch_axes: tuple[int, ...] = ()
+    channel_axis: int | None = None
+    groups: int = 1
     flops: int = 0
     nbytes: int = 0
     reason: str = ""

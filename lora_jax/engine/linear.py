@@ -111,8 +111,8 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     positions, outputs = y.size // y.shape[numbers.out_spec[1]], y.shape[numbers.out_spec[1]]
     channels = sum(term.rank for term in kernel.terms) * eqn.params["feature_group_count"]
     flops = 2 * positions * channels * (kernel.base.size // outputs) + 2 * positions * channels * outputs
-    roles = ctx.roles(kernel.path, into=window, out=[out_axis])
-    ctx.record(kernel, eqn, "factored", kind="conv", flops=flops, nbytes=4 * positions * channels, **roles)
+    facts = {**ctx.roles(kernel.path, into=window, out=[out_axis]), **_geometry(ctx, eqn, window)}
+    ctx.record(kernel, eqn, "factored", kind="conv", flops=flops, nbytes=4 * positions * channels, **facts)
     reads = _inputs(ctx, kernel, Labelled(x, ()))
     with jax.named_scope("lora"):
         terms = [
@@ -120,6 +120,14 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
         ]
         axes = [out_axis if i == numbers.out_spec[1] else RANK for i in range(y.ndim)]
         return [adapted_result(y, axes, kernel.gain, terms)]
+
+
+def _geometry(ctx: Context, eqn: Any, window: Sequence[int]) -> dict[str, int | None]:
+    """The groups, and the parameter's axis that counts channels, if it is one and the convolution no transposed one."""
+    channels, *others = (ctx.log.origins[axis] for axis in window)
+    transposed = any(step != 1 for step in eqn.params["lhs_dilation"])
+    known = len(channels) == 1 and not transposed and not any(channels & other for other in others)
+    return {"channel_axis": min(channels) if known else None, "groups": eqn.params["feature_group_count"]}
 
 
 def _split_factors(

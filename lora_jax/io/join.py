@@ -1,65 +1,74 @@
-"""Factors of several PyTorch modules put together into those of one JAX parameter: fused outputs and stacked layers."""
+"""Factors put together: of several modules into one parameter, of several parameters into one module, of layers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from lora_jax.io.columns import Share
-from lora_jax.io.rules import Target
 from lora_jax.site import Site
 
 
 class Piece(NamedTuple):
-    """Factors of one module: `a` of `[rank, *in]`, and the module's share of `b`; a leading axis if it has experts.
+    """Factors of some outputs of what is put together.
 
-    Magnitudes (DoRA) and a bias on B, where there are any, are shares of the outputs.
+    Attributes:
+      a: `[*experts, rank, ...]`.
+      b: `[*experts, rank, ...]`, on the piece's outputs only.
+      scale: of their product.
+      where: index of the piece's outputs among all.
     """
 
-    target: Target
     a: np.ndarray
     b: np.ndarray
     scale: float
-    magnitude: Share | None = None
-    bias: Share | None = None
+    where: tuple[slice, ...]
 
 
 class Joined(NamedTuple):
-    """Factors of one weight of a parameter, or of one stack of experts."""
+    """Factors of all outputs: of a weight, or of a stack of experts."""
 
     a: np.ndarray
     b: np.ndarray
     scale: float
 
 
-def join(site: Site, pieces: list[Piece]) -> Joined:
+def join(pieces: Sequence[Piece], out: tuple[int, ...], *, stacked: bool = False) -> Joined:
     """Factors whose product is that of every piece at its own outputs, exactly.
 
     Pieces with the same A share their ranks; ranks of the others add up, and B is zero where a piece has no outputs.
+
+    Args:
+      pieces: in any order.
+      out: sizes of the axes that all outputs are on.
+      stacked: whether factors have a leading axis of experts.
+
+    Example:
+      >>> one, two = np.ones((2, 3)), np.zeros((1, 3))
+      >>> q, k = Piece(one, np.ones((2, 4)), 0.5, (slice(0, 4),)), Piece(two, np.ones((1, 2)), 2.0, (slice(4, 6),))
+      >>> a, b, scale = join([q, k], (6,))
+      >>> a.shape, b[:, 0].tolist(), b[:, 4].tolist(), scale
+      ((3, 3), [0.25, 0.25, 0.0], [0.0, 0.0, 1.0], 2.0)
     """
-    experts = 1 if pieces[0].target.parameter else 0
+    experts = 1 if stacked else 0
     # The largest, so that the others become factors below one, which cannot overflow.
     scale = max((piece.scale for piece in pieces), key=abs)
     groups: list[tuple[np.ndarray, np.ndarray]] = []
     for piece in pieces:
-        a, b = _group(groups, piece, site, experts)
-        factor = np.float32(piece.scale / scale if scale else 1.0)
-        where = [slice(None)] * b.ndim
-        where[1 + experts + piece.target.axis] = slice(*piece.target.part)
-        b[tuple(where)] = piece.b * factor if factor != 1 else piece.b
+        b = _group(groups, piece.a, out, experts)
+        b[(..., *piece.where)] = piece.b if piece.scale == scale else piece.b * np.float32(piece.scale / scale)
     a, b = (np.concatenate(each, axis=experts) for each in zip(*groups, strict=True))
     return Joined(a, b, scale)
 
 
 def _group(
-    groups: list[tuple[np.ndarray, np.ndarray]], piece: Piece, site: Site, experts: int
-) -> tuple[np.ndarray, np.ndarray]:
+    groups: list[tuple[np.ndarray, np.ndarray]], own: np.ndarray, out: tuple[int, ...], experts: int
+) -> np.ndarray:
+    """The B of the group that has this A."""
     for a, b in groups:
-        if np.array_equal(a, piece.a):
-            return a, b
-    lead = piece.a.shape[: 1 + experts]
-    groups.append((piece.a, np.zeros((*lead, *site.sizes(site.out_axes)), np.float32)))
-    return groups[-1]
+        if np.array_equal(a, own):
+            return b
+    groups.append((own, np.zeros((*own.shape[: 1 + experts], *out), np.float32)))
+    return groups[-1][1]
 
 
 def stack(site: Site, joined: Mapping[tuple[int, ...], Joined]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

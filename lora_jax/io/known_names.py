@@ -70,6 +70,13 @@ KNOWN: Mapping[str, Names] = {
     ),
     # Flax classes of transformers < 5 keep PyTorch's names.
     "hf_flax": Names(literal=True),
+    "hf_flax_bert": Names(
+        tied={
+            "bert.embeddings.word_embeddings": "cls.predictions.decoder",
+            "roberta.embeddings.word_embeddings": "lm_head.decoder",
+        },
+        literal=True,
+    ),
     "hf_flax_gemma": Names(tied=_HEAD, literal=True),
     "hf_flax_gpt2": Names(fan_in_fan_out=True, tied={"transformer.wte": "lm_head"}, literal=True),
     "tunix": Names(

@@ -1,70 +1,68 @@
-"""Factors between this library's layout and PyTorch's: NumPy arrays, one weight (or one stack of experts) at a time.
+"""Arrays between this library's layout and PyTorch's: NumPy, one weight (or one stack of experts) at a time.
 
 Here `a` is `[rank, *in]` and `b` is `[rank, *out]`, on the axes of the parameter. PEFT has `A (rank, in)` and
-`B (out, rank)`.
+`B (out, rank)`. Between them lies a form with PyTorch's order of inputs and outputs, in which factors of several
+parameters are put together and taken apart: `[*experts, rank, in]`, or `[rank, channels, *window]` of a convolution,
+and `[*experts, rank, out]`.
 """
-
-from math import prod
 
 import numpy as np
 
 from lora_jax.errors import CheckpointError
-from lora_jax.io.rules import Target
+from lora_jax.io.targets import Part, Target
 from lora_jax.site import Site
 
 
-def a_to_torch(site: Site, target: Target, a: np.ndarray) -> np.ndarray:
-    """PEFT's A for `a` of `[rank, *in]`, or `[experts, rank, *in]`."""
+def a_to_torch(site: Site, a: np.ndarray) -> np.ndarray:
+    """`[*experts, rank, *in]` in PyTorch's order of inputs."""
     if site.kind == "conv":
         return np.moveaxis(a, 1 + _channels(site), 1)
-    return a.reshape(-1, site.fan_in) if target.parameter else a.reshape(len(a), -1)
+    return a.reshape(*a.shape[: a.ndim - len(site.in_axes)], site.fan_in)
 
 
-def a_from_torch(site: Site, target: Target, a: np.ndarray) -> np.ndarray:
+def a_from_torch(site: Site, a: np.ndarray) -> np.ndarray:
     """Inverse of `a_to_torch`."""
     if site.kind == "conv":
         return np.moveaxis(a, 1, 1 + _channels(site))
-    if target.parameter:
-        experts = site.batch_shape[-1]
-        return a.reshape(experts, len(a) // experts, *site.sizes(site.in_axes))
-    return a.reshape(len(a), *site.sizes(site.in_axes))
+    return a.reshape(*a.shape[:-1], *site.sizes(site.in_axes))
 
 
-def b_to_torch(site: Site, target: Target, b: np.ndarray) -> np.ndarray:
-    """PEFT's B for the target's share of `b` of `[rank, *out]`, or of `[experts, rank, *out]`."""
-    lead = 2 if target.parameter else 1
-    share = np.take(b, range(*target.part), axis=lead + target.axis)
-    flat = _rotated(share.reshape(*b.shape[:lead], -1), target, back=False)
-    if target.parameter:
-        # Columns of B are grouped by rank, and within a rank by expert.
-        return flat.transpose(2, 1, 0).reshape(flat.shape[2], -1)
-    return flat.T.reshape(flat.shape[1], flat.shape[0], *(1,) * _kernel_axes(site))
+def b_to_torch(site: Site, part: Part, b: np.ndarray) -> np.ndarray:
+    """The part's share of `[..., *out]` as `[..., out]`, in PyTorch's order of outputs."""
+    lead = b.ndim - len(site.out_axes)
+    share = np.take(b, range(part.start, part.stop), axis=lead + part.axis)
+    return _rotated(share.reshape(*b.shape[:lead], -1), part, back=False)
 
 
-def b_from_torch(site: Site, target: Target, b: np.ndarray) -> np.ndarray:
-    """Inverse of `b_to_torch`: the target's share of `b`."""
-    if target.parameter:
-        experts = site.batch_shape[-1]
-        flat = b.reshape(len(b), -1, experts).transpose(2, 1, 0)
-    else:
-        flat = b.reshape(b.shape[:2]).T
-    return _rotated(flat, target, back=True).reshape(*flat.shape[:-1], *share_shape(site, target))
-
-
-def share_shape(site: Site, target: Target) -> tuple[int, ...]:
-    """Sizes of the output axes that a target has."""
+def b_from_torch(site: Site, part: Part, b: np.ndarray) -> np.ndarray:
+    """Inverse of `b_to_torch`: the part's share of the outputs."""
     sizes = list(site.sizes(site.out_axes))
-    sizes[target.axis] = target.part[1] - target.part[0]
-    return tuple(sizes)
+    sizes[part.axis] = part.stop - part.start
+    return _rotated(b, part, back=True).reshape(*b.shape[:-1], *sizes)
+
+
+def packed(a: np.ndarray, b: np.ndarray, *, stacked: bool) -> tuple[np.ndarray, np.ndarray]:
+    """PEFT's A and B for factors in PyTorch's order: `[rank, *in]` and `[rank, out]`, or of experts if `stacked`."""
+    if stacked:
+        # Rows of A are grouped by expert, columns of B by rank, and within a rank by expert.
+        return a.reshape(-1, a.shape[-1]), b.transpose(2, 1, 0).reshape(b.shape[2], -1)
+    return a, b.T.reshape(*b.T.shape, *(1,) * (a.ndim - 2))
+
+
+def unpacked(a: np.ndarray, b: np.ndarray, *, experts: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Inverse of `packed`; `experts` is their number, or 0 for a module that is no stack."""
+    if experts:
+        return a.reshape(experts, -1, a.shape[-1]), b.reshape(len(b), -1, experts).transpose(2, 1, 0)
+    return a, b.reshape(b.shape[:2]).T
 
 
 def shapes(site: Site, target: Target, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of PEFT's A and B of the given rank."""
-    into, out = site.sizes(site.in_axes), prod(share_shape(site, target))
+    """Shapes of PEFT's A and B of the given rank, for the module that a parameter belongs to."""
+    into, out = site.sizes(site.in_axes), target.part.span.total
     if site.kind == "conv":
         channels = _channels(site)
         kernel = into[:channels] + into[channels + 1 :]
-        return (rank, into[channels], *kernel), (out, rank, *(1,) * len(kernel))
+        return (rank, into[channels] * site.groups, *kernel), (out, rank // site.groups, *(1,) * len(kernel))
     stacked = rank * (site.batch_shape[-1] if target.parameter else 1)
     return (stacked, site.fan_in), (out, stacked)
 
@@ -110,25 +108,20 @@ def weight_from_torch(site: Site, value: np.ndarray, *, transposed: bool) -> np.
 
 
 def _channels(site: Site) -> int:
-    """Which of a convolution's input axes counts channels: the one beside the outputs, as in `HWIO` and `OIHW`."""
-    distances = [abs(axis - site.out_axes[0]) for axis in site.in_axes]
-    if distances.count(min(distances)) > 1:
+    """Which of a convolution's input axes counts channels."""
+    if site.channel_axis is None:
         raise CheckpointError(
-            f"{site.path!r} has its outputs (axis {site.out_axes[0]}) between its input axes, as a transposed "
-            "convolution has, and PEFT adapts none. Leave it out."
+            f"{site.path!r} is a transposed convolution, which PEFT does not adapt, or its Site does not tell which "
+            "axis counts channels. Leave it out, or pass sites= from find_sites (Site(channel_axis=...) by hand)."
         )
-    return distances.index(min(distances))
+    return site.in_axes.index(site.channel_axis)
 
 
-def _kernel_axes(site: Site) -> int:
-    return len(site.in_axes) - 1 if site.kind == "conv" else 0
-
-
-def _rotated(flat: np.ndarray, target: Target, *, back: bool) -> np.ndarray:
+def _rotated(flat: np.ndarray, part: Part, *, back: bool) -> np.ndarray:
     """Reorder each head's features from neighbours (here) to halves (PyTorch), or back."""
-    if not target.rotary:
+    if not part.rotary:
         return flat
-    half = target.rotary // 2
+    half = part.rotary // 2
     split = (2, half) if back else (half, 2)
     heads = flat.reshape(*flat.shape[:-1], -1, *split)
     return np.swapaxes(heads, -1, -2).reshape(flat.shape)

@@ -1,33 +1,27 @@
 """Reading a PEFT adapter into a JAX model: every tensor finds its place, or is listed."""
 
 from collections.abc import Mapping
-from dataclasses import replace
-from math import prod
 from os import PathLike
 from typing import Any, Literal, NamedTuple, overload
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapter import Adapter
 from lora_jax.errors import CheckpointError, listed, nearest
 from lora_jax.fit import fit
-from lora_jax.io import columns, layouts
-from lora_jax.io.columns import Share
-from lora_jax.io.join import Piece, join, stack
+from lora_jax.io import layouts
 from lora_jax.io.known_names import find_names
 from lora_jax.io.names import Names
 from lora_jax.io.peft_delta import Module
 from lora_jax.io.peft_files import PeftFiles
 from lora_jax.io.peft_match import saves, targets
 from lora_jax.io.peft_read import read_peft
+from lora_jax.io.peft_update import Found, UpdateMaker
 from lora_jax.io.peft_whole import WholeReader
 from lora_jax.io.twin import Place, Twin, is_tied, twin
-from lora_jax.methods import Dora, Shift
-from lora_jax.paths import bias_beside, named_leaves
-from lora_jax.site import Site, Sites, full_site
-from lora_jax.updates import LowRank, Update
+from lora_jax.paths import named_leaves
+from lora_jax.site import Sites
+from lora_jax.updates import Update
 
 
 class Unmatched(NamedTuple):
@@ -93,7 +87,8 @@ def load(
       The adapter: a `LowRank` per adapted parameter (`Dora` where the file has magnitudes), a `Shift` for each bias on
       B, a `Replace` per parameter stored whole and `Rows` for trained tokens; without `strict` also an `Unmatched`.
       Layers of a stack that the file leaves out, or that have lower ranks, are padded with zeros, which changes
-      nothing.
+      nothing. Of a module that PyTorch fuses, each parameter has a copy of A and its outputs of B, without the terms
+      that are zero for it and not for others.
 
     Raises:
       CheckpointError: the file is damaged, does not fit the model, or holds what cannot be represented.
@@ -130,19 +125,22 @@ class _Reader:
     def __init__(self, files: PeftFiles, leaves: Mapping[str, Any], sites: Sites, names: Names):
         self.files, self.leaves, self.sites, self.names = files, leaves, sites, names
         self.twin: Twin = twin(names, sites)
+        self.maker = UpdateMaker(files.where, leaves, float(files.config.get("lora_dropout") or 0.0))
         self.unexpected: list[str] = []
         self.mismatched: list[str] = []
 
     def adapter(self) -> tuple[Adapter, Unmatched]:
         """The adapter, and what is left over."""
-        pieces: dict[str, list[Piece]] = {}
+        found: dict[str, list[Found]] = {}
         placed = self._placed()
-        for name, (place, owner) in placed.items():
-            piece = self._piece(name, place, owner)
-            if piece is not None:
-                pieces.setdefault(place.site.path, []).append(piece)
-        updates: dict[str, Update] = {path: self._update(self.sites[path], found) for path, found in pieces.items()}
-        shifts = [shift for path, found in pieces.items() for shift in self._shift(self.sites[path], found)]
+        for name, (places, owner) in placed.items():
+            for place in places if self._fits(name, places, owner) else ():
+                module, experts = self.files.modules[owner], _experts(place)
+                each = self.maker.find(name, place, module, self.files.scale(owner, name, experts))
+                found.setdefault(place.site.path, []).extend([] if each is None else [each])
+        found = {path: each for path, each in found.items() if each}
+        updates: dict[str, Update] = {path: self.maker.update(self.sites[path], each) for path, each in found.items()}
+        shifts = [shift for path, each in found.items() for shift in self.maker.shift(self.sites[path], each)]
         updates |= {shift.site.path: shift for shift in shifts}
         whole = WholeReader(self.files, self.leaves, self.sites, self.names, self.twin)
         updates |= whole.updates(updates.keys())
@@ -167,10 +165,10 @@ class _Reader:
             lines.append(f"{len(self.twin.unnamed)} sites have no PyTorch name, e.g. {path}: {error}")
         return "\n".join([*lines, "Pass the map of names for this model (names=), or strict=False to leave these out."])
 
-    def _placed(self) -> dict[str, tuple[Place, str]]:
+    def _placed(self) -> dict[str, tuple[tuple[Place, ...], str]]:
         """Places and entries of the file, by the name that PEFT's patterns go by."""
         modules = dict(self.files.modules)
-        found: dict[str, tuple[Place, str]] = {}
+        found: dict[str, tuple[tuple[Place, ...], str]] = {}
         stacked = {name for name, module in modules.items() if module.kind == "parameter"}
         if stacked:
             shapes = self.twin.shapes(self.names)
@@ -178,19 +176,19 @@ class _Reader:
                 found[name] = (self.twin.modules.get(name) or self.twin.modules[name.removesuffix(".weight")], owner)
         heads = self._tied_heads(modules)
         for name in modules:
-            place = self.twin.modules.get(name)
+            places = self.twin.modules.get(name)
             if name in stacked or name in heads:
                 continue
-            if place is None or place.target.parameter:
+            if places is None or places[0].target.parameter:
                 self.unexpected.append(name)
             else:
-                found[name] = (place, name)
+                found[name] = (places, name)
         return found
 
     def _tied_heads(self, modules: Mapping[str, Module]) -> set[str]:
         """Output heads that are the embedding; PEFT stores the embedding's factors for them again, transposed."""
         heads = set()
-        for name, place in self.twin.modules.items():
+        for name, (place, *_) in self.twin.modules.items():
             head = self.names.tied.get(name, "")
             embedding, other = modules.get(name), modules.get(head)
             if not is_tied(place.site) or (embedding is None and other is None):
@@ -209,85 +207,21 @@ class _Reader:
             heads.add(head)
         return heads
 
-    def _piece(self, name: str, place: Place, owner: str) -> Piece | None:
-        module = self.files.modules[owner]
-        site, target = place
-        experts = site.batch_shape[-1] if target.parameter else 1
-        rank = module.a.shape[0] // experts
-        wanted = layouts.shapes(site, target, rank)
+    def _fits(self, name: str, places: tuple[Place, ...], owner: str) -> bool:
+        """Whether a module has the shapes that its parameters need; if not, that is noted."""
+        module, (site, target) = self.files.modules[owner], places[0]
+        wanted = layouts.shapes(site, target, len(module.a) // _experts(places[0]))
         if (module.a.shape, module.b.shape) != wanted:
             given = f"A {module.a.shape} and B {module.b.shape}"
             self.mismatched.append(f"{name} has {given}, where {site.path} needs {wanted[0]} and {wanted[1]}")
-            return None
-        scale = self.files.scale(owner, name, experts) * target.gain
-        a, b = module.a.astype(np.float32), module.b.astype(np.float32)
-        a, b = layouts.a_from_torch(site, target, a), layouts.b_from_torch(site, target, b)
-        magnitude, bias = (self._columns(name, place, each) for each in (module.magnitude, module.b_bias))
-        return Piece(target, a, b, scale, magnitude, bias)
-
-    def _columns(self, name: str, place: Place, vector: np.ndarray | None) -> Share | None:
-        """A vector with a number for each output, for the share that the module has of them."""
-        if vector is None:
-            return None
-        site, target = place
-        if target.parameter or vector.size != prod(layouts.share_shape(site, target)):
-            raise CheckpointError(
-                f"{self.files.where}: {name} has a vector of {vector.size} numbers for its outputs (DoRA magnitudes or "
-                f"a bias on B), which does not fit {site.path!r} with {prod(layouts.share_shape(site, target))}"
+            return False
+        known = sum(place.target.part.span.count for place in places)
+        if known < target.part.span.total:
+            named = " and ".join(place.site.path for place in places)
+            self.mismatched.append(
+                f"{name} has {target.part.span.total} outputs, and only {known} of them are those of sites ({named})"
             )
-        return columns.from_torch(site, target, vector)
-
-    def _update(self, site: Site, pieces: list[Piece]) -> LowRank:
-        by_index: dict[tuple[int, ...], list[Piece]] = {}
-        for piece in pieces:
-            by_index.setdefault(piece.target.index, []).append(piece)
-        joined = {index: join(site, found) for index, found in by_index.items()}
-        a, b, scale = stack(site, joined)
-        dropout = float(self.files.config.get("lora_dropout") or 0.0)
-        factors = LowRank(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale), site, dropout)
-        shares = [piece.magnitude for piece in pieces if piece.magnitude is not None]
-        if not shares:
-            return factors
-        if len(shares) < len(pieces):
-            raise CheckpointError(
-                f"{self.files.where}: only some of the modules that {site.path!r} is made of have DoRA magnitudes"
-            )
-        return self._dora(factors, shares)
-
-    def _dora(self, factors: LowRank, shares: list[Share]) -> Dora:
-        """Columns that the file says nothing about keep the length they have."""
-        leaf, site = self.leaves[factors.site.path], factors.site
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise CheckpointError(
-                f"{self.files.where} has DoRA magnitudes for {site.path!r}, whose effect depends on the base's value, "
-                "and abstract parameters have none: pass arrays."
-            )
-        update = Dora.around(factors, jnp.asarray(leaf))
-        magnitude = np.array(update.magnitude)
-        columns.fill(magnitude, site, [Share(to, value * np.float32(to.gain)) for to, value in shares])
-        return replace(update, magnitude=jnp.asarray(magnitude))
-
-    def _shift(self, site: Site, pieces: list[Piece]) -> list[Shift]:
-        """What biases on B add to the bias beside a site; where there is none, they must be zero."""
-        given = [(piece.scale, piece.bias) for piece in pieces if piece.bias is not None]
-        path = bias_beside(site.path, self.leaves)
-        shape = site.batch_shape + site.sizes(site.out_axes)
-        fits = path is not None and np.shape(self.leaves[path]) == shape
-        if not given or (not fits and not any(share.value.any() for _, share in given)):
-            return []
-        if path is None or not fits:
-            has = "no bias beside it" if path is None else f"{path!r} of shape {np.shape(self.leaves[path])} beside it"
-            raise CheckpointError(
-                f"{self.files.where} has a bias on B (lora_bias) for {site.path!r}, which has {has} instead of one of "
-                f"shape {shape} to add it to. PEFT cannot merge such an adapter either."
-            )
-        value, scale = np.zeros(shape, np.float32), np.zeros(site.batch_shape, np.float32)
-        for own, share in given:
-            # The largest, so that the others become factors below one, as for B.
-            scale[share.target.index] = max(scale[share.target.index], own, key=abs)
-        for own, (target, vector) in given:
-            columns.fill(value, site, [Share(target, vector * np.float32(own / (scale[target.index] or 1)))])
-        return [Shift(jnp.asarray(value), jnp.asarray(scale), full_site(path, self.leaves[path]))]
+        return known == target.part.span.total
 
     def _missing(self, present: set[str]) -> tuple[str, ...]:
         """Modules that the config adapts or saves, and that the file does not have."""
@@ -301,9 +235,13 @@ class _Reader:
         # What layers_to_transform leaves out is left out on purpose.
         if config.get("layers_to_transform") is None:
             absent += [
-                name for name, place in self.twin.modules.items()
+                name for name, (place, *_) in self.twin.modules.items()
                 if name not in present and not place.target.parameter
                 and targets(config.get("target_modules"), name) and not targets(config.get("exclude_modules"), name)
                 and not saves(config.get("modules_to_save"), f"{name}.weight")
             ]  # fmt: skip
         return tuple(absent)
+
+
+def _experts(place: Place) -> int:
+    return place.site.batch_shape[-1] if place.target.parameter else 1

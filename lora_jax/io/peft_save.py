@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
-from math import prod
 from os import PathLike
 from typing import Any, Literal, NamedTuple
 
@@ -13,20 +12,19 @@ import numpy as np
 from lora_jax.adapter import Adapter
 from lora_jax.errors import CheckpointError
 from lora_jax.fit import fit
-from lora_jax.io import columns, layouts
 from lora_jax.io.known_names import find_names
 from lora_jax.io.names import Names
-from lora_jax.io.peft_delta import Module, ModuleKind
+from lora_jax.io.peft_delta import Module
 from lora_jax.io.peft_files import PeftFiles
 from lora_jax.io.peft_match import exact_key, shortest, targets
+from lora_jax.io.peft_module import ModuleMaker, Own
 from lora_jax.io.peft_tables import WholeWriter, untied
 from lora_jax.io.peft_write import write_peft
-from lora_jax.io.rules import Target
 from lora_jax.io.twin import is_tied, twin
 from lora_jax.methods import Dora, Rows, Shift
 from lora_jax.paths import bias_beside, named_leaves
 from lora_jax.site import Site, Sites
-from lora_jax.updates import LowRank, Replace
+from lora_jax.updates import Replace
 
 
 def save(
@@ -47,16 +45,17 @@ def save(
     when it adapts `embed_tokens` or `lm_head`.
 
     Scales become `lora_alpha / r` per module, so that PEFT's scale is the same number. A stack of layers becomes a
-    module per layer, a fused kernel one per part, each with its own copy of A.
+    module per layer, a fused kernel one per part, each with its own copy of A. Parameters that PyTorch fuses become one
+    module: they share their ranks where they have the same A, otherwise ranks add up, with zeros in B.
 
     Args:
       path: the directory to create.
       adapter: what to save; left untouched.
       names: what PyTorch calls the parameters, as for `load`.
       sites: every site of the model. With it, `target_modules` are the shortest endings that hit the adapted modules
-        and nothing else; without, full names.
-      params: the base's parameters, needed for `save_embedding_layers` and for whole modules of which only a part
-        was trained.
+        and nothing else; without, full names. Needed too where PyTorch fuses an adapted parameter with others.
+      params: the base's parameters, needed for `save_embedding_layers`, for whole modules of which only a part
+        was trained, and for DoRA on a part of a fused module.
       base_model: `base_model_name_or_path` for the config.
       task_type: `task_type` for the config, such as `"CAUSAL_LM"`.
       save_embedding_layers: True writes the tables and heads of the base too. `"auto"` does so only if
@@ -107,11 +106,12 @@ class _Writer:
         self._check_alike()
         own = [update.site for update in adapter.values()]
         self.sites = sites or Sites([site for site in own if site.kind != "full"], tuple(adapter))
-        self.targets = names.resolve(update.site for update in self.low_rank.values())
+        self.targets = names.resolve((update.site for update in self.low_rank.values()), self.sites)
         self.twin = twin(names, self.sites)
         # Endings are short only against every other name: a module without one could end alike.
         self.complete = sites is not None and not self.twin.unnamed
         self.whole = WholeWriter(whole, names, self.sites, leaves)
+        self.maker = ModuleMaker(self.shifts, self.twin, leaves)
         # Rank and alpha by the name that PEFT's patterns go by.
         self.scales: dict[str, tuple[int, float]] = {}
         self.ties = False
@@ -120,81 +120,41 @@ class _Writer:
         """Everything to write, in PEFT's layout."""
         modules: dict[str, Module] = {}
         stacks: dict[str, list[_Stacked]] = {}
-        for path, found in self.targets.items():
-            update = jax.tree.map(np.asarray, self.low_rank[path])
-            for place, target in enumerate(found):
-                module = self._module(update, target)
-                if module is not None and target.parameter:
-                    stacked = _Stacked((self.names.order(path), place), target.name, module)
-                    stacks.setdefault(target.name.rpartition(".")[0], []).append(stacked)
-                elif module is not None:
-                    modules[target.name] = module
-                    self._tie(update.site, target, module, modules)
+        for name, (order, owned) in self._owned().items():
+            made = self.maker.make(owned)
+            if made is None:
+                continue
+            self.scales[name] = (made.rank, made.alpha)
+            if owned[0].target.parameter:
+                stacks.setdefault(name.rpartition(".")[0], []).append(_Stacked(order, name, made.module))
+            else:
+                modules[name] = made.module
+                self._tie(owned[0].update.site, name, made.module, modules)
         plain = set(modules)
         for owner, stacked in stacks.items():
             modules |= self._nested(owner, stacked)
         parameters = sorted(each.name for stacked in stacks.values() for each in stacked)
         return PeftFiles(self._config(plain, parameters), modules, self.whole.saved)
 
-    def _module(self, update: LowRank, target: Target) -> Module | None:
-        """The factors at one target, or None where a stack holds nothing."""
-        site = update.site
-        plain = update.low_rank()
-        a, b, scale = (np.asarray(each[target.index], np.float32) for each in (plain.a, plain.b, plain.scale))
-        scale = scale / np.float32(target.gain)
-        if target.parameter:
-            # PEFT has one scale for all experts.
-            first = scale[np.flatnonzero(scale)[0]] if scale.any() else scale[0]
-            ratio = np.where(scale == first, np.float32(1), scale / (first or np.float32(1)))
-            b, scale = b * ratio.reshape(-1, *(1,) * (b.ndim - 1)), first
-        elif site.batch_axes and not isinstance(update, Dora):
-            used = [bool(a[term].any() or b[term].any()) for term in range(len(a))]
-            if not any(used) and not scale:
-                return None
-            kept = max((term + 1 for term, any_used in enumerate(used) if any_used), default=1)
-            a, b = a[:kept], b[:kept]
-        rank = a.shape[1] if target.parameter else a.shape[0]
-        self.scales[target.name] = (rank, _alpha(np.float32(scale), rank))
-        kinds: dict[str, ModuleKind] = {"conv": "conv", "embedding": "embedding"}
-        kind = "parameter" if target.parameter else kinds.get(site.kind, "linear")
-        a, b = layouts.a_to_torch(site, target, a), layouts.b_to_torch(site, target, b)
-        return Module(kind, a, b, self._magnitude(update, target, b), self._bias(update, target, float(scale)))
+    def _owned(self) -> dict[str, tuple[tuple[int, int], list[Own]]]:
+        """For each module its place in the map, and the updates that it is made of."""
+        found: dict[str, tuple[tuple[int, int], list[Own]]] = {}
+        for path, named in self.targets.items():
+            update = jax.tree.map(np.asarray, self.low_rank[path])
+            for place, target in enumerate(named):
+                _, owned = found.setdefault(target.name, ((self.names.order(path), place), []))
+                owned.append(Own(update, target))
+        return found
 
-    def _magnitude(self, update: LowRank, target: Target, b: np.ndarray) -> np.ndarray | None:
-        if not isinstance(update, Dora):
-            return None
-        if target.parameter or (np.asarray(update.strength) != 1).any():
-            why = "PEFT has no DoRA for a stack of experts" if target.parameter else "PEFT cannot scale DoRA's effect"
-            raise CheckpointError(f"{update.site.path!r}: {why}. Leave it out, or merge it.")
-        own = np.asarray(update.magnitude[target.index], np.float32) / np.float32(target.gain)
-        flat = columns.to_torch(update.site, target, own)
-        return flat.reshape(1, -1, *b.shape[2:]) if b.ndim > 2 else flat
-
-    def _bias(self, update: LowRank, target: Target, scale: float) -> np.ndarray | None:
-        """The bias on B: zeros for a module without, where others have one, as PEFT has one switch for all."""
-        if not self.shifts:
-            return None
-        site = update.site
-        shift = self.shifts.get(bias_beside(site.path, self.shifts) or "")
-        if target.parameter or site.kind == "embedding":
-            raise CheckpointError(f"PEFT has no lora_bias for {target.name}, and one switch for all. Save it apart.")
-        if shift is None:
-            return np.zeros(prod(layouts.share_shape(site, target)), np.float32)
-        own = np.asarray(shift.value[target.index], np.float32)
-        ratio = np.float32(np.asarray(shift.scale[target.index]) / np.float32(scale * target.gain)) if scale else 0.0
-        if not scale and own.any() and np.asarray(shift.scale[target.index]).any():
-            raise CheckpointError(f"{shift.site.path!r}: the factors beside it have scale 0, and PEFT has one for both")
-        return columns.to_torch(site, target, own if ratio == 1 else own * ratio)
-
-    def _tie(self, site: Site, target: Target, module: Module, modules: dict[str, Module]) -> None:
+    def _tie(self, site: Site, name: str, module: Module, modules: dict[str, Module]) -> None:
         """Write a table that is the head too as `ensure_weight_tying` does: PEFT then applies it to both uses."""
         if not is_tied(site):
             return
-        head = self.names.tied.get(target.name)
+        head = self.names.tied.get(name)
         if head is None:
-            raise untied(site, target.name)
+            raise untied(site, name)
         self.ties = True
-        self.scales[head] = self.scales[target.name]
+        self.scales[head] = self.scales[name]
         modules[head] = Module("linear", module.b.T, module.a.T)
 
     def _nested(self, owner: str, stacked: list["_Stacked"]) -> dict[str, Module]:
@@ -283,12 +243,6 @@ class _Stacked(NamedTuple):
     order: tuple[int, int]
     name: str
     module: Module
-
-
-def _alpha(scale: np.float32, rank: int) -> float:
-    """The shortest number that PEFT turns into the same scale when it divides by the rank."""
-    alphas = (float(f"{float(scale) * rank:.{digits}g}") for digits in range(1, 18))
-    return next((alpha for alpha in alphas if np.float32(alpha / rank) == scale), float(scale) * rank)
 
 
 def _number(value: float) -> int | float:

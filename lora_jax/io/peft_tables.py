@@ -97,8 +97,8 @@ class WholeWriter:
     def tables(self, twin: Twin) -> dict[str, np.ndarray]:
         """The base's look-up tables and output heads, of the names that PEFT knows for them."""
         wanted = {
-            name: place.site for name, place in twin.modules.items()
-            if not place.site.batch_axes and (place.site.kind == "embedding" or place.site.head)
+            name: site for name, ((site, _), *_) in twin.modules.items()
+            if not site.batch_axes and (site.kind == "embedding" or site.head)
             and name.rpartition(".")[2] in EMBEDDINGS
         }  # fmt: skip
         if not wanted:

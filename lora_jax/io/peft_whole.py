@@ -80,8 +80,20 @@ class WholeReader:
     def _path(self, name: str) -> str | None:
         path = self.twin.tensors.get(name) or self.twin.tensors.get(self.embeddings.get(name, ""))
         if path is None:
-            self.unexpected.append(name)
+            self._note(name)
         return path
+
+    def _note(self, name: str) -> None:
+        """A tensor without a parameter: the model has none, or has it in parts, or with other numbers."""
+        module = name.rpartition(".")[0]
+        parts = [place.site.path for place in self.twin.modules.get(module, ())]
+        if not parts or f"{module}.weight" in self.twin.tensors:
+            self.unexpected.append(name)
+        else:
+            self.mismatched.append(
+                f"{name} is one tensor, and {', '.join(parts)} here, stacked, fused or with other numbers: only "
+                "factors are taken apart"
+            )
 
     def _site(self, path: str) -> Site:
         leaf = self.leaves[path]

@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import NamedTuple
 
 from lora_jax.errors import MatchError
-from lora_jax.io.layouts import share_shape
 from lora_jax.io.names import Names
-from lora_jax.io.rules import Target
+from lora_jax.io.targets import Target
 from lora_jax.site import Site, Sites
 
 _WEIGHTS = ("kernel", "embedding", "scale", "w", "weight", "input_embedding", "embeddings")
@@ -16,7 +14,7 @@ _BIASES = ("bias", "b")
 
 
 class Place(NamedTuple):
-    """Where a PyTorch module is in the JAX model."""
+    """Where a PyTorch module, or a part of one, is in the JAX model."""
 
     site: Site
     target: Target
@@ -27,32 +25,37 @@ class Twin:
     """Names of a model's parameters in PyTorch.
 
     Attributes:
-      modules: places of linear weights by the name of their module, or of their stacked parameter.
+      modules: places of linear weights by the name of their module, or of their stacked parameter; several, in the
+        order of its outputs, where the module fuses several parameters.
       tensors: paths by the name of the tensor, for parameters that PyTorch has whole.
       unnamed: why other sites have no name.
     """
 
-    modules: Mapping[str, Place]
+    modules: Mapping[str, tuple[Place, ...]]
     tensors: Mapping[str, str]
     unnamed: Mapping[str, MatchError] = field(default_factory=dict)
 
     def known(self) -> set[str]:
         """Every module, those that contain others included."""
-        owners = {name.rpartition(".")[0] for name in (*self.tensors, *self._parameters())}
-        names = {name for name, place in self.modules.items() if not place.target.parameter} | owners
+        owners = {name.rpartition(".")[0] for name in (*self.tensors, *self.parameters())}
+        names = {*self.modules} - {*self.parameters()} | owners
         return {".".join(parts[:end]) for parts in (n.split(".") for n in names) for end in range(1, len(parts) + 1)}
 
-    def _parameters(self) -> list[str]:
-        return [name for name, place in self.modules.items() if place.target.parameter]
+    def parameters(self) -> list[str]:
+        """Names of stacked parameters."""
+        return [name for name, places in self.modules.items() if places[0].target.parameter]
 
     def shapes(self, names: Names) -> dict[str, tuple[int, ...]]:
         """Shapes of stacked parameters, in the order of the rules, and of the weights of modules."""
         found: dict[str, tuple[int, ...]] = {}
-        for name in sorted(self._parameters(), key=lambda name: names.order(self.modules[name].site.path)):
-            site, target = self.modules[name]
-            found[name] = (site.batch_shape[-1], _outputs(site, target), site.fan_in)
-        weights = {name: place for name, place in self.modules.items() if not place.target.parameter}
-        return found | {f"{name}.weight": (_outputs(*place), place.site.fan_in) for name, place in weights.items()}
+        stacks = self.parameters()
+        for name in sorted(stacks, key=lambda name: names.order(self.modules[name][0].site.path)):
+            site, target = self.modules[name][0]
+            found[name] = (site.batch_shape[-1], target.part.span.total, site.fan_in)
+        for name, ((site, target), *_) in self.modules.items():
+            if name not in stacks:
+                found[f"{name}.weight"] = (target.part.span.total, site.fan_in)
+        return found
 
 
 def twin(names: Names, sites: Sites) -> Twin:
@@ -65,22 +68,26 @@ def twin(names: Names, sites: Sites) -> Twin:
     named: list[Site] = []
     for site in sites.values():
         try:
-            names.targets(site)
+            names.targets(site, sites)
             named.append(site)
         except MatchError as error:
             unnamed[site.path] = error
-    places = {
-        target.name: Place(sites[path], target)
-        for path, targets in names.resolve(named).items()
-        for target in targets
-    }  # fmt: skip
+    places: dict[str, list[Place]] = {}
+    for path, targets in names.resolve(named, sites).items():
+        for target in targets:
+            places.setdefault(target.name, []).append(Place(sites[path], target))
     tensors: dict[str, str] = {}
     for path in sites.all_paths:
         try:
             tensors[tensor_name(names, path, sites.get(path))] = path
         except MatchError:
             continue
-    return Twin(places, tensors, unnamed)
+    ordered = {name: tuple(sorted(each, key=_start)) for name, each in places.items()}
+    return Twin(ordered, tensors, unnamed)
+
+
+def _start(place: Place) -> int:
+    return place.target.part.span.start
 
 
 def tensor_name(names: Names, path: str, site: Site | None) -> str:
@@ -99,7 +106,3 @@ def tensor_name(names: Names, path: str, site: Site | None) -> str:
 def is_tied(site: Site) -> bool:
     """Whether a look-up table is the output head too."""
     return site.kind == "embedding" and site.head and site.uses > 1
-
-
-def _outputs(site: Site, target: Target) -> int:
-    return prod(share_shape(site, target))

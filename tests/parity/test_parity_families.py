@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from families import FAMILIES, Family
-from helpers import assert_close, random_adapter
+from helpers import assert_close, assert_same, random_adapter
+from peft_models import nested
 from torch_side import adapted, opened, run
+from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 import lora_jax as lora
-from lora_jax.site import Sites
+from lora_jax.site import Site, Sites
 
 TOKENS = np.random.default_rng(0).integers(24, size=(3, 7))
 X = torch.from_numpy(TOKENS)
@@ -72,4 +74,38 @@ def norm(params: Any, sites: Sites) -> lora.Adapter:
             for path, each in drawn.items()
             if isinstance(each, lora.Replace)
         }
+    )
+
+
+MASKED = {
+    "bert": (BertConfig, BertForMaskedLM, "cls.predictions.decoder"),
+    "roberta": (RobertaConfig, RobertaForMaskedLM, "lm_head.decoder"),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_tables_that_are_the_head_of_a_masked_model(name: str, tmp_path: Path) -> None:
+    config, model, head = MASKED[name]
+
+    def base() -> Any:
+        torch.manual_seed(12)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+        return model(config(vocab_size=24, max_position_embeddings=12, initializer_range=0.3, **sizes)).eval()
+
+    table = f"{name}/embeddings/word_embeddings/embedding"
+    site = Site(
+        path=table, shape=(24, 16), dtype="float32", kind="embedding", in_axes=(0,), out_axes=(1,), uses=2, head=True
+    )
+    adapter = random_adapter([site])
+    lora.peft.save(tmp_path / "a", adapter, "hf_flax_bert")
+    assert sorted(lora.peft.read_peft(tmp_path / "a").modules) == sorted(
+        [table.rpartition("/")[0].replace("/", "."), head]
+    )
+    merged, delta = base(), torch.from_numpy(np.array(adapter[table].delta()))
+    with torch.no_grad():
+        getattr(merged, name).embeddings.word_embeddings.weight += delta
+    assert merged.get_submodule(head).weight is getattr(merged, name).embeddings.word_embeddings.weight
+    assert_close(run(opened(base(), tmp_path / "a"), X), run(merged, X))
+    assert_same(
+        lora.peft.load(tmp_path / "a", nested({table: np.zeros((24, 16))}), Sites([site]), "hf_flax_bert"), adapter
     )

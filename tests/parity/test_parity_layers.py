@@ -187,3 +187,38 @@ def test_inits_that_change_the_base(init: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "start")
     adapter = lora.peft.load(tmp_path / "converted", ours.params, ours.sites)
     assert_close(ours.run(adapter), expected, factor=10)  # the singular value decomposition rounds in PyTorch
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("layout", ["HWIO", "OIHW", "OHWI", "IHWO"])
+def test_convolutions(layout: str, groups: int, tmp_path: Path) -> None:
+    def base() -> Any:
+        torch.manual_seed(9)
+        return torch.nn.Sequential(torch.nn.Conv2d(2 * groups, 6, (3, 1), groups=groups, padding=(1, 0)))
+
+    def params(model: Any) -> Any:
+        weight = numbers(model.state_dict())["0.weight"]
+        return {"0": {"kernel": jnp.asarray(weight.transpose(["OIHW".index(axis) for axis in layout]))}}
+
+    def fn(params: Any, x: Any) -> Any:
+        kernel, names = params["0"]["kernel"], ("NCHW", layout, "NCHW")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), [(1, 1), (0, 0)], dimension_numbers=names, feature_group_count=groups
+        )
+
+    ours, x = params(base()), torch.randn(2, 2 * groups, 5, 4)
+    sites = lora.find_sites(fn, ours, jnp.asarray(x.numpy()))
+    adapter = random_adapter(sites)
+    lora.peft.save(tmp_path / "a", adapter, sites=sites)
+    model = opened(base(), tmp_path / "a")
+    bias = base()[0].bias.detach().numpy().reshape(-1, 1, 1)
+    with jax.default_matmul_precision("highest"):
+        assert_close(run(model, x), np.asarray(lora.adapt(fn)(ours, adapter, jnp.asarray(x.numpy()))) + bias)
+    theirs = adapted(base(), r=6, target_modules=["0"])
+    theirs.save_pretrained(tmp_path / "b")
+    if groups > 1:
+        with pytest.raises(lora.CheckpointError, match="PEFT's A reads every input channel"):
+            lora.peft.load(tmp_path / "b", ours, sites)
+    else:
+        loaded = lora.peft.load(tmp_path / "b", ours, sites)
+        assert_close(lora.merge(ours, loaded), params(theirs.merge_and_unload()))
