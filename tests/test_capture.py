@@ -13,7 +13,10 @@ from jax import lax
 
 import lora_jax as lora
 from benchmarks.harness import compilations
+from lora_jax.capture.batches import split
 from lora_jax.capture.gram import gram
+from lora_jax.capture.observe import _step
+from lora_jax.capture.statistics import Inputs
 from lora_jax.errors import ConfigError, MatchError, ParameterError
 
 DRAW = np.random.default_rng(3)
@@ -208,12 +211,12 @@ def centred(tokens):
     return sizes**2, right
 
 
-@pytest.mark.parametrize(("decay", "passes", "error"), [(1.0, 1, 1e-3), (0.3, 1, 0.2), (0.3, 3, 2e-3)])
+@pytest.mark.parametrize(("decay", "passes", "error"), [(1.0, 1, 2e-3), (0.3, 1, 0.2), (0.3, 3, 2e-3)])
 def test_components_are_those_of_all_inputs(decay, passes, error):
     """The sine of the largest angle to the exact subspace; in one pass it depends on how fast components fall off."""
-    spectrum = np.exp(-decay * np.arange(40))
-    rotation = np.linalg.qr(DRAW.normal(size=(40, 40)))[0]
-    batches = [(jnp.asarray(1 + DRAW.normal(size=(50, 40)) * spectrum @ rotation, jnp.float32),) for _ in range(4)]
+    draw, spectrum = np.random.default_rng(0), np.exp(-decay * np.arange(40))
+    rotation = np.linalg.qr(draw.normal(size=(40, 40)))[0]
+    batches = [(jnp.asarray(1 + draw.normal(size=(50, 40)) * spectrum @ rotation, jnp.float32),) for _ in range(4)]
     config = lora.LoraConfig(rank=4, targets=("w",))
     options = {"config": config, "rho": 1.0, "passes": passes}
     fn = lambda p, x: x @ p["w"]  # noqa: E731
@@ -221,8 +224,8 @@ def test_components_are_those_of_all_inputs(decay, passes, error):
     energies, right = centred(np.concatenate([x for (x,) in batches]))
     overlap = np.linalg.svd(np.asarray(found.vectors) @ right[:4].T, compute_uv=False)
     assert 1 - overlap.min() ** 2 < error**2
-    np.testing.assert_allclose(found.energies, energies[:4], rtol=max(error**2, 1e-4))
-    np.testing.assert_allclose(found.explained, energies[:4] / energies.sum(), rtol=max(error**2, 1e-4))
+    np.testing.assert_allclose(found.energies, energies[:4], rtol=max(error**2, 1e-3))
+    np.testing.assert_allclose(found.explained, energies[:4] / energies.sum(), rtol=max(error**2, 1e-3))
     np.testing.assert_allclose(found.vectors @ found.vectors.T, np.eye(4), atol=1e-5)
     assert (np.asarray(found.vectors)[range(4), np.abs(found.vectors).argmax(1)] > 0).all()
 
@@ -273,13 +276,27 @@ def test_the_result_is_a_function_of_the_arguments():
         assert_same(run(), everything(WAYS["scan"], LAYERS, iter(batches), what, progress=True))
 
 
-def test_memory_does_not_grow_and_nothing_compiles_twice():
-    x = normal(9, 4)
-    with compilations() as warm:
-        everything(WAYS["scan"], LAYERS, [(x,)])
-    with compilations() as seen:
-        everything(WAYS["scan"], LAYERS, (((x + i),) for i in range(20)))
-    assert len(seen) <= len(warm)
+def test_nothing_compiles_twice():
+    batches = [(normal(9, 4),) for _ in range(5)]
+    everything(WAYS["scan"], LAYERS, batches[:1])
+    with compilations() as once:
+        everything(WAYS["scan"], LAYERS, batches[:1])
+    with compilations() as often:
+        everything(WAYS["scan"], LAYERS, batches)
+    assert len(often) == len(once) == 1  # the step
+
+
+def test_memory_is_that_of_the_statistics():
+    """They are added to in place, even those of layers in a loop, and the program's own results are dropped."""
+    layers = {"w": jnp.zeros((6, 256, 256))}
+    fn = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0] @ jnp.ones((256, 9999))  # noqa: E731
+    x = normal(32, 256)
+    sites = list(lora.find_sites(fn, layers, x).values())
+    state = {"w": Inputs.zero(sites[0], 6, 2, jax.random.key(0))}
+    compiled = _step(fn, sites, None).lower(state, *split((layers, (x,)))).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 4 * 6 * 256 * 256
+    assert memory.temp_size_in_bytes < 4 * 4 * 256 * 256
 
 
 def test_anything_may_be_an_argument():

@@ -42,16 +42,16 @@ def _arguments(batch: Any) -> tuple[Any, ...]:
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-def split(batch: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...]]:
-    """The arrays of a batch, and the rest of it as a hashable value, for `jax.jit`; `joined` is the inverse."""
-    leaves, treedef = jax.tree.flatten(batch)
+def split(tree: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    """The arrays of a tree, and the rest of it as a hashable value, for `jax.jit`; `joined` is the inverse."""
+    leaves, treedef = jax.tree.flatten(tree)
     return [leaf for leaf in leaves if is_array(leaf)], (
         treedef,
         *(None if is_array(leaf) else leaf for leaf in leaves),
     )
 
 
-def joined(arrays: list[Any], rest: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The batch that was `split`."""
+def joined(arrays: list[Any], rest: tuple[Any, ...]) -> Any:
+    """The tree that was `split`."""
     given, (treedef, *others) = iter(arrays), rest
     return jax.tree.unflatten(treedef, [next(given) if leaf is None else leaf for leaf in others])

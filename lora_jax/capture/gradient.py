@@ -18,10 +18,9 @@ def mean_gradients(
     fn: Callable[..., Any], params: Any, rounds: Iterable[Iterable[tuple[Any, ...]]], paths: Sequence[str]
 ) -> dict[str, Statistic]:
     """The mean over batches of the gradient by each of the parameters; nothing else is differentiated."""
-    leaves, treedef = named_leaves(params)
-    chosen = {path: leaves[path] for path in paths}
 
-    def loss(chosen: dict[str, Any], leaves: dict[str, Any], batch: tuple[Any, ...]) -> Any:
+    def loss(chosen: dict[str, Any], params: Any, batch: tuple[Any, ...]) -> Any:
+        leaves, treedef = named_leaves(params)
         value = fn(rebuild(treedef, {path: chosen.get(path, leaf) for path, leaf in leaves.items()}), *batch)
         if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
             raise ParameterError(
@@ -31,12 +30,15 @@ def mean_gradients(
         return value
 
     @partial(jax.jit, static_argnames="rest", donate_argnames="total")
-    def step(total: dict[str, Any], chosen: dict[str, Any], arrays: list[Any], rest: tuple[Any, ...]) -> dict[str, Any]:
-        found = jax.grad(loss)(chosen, leaves, joined(arrays, rest))
+    def step(total: dict[str, Any], arrays: list[Any], rest: tuple[Any, ...]) -> dict[str, Any]:
+        params, batch = joined(arrays, rest)
+        leaves, _ = named_leaves(params)
+        found = jax.grad(loss)({path: leaves[path] for path in paths}, params, batch)
         return {path: total[path] + grad.astype(jnp.float32) for path, grad in found.items()}
 
-    total, count = {path: jnp.zeros(leaf.shape) for path, leaf in chosen.items()}, 0
+    leaves, _ = named_leaves(params)
+    total, count = {path: jnp.zeros(leaves[path].shape) for path in paths}, 0
     for batches in rounds:
         for batch in batches:
-            total, count = step(total, chosen, *split(batch)), count + 1
+            total, count = step(total, *split((params, batch))), count + 1
     return {path: Gradient(value / count, jnp.float32(count)) for path, value in total.items()}

@@ -36,7 +36,7 @@ def observed(
         again = None if state is None else {path: each.again() for path, each in state.items()}
         state = again or _zeros(what, sites, components, seed)
         for batch in batches:
-            state = step(state, params, *split(batch))
+            state = step(state, *split((params, batch)))
     return {site.path: _finished(state[site.path], site, components[site.path]) for site in sites}
 
 
@@ -47,16 +47,21 @@ def _zeros(what: str, sites: Sequence[Site], components: Mapping[str, int], seed
 
 def _finished(state: Inputs | Sketch, site: Site, components: int) -> Statistic:
     """The statistic with the stacked axes of its site."""
-    found = jax.jit(jax.vmap(lambda each: each.finish(components)))(state)
+    found = _finish(state, components)
     return jax.tree.map(lambda leaf: leaf.reshape(*site.batch_shape, *leaf.shape[1:]), found)
+
+
+@partial(jax.jit, static_argnames="components")
+def _finish(state: Inputs | Sketch, components: int) -> Statistic:
+    return jax.vmap(lambda each: each.finish(components))(state)
 
 
 def _step(fn: Callable[..., Any], sites: Sequence[Site], mask: Callable[..., Any] | None) -> Callable[..., Any]:
     """A compiled function that adds a batch to the statistics, in place."""
 
     @partial(jax.jit, static_argnames="rest", donate_argnames="state")
-    def step(state: dict[str, Any], params: Any, arrays: list[Any], rest: tuple[Any, ...]) -> dict[str, Any]:
-        batch = joined(arrays, rest)
+    def step(state: dict[str, Any], arrays: list[Any], rest: tuple[Any, ...]) -> dict[str, Any]:
+        params, batch = joined(arrays, rest)
         refs = jax.tree.map(jax.new_ref, state)
         seen: set[str] = set()
 

@@ -184,6 +184,8 @@ def _slice(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def _cut(factor: Labelled, cuts: Mapping[int, tuple[int, int, int]]) -> Labelled:
+    if not factor.axes:
+        return factor
     full = [cuts.get(axis, (0, size, 1)) for axis, size in zip(factor.axes, factor.array.shape, strict=True)]
     return Labelled(jax.lax.slice(factor.array, *zip(*full, strict=True)), factor.axes)
 
@@ -207,6 +209,8 @@ def _dynamic_slice(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]
     cuts = dict(zip(weight.axes, zip(starts, eqn.params["slice_sizes"], strict=True), strict=True))
 
     def cut(factor: Labelled) -> Labelled:
+        if not factor.axes:
+            return factor
         zero = jnp.zeros((), starts[0].dtype if starts else jnp.int32)
         full = [cuts.get(axis, (zero, size)) for axis, size in zip(factor.axes, factor.array.shape, strict=True)]
         begin, sizes = zip(*full, strict=True)
