@@ -14,8 +14,7 @@ from jax import lax
 import lora_jax as lora
 from benchmarks.harness import compilations
 from lora_jax.capture.batches import split
-from lora_jax.capture.gram import gram
-from lora_jax.capture.observe import _step
+from lora_jax.capture.observe import observing_step
 from lora_jax.capture.statistics import Inputs
 from lora_jax.errors import ConfigError, MatchError, ParameterError
 
@@ -263,9 +262,14 @@ def test_bfloat16_models_accumulate_in_float32():
     assert_moments(found, np.tile(np.asarray(x, np.float64), (3, 1)))
 
 
-def test_gram_by_panels():
-    x = normal(30, 700)
-    np.testing.assert_allclose(gram(x), np.asarray(x, np.float64).T @ np.asarray(x, np.float64), atol=1e-4)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_wide_inputs_are_summed_by_panels(stacked):
+    x, w = normal(2, 3, 1100), normal(2, 1100, 2)
+    scan = lambda p, x: lax.scan(lambda c, xw: (c, xw[0] @ xw[1]), 0, (x, p["w"]))[1]  # noqa: E731
+    apart = lambda p, x: jnp.einsum("bti,bio->bto", x, p["w"])  # noqa: E731
+    found = everything(scan if stacked else apart, {"w": w}, [x])["w"]
+    for i in range(2):
+        np.testing.assert_allclose(found.second[i], moments(x[i])[0], atol=1e-4)
 
 
 def test_the_result_is_a_function_of_the_arguments():
@@ -293,7 +297,7 @@ def test_memory_is_that_of_the_statistics():
     x = normal(32, 256)
     sites = list(lora.find_sites(fn, layers, x).values())
     state = {"w": Inputs.zero(sites[0], 6, 2, jax.random.key(0))}
-    compiled = _step(fn, sites, None).lower(state, *split((layers, (x,)))).compile()
+    compiled = observing_step(fn, sites, None).lower(state, *split((layers, (x,)))).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= 4 * 6 * 256 * 256
     assert memory.temp_size_in_bytes < 4 * 4 * 256 * 256

@@ -18,6 +18,16 @@ def mean_gradients(
     fn: Callable[..., Any], params: Any, rounds: Iterable[Iterable[tuple[Any, ...]]], paths: Sequence[str]
 ) -> dict[str, Statistic]:
     """The mean over batches of the gradient by each of the parameters; nothing else is differentiated."""
+    leaves, _ = named_leaves(params)
+    step, total, count = gradient_step(fn, paths), {path: jnp.zeros(leaves[path].shape) for path in paths}, 0
+    for batches in rounds:
+        for batch in batches:
+            total, count = step(total, *split((params, batch))), count + 1
+    return {path: Gradient(value / count, jnp.float32(count)) for path, value in total.items()}
+
+
+def gradient_step(fn: Callable[..., Any], paths: Sequence[str]) -> Callable[..., Any]:
+    """A compiled function that adds the gradient of a batch to a sum, in place."""
 
     def loss(chosen: dict[str, Any], params: Any, batch: tuple[Any, ...]) -> Any:
         leaves, treedef = named_leaves(params)
@@ -36,9 +46,4 @@ def mean_gradients(
         found = jax.grad(loss)({path: leaves[path] for path in paths}, params, batch)
         return {path: total[path] + grad.astype(jnp.float32) for path, grad in found.items()}
 
-    leaves, _ = named_leaves(params)
-    total, count = {path: jnp.zeros(leaves[path].shape) for path in paths}, 0
-    for batches in rounds:
-        for batch in batches:
-            total, count = step(total, *split((params, batch))), count + 1
-    return {path: Gradient(value / count, jnp.float32(count)) for path, value in total.items()}
+    return step

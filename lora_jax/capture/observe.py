@@ -30,17 +30,18 @@ def observed(
     seed: int,
 ) -> dict[str, Statistic]:
     """The statistics of the inputs of every site; see `lora_jax.capture`."""
-    step = _step(fn, sites, mask)
+    step = observing_step(fn, sites, mask)
     state: Any = None
     for batches in rounds:
         again = None if state is None else {path: each.again() for path, each in state.items()}
-        state = again or _zeros(what, sites, components, seed)
+        state = again or zeros(what, sites, components, seed)
         for batch in batches:
             state = step(state, *split((params, batch)))
     return {site.path: _finished(state[site.path], site, components[site.path]) for site in sites}
 
 
-def _zeros(what: str, sites: Sequence[Site], components: Mapping[str, int], seed: int) -> dict[str, Any]:
+def zeros(what: str, sites: Sequence[Site], components: Mapping[str, int], seed: int) -> dict[str, Any]:
+    """What is collected before the first batch: by path, with one axis for the whole stack of a site."""
     start, key = _COLLECTED[what].zero, jax.random.key(seed)
     return {site.path: start(site, prod(site.batch_shape), components[site.path], key) for site in sites}
 
@@ -56,8 +57,10 @@ def _finish(state: Inputs | Sketch, components: int) -> Statistic:
     return jax.vmap(lambda each: each.finish(components))(state)
 
 
-def _step(fn: Callable[..., Any], sites: Sequence[Site], mask: Callable[..., Any] | None) -> Callable[..., Any]:
-    """A compiled function that adds a batch to the statistics, in place."""
+def observing_step(
+    fn: Callable[..., Any], sites: Sequence[Site], mask: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """A compiled function `(state, arrays, rest)` that adds a batch to the statistics, in place."""
 
     @partial(jax.jit, static_argnames="rest", donate_argnames="state")
     def step(state: dict[str, Any], arrays: list[Any], rest: tuple[Any, ...]) -> dict[str, Any]:

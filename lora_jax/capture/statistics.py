@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import jax
 import jax.numpy as jnp
 
-from lora_jax.capture.gram import add_at, gram, products
+from lora_jax.capture.gram import add_at, add_gram, mirrored, products
 from lora_jax.site import Site
 
 _Class = TypeVar("_Class", bound=type)
@@ -46,7 +46,7 @@ class Inputs:
     def add(self, entry: Any, tokens: Any, kept: Any) -> None:
         """Take in the inputs `[*maps, tokens, fan_in]` of the maps numbered `entry`; the arrays are references."""
         tokens, counts = _masked(tokens, kept)
-        add_at(self.second, entry, gram(tokens))
+        add_gram(self.second, entry, tokens)
         add_at(self.total, entry, tokens.sum(-2, dtype=jnp.float32))
         add_at(self.count, entry, counts)
 
@@ -56,7 +56,7 @@ class Inputs:
 
     def finish(self, components: int) -> Self:
         """The statistic of one map."""
-        return self
+        return replace(self, second=mirrored(self.second))
 
 
 @_pytree
