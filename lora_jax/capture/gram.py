@@ -25,16 +25,28 @@ def add_at(ref: Any, entry: Any, value: Any) -> None:
         ref[...] = ref[...].at[entry].add(value)
 
 
-def add_gram(ref: Any, entry: Any, x: Any) -> None:
-    """Add `xᵀx` of `[*maps, tokens, size]`: of one map's only the panels on and right of the diagonal; see `mirrored`."""
-    if entry.ndim > 0:
-        return add_at(ref, entry, products("...ti,...tj->...ij", x, x))
-    for start in range(0, x.shape[-1], _PANEL):
-        rows = slice(start, min(start + _PANEL, x.shape[-1]))
-        ref[entry, rows, start:] += products("ti,tj->ij", x[:, rows], x[:, start:])
+def panels(size: int) -> list[slice]:
+    """The rows of each panel of a symmetric matrix; a panel holds the columns from its first row on.
+
+    >>> panels(1200)
+    [slice(0, 512, None), slice(512, 1024, None), slice(1024, 1200, None)]
+    """
+    return [slice(start, min(start + _PANEL, size)) for start in range(0, size, _PANEL)]
 
 
-def mirrored(gram: Any) -> Any:
-    """The symmetric matrix whose panels on and right of the diagonal are given."""
-    panel = jnp.arange(len(gram)) // _PANEL
-    return jnp.where(panel[:, None] <= panel[None], gram, gram.T)
+def add_gram(refs: tuple[Any, ...], entry: Any, x: Any) -> None:
+    """Add `xᵀx` of `[*maps, tokens, size]` to the panels `[all maps, rows, columns]` of a symmetric matrix."""
+    for ref, rows in zip(refs, panels(x.shape[-1]), strict=True):
+        add_at(ref, entry, products("...ti,...tj->...ij", x[..., rows], x[..., rows.start :]))
+
+
+def whole(given: tuple[Any, ...]) -> Any:
+    """The symmetric matrix of its panels `[rows, columns]`.
+
+    >>> whole((jnp.array([[1.0, 2.0], [2.0, 5.0]]),)).tolist()
+    [[1.0, 2.0], [2.0, 5.0]]
+    """
+    size = given[0].shape[-1]
+    upper = jnp.concatenate([jnp.pad(panel, [(0, 0), (size - panel.shape[-1], 0)]) for panel in given])
+    number = jnp.arange(size) // _PANEL
+    return jnp.where(number[:, None] <= number[None], upper, upper.T)

@@ -9,14 +9,14 @@ import jax
 
 from lora_jax.capture.batches import joined, split
 from lora_jax.capture.captured import Statistic
-from lora_jax.capture.statistics import Inputs, Sketch
+from lora_jax.capture.statistics import Moments, Sketch
 from lora_jax.engine import Context, Log, interpret
 from lora_jax.engine.calls import trace_call
 from lora_jax.engine.tap import probed
 from lora_jax.errors import ParameterError, listed
 from lora_jax.site import Site
 
-_COLLECTED = {"inputs": Inputs, "components": Sketch}
+_COLLECTED = {"inputs": Moments, "components": Sketch}
 
 
 def observed(
@@ -46,14 +46,14 @@ def zeros(what: str, sites: Sequence[Site], components: Mapping[str, int], seed:
     return {site.path: start(site, prod(site.batch_shape), components[site.path], key) for site in sites}
 
 
-def _finished(state: Inputs | Sketch, site: Site, components: int) -> Statistic:
+def _finished(state: Moments | Sketch, site: Site, components: int) -> Statistic:
     """The statistic with the stacked axes of its site."""
     found = _finish(state, components)
     return jax.tree.map(lambda leaf: leaf.reshape(*site.batch_shape, *leaf.shape[1:]), found)
 
 
 @partial(jax.jit, static_argnames="components")
-def _finish(state: Inputs | Sketch, components: int) -> Statistic:
+def _finish(state: Moments | Sketch, components: int) -> Statistic:
     return jax.vmap(lambda each: each.finish(components))(state)
 
 

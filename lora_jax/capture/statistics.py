@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import jax
 import jax.numpy as jnp
 
-from lora_jax.capture.gram import add_at, add_gram, mirrored, products
+from lora_jax.capture.gram import add_at, add_gram, panels, products, whole
 from lora_jax.site import Site
 
 _Class = TypeVar("_Class", bound=type)
@@ -37,16 +37,32 @@ class Inputs:
     total: Any
     count: Any
 
+
+@_pytree
+@dataclass(frozen=True)
+class Moments:
+    """What `Inputs` are computed from: the same, but of the symmetric matrix little more than a half.
+
+    Attributes:
+      panels: of the second moment, `[maps, rows, columns]` each.
+      total, count: as of `Inputs`.
+    """
+
+    panels: Any
+    total: Any
+    count: Any
+
     @classmethod
-    def zero(cls, site: Site, maps: int, rank: int, key: Any) -> Self:
+    def zero(cls, site: Site, maps: int, components: int, key: Any) -> Self:
         """Nothing seen yet."""
         size = site.fan_in
-        return cls(jnp.zeros((maps, size, size)), jnp.zeros((maps, size)), jnp.zeros(maps))
+        parts = tuple(jnp.zeros((maps, rows.stop - rows.start, size - rows.start)) for rows in panels(size))
+        return cls(parts, jnp.zeros((maps, size)), jnp.zeros(maps))
 
     def add(self, entry: Any, tokens: Any, kept: Any) -> None:
         """Take in the inputs `[*maps, tokens, fan_in]` of the maps numbered `entry`; the arrays are references."""
         tokens, counts = _masked(tokens, kept)
-        add_gram(self.second, entry, tokens)
+        add_gram(self.panels, entry, tokens)
         add_at(self.total, entry, tokens.sum(-2, dtype=jnp.float32))
         add_at(self.count, entry, counts)
 
@@ -54,9 +70,9 @@ class Inputs:
         """What another pass over the data starts from: there is nothing to refine."""
         return jax.tree.map(jnp.zeros_like, self)
 
-    def finish(self, components: int) -> Self:
+    def finish(self, components: int) -> Inputs:
         """The statistic of one map."""
-        return replace(self, second=mirrored(self.second))
+        return Inputs(whole(self.panels), self.total, self.count)
 
 
 @_pytree
@@ -102,9 +118,9 @@ class Sketch:
     energy: Any
 
     @classmethod
-    def zero(cls, site: Site, maps: int, rank: int, key: Any) -> Self:
+    def zero(cls, site: Site, maps: int, components: int, key: Any) -> Self:
         """Nothing seen yet; random test vectors, the same for all sites with as many inputs."""
-        size, few = site.fan_in, min(2 * rank + 8, site.fan_in)
+        size, few = site.fan_in, min(2 * components + 8, site.fan_in)
         test = jnp.linalg.qr(jax.random.normal(jax.random.fold_in(key, size), (size, few)))[0]
         test = jnp.tile(test, (maps, 1, 1))
         return cls(test, jnp.zeros((maps, size, few)), jnp.zeros((maps, size)), jnp.zeros(maps), jnp.zeros(maps))
