@@ -10,6 +10,10 @@ merged  = lora.merge(variables, adapter)                     # plain parameters 
 ```
 """
 
+# Families of things, under their own names.
+from lora_jax import methods as methods
+from lora_jax import optim as optim
+
 # What to adapt, and where a program can be adapted.
 # Adapters.
 from lora_jax.adapter import Adapter as Adapter
@@ -32,6 +36,7 @@ from lora_jax.errors import MergeError as MergeError
 from lora_jax.errors import ParameterError as ParameterError
 from lora_jax.init import init as init
 from lora_jax.init import initialisers as initialisers
+from lora_jax.init import loftq as loftq
 
 # Disk.
 from lora_jax.io import hub as hub
@@ -39,12 +44,9 @@ from lora_jax.io import peft as peft
 from lora_jax.io.orbax import load as load
 from lora_jax.io.orbax import load_config as load_config
 from lora_jax.io.orbax import save as save
+from lora_jax.merge import absorb as absorb
 from lora_jax.merge import merge as merge
 from lora_jax.merge_report import merge_report as merge_report
-from lora_jax.methods import Dora as Dora
-from lora_jax.methods import Rows as Rows
-from lora_jax.methods import Shift as Shift
-from lora_jax.methods import methods as methods
 from lora_jax.optim import optimizer as optimizer
 from lora_jax.sharding import adapter_sharding as adapter_sharding
 from lora_jax.site import Site as Site

@@ -45,6 +45,11 @@ def positive_int(field: str, value: Any) -> int:
     return _number(field, value, operator.index, lambda number: number > 0, "a positive integer")
 
 
+def seed(field: str, value: Any) -> int:
+    """The value as a seed of random numbers."""
+    return _number(field, value, operator.index, lambda number: 0 <= number < 1 << 32, "an integer from 0 to 2**32 - 1")
+
+
 def positive(field: str, value: Any) -> float:
     """The value as a positive, finite float."""
     return _number(field, value, float, lambda number: 0 < number < math.inf, "a positive number")

@@ -37,7 +37,7 @@ class LoraConfig:
       alpha_pattern: `{regex: alpha}`, likewise.
       rslora: scale by `alpha / sqrt(rank)`.
       dropout: probability of dropping elements of the input of A in training. As in PEFT, look-ups have none.
-      method: the variant of LoRA: `"lora"`, `"dora"`, or another of `lora_jax.methods()`.
+      method: the variant of LoRA: `"lora"`, `"dora"`, or another of `lora_jax.methods.names()`.
       init: how factors start: `"default"` (PEFT's), `"gaussian"`, `"orthogonal"`, or another of
         `lora_jax.initialisers()`.
       train: names of parameters, or of modules with all they hold, trained in full (PEFT `modules_to_save`) and never
@@ -48,6 +48,7 @@ class LoraConfig:
         layer without a bias is an error.
       trainable_tokens: rows of look-up tables trained in full (PEFT `trainable_token_indices`): their numbers, where
         the model has one table, or `{name: numbers}`. Output heads that are tied to the table see them too.
+      seed: of the frozen random projections of `method="vera"` (PEFT `projection_prng_key`).
       param_dtype: dtype of what trains, float32 by default even under a bfloat16 model.
 
     Raises:
@@ -81,6 +82,7 @@ class LoraConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
     trainable_tokens: checks.Tokens = ()
+    seed: int = 0
     param_dtype: Any = "float32"
 
     def __post_init__(self) -> None:
@@ -96,14 +98,15 @@ class LoraConfig:
         self._set("dropout", checks.probability("dropout", self.dropout))
         self._set("train", checks.names("train", self.train))
         self._set("trainable_tokens", checks.tokens("trainable_tokens", self.trainable_tokens))
+        self._set("seed", checks.seed("seed", self.seed))
         self._set("param_dtype", checks.float_dtype("param_dtype", self.param_dtype))
         for switch in ("rslora", "lora_bias"):
             if not isinstance(getattr(self, switch), bool):
                 raise ConfigError(f"{switch}={getattr(self, switch)!r} must be True or False")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"bias={self.bias!r} must be one of 'none', 'all', 'lora_only'")
-        registry.INITS.find(self.init)
-        registry.METHODS.find(self.method)
+        registry.find_init(self.init)
+        self._check_method(registry.METHODS.find(self.method))
         self._check_layers()
         if self.lora_bias and self.bias != "none":
             raise ConfigError(f"lora_bias=True adds to the biases that bias={self.bias!r} trains in full: choose one")
@@ -121,6 +124,15 @@ class LoraConfig:
                 f"layers={self.layers!r} cannot be combined with the regex targets={self.targets!r}: put the numbers "
                 f"in the regex, or give names: targets=({self.targets!r},)"
             )
+
+    def _check_method(self, method: registry.Method) -> None:
+        """Refuse what a method does not combine with; `docs/methods.md` has the table."""
+        if not method.draws and self.init != "default":
+            raise ConfigError(
+                f"method={self.method!r} has its own start, so init={self.init!r} has no effect: leave it"
+            )
+        if not method.lora_bias and self.lora_bias:
+            raise ConfigError(f"method={self.method!r} cannot have lora_bias=True")
 
     def ranks_for(self, path: str) -> int | tuple[int, ...]:
         """Rank at a path: that of the first `rank_pattern` key that matches, else `rank`; a tuple if layers differ."""

@@ -79,6 +79,44 @@ def merge(
     return rebuild(treedef, leaves | merged)
 
 
+def absorb(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
+    """Take what is frozen in an adapter into the parameters: the residual base of PiSSA, OLoRA and their like.
+
+    A start away from zero costs a second pair of thin products in every step. This pays for it once: the parameters
+    become `W - scale·a_start·b_start`, the factors stand alone, and both together compute what they did, up to the
+    rounding of the parameters' dtype (in bfloat16 about 3e-3, which is what PEFT always pays). The adapter then belongs
+    to those parameters, and no longer to the base: before sharing it, save the one that it came from.
+
+    Args:
+      params: the base's parameters; left untouched.
+      adapter: the adapter.
+
+    Returns:
+      New parameters, and the adapter for them.
+
+    Raises:
+      ParameterError: the adapter does not fit these parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (4, 3))}
+      >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)))
+      >>> config = lora.LoraConfig(rank=2, targets="w", init="pissa")
+      >>> adapter = lora.init(jax.random.key(1), config, params, sites)
+      >>> rest, factors = lora.absorb(params, adapter)
+      >>> factors["w"].a_start is None, bool(jnp.allclose(lora.merge(rest, factors)["w"], params["w"], atol=1e-6))
+      (True, True)
+
+    References:
+      Meng et al., PiSSA, arXiv 2404.02948.
+    """
+    leaves, treedef = named_leaves(params)
+    fit(adapter, leaves)
+    changed = {path: update.absorbed(leaves[path]) for path, update in adapter.items()}
+    rest = {path: _like(weight, leaves[path]) for path, (weight, _) in changed.items() if weight is not leaves[path]}
+    return rebuild(treedef, leaves | rest), Adapter({path: update for path, (_, update) in changed.items()})
+
+
 def _checked_key(rounding: str, key: Array | None) -> Array | None:
     if rounding not in ("nearest", "stochastic"):
         raise MergeError(f'rounding={rounding!r} must be "nearest" or "stochastic"')

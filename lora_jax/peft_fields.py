@@ -1,5 +1,6 @@
 """The fields of PEFT's `LoraConfig` in terms of ours, both ways."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ _SAME = {
     "lora_bias": "lora_bias",
     "trainable_token_indices": "trainable_tokens",
 }
-_INITS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+_INITS = {"default": True} | {name: name for name in ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")}
 # Fields that do not change the arithmetic here: bookkeeping; the layout of a kernel, which the traced program
 # tells; tied weights, which are one parameter anyway; settings of features that are refused if used.
 _IRRELEVANT = {
@@ -64,7 +65,7 @@ def read(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def write(ours: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of PEFT's `LoraConfig` for the fields of ours; see `LoraConfig.to_peft`."""
-    if ours["init"] not in _INITS:
+    if _numbered(ours["init"]) not in _INITS:
         raise ConfigError(f"PEFT has no init={ours['init']!r}; it has {', '.join(_INITS)}")
     if ours["method"] not in ("lora", "dora"):
         raise ConfigError(f"PEFT's LoraConfig has no method={ours['method']!r}; it has lora and dora")
@@ -81,7 +82,7 @@ def write(ours: Mapping[str, Any]) -> dict[str, Any]:
     fields = {theirs: _plain(ours[name]) for theirs, name in _SAME.items()}
     fields |= {"lora_alpha": alpha, "rank_pattern": _dotted(ranks), "alpha_pattern": _dotted(alphas)}
     fields["trainable_token_indices"] = _tokens(ours["trainable_tokens"])
-    fields |= {"peft_type": "LORA", "init_lora_weights": _INITS[ours["init"]]}
+    fields |= {"peft_type": "LORA", "init_lora_weights": _INITS.get(ours["init"], ours["init"])}
     return fields | {"use_dora": ours["method"] == "dora"}
 
 
@@ -93,9 +94,14 @@ def _tokens(ours: Any) -> Any:
 
 def _init(value: Any) -> str:
     for name, theirs in _INITS.items():
-        if value is theirs or (isinstance(value, str) and value == theirs):
-            return name
+        if value is theirs or (isinstance(value, str) and _numbered(value) == theirs):
+            return value if isinstance(value, str) else name
     raise ConfigError(f"init_lora_weights={value!r} is not supported; possible: {list(_INITS.values())}")
+
+
+def _numbered(name: str) -> str:
+    """A name with `N` for the number at its end."""
+    return re.sub(r"_\d+$", "_N", name)
 
 
 def _unset(value: Any) -> bool:

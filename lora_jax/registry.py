@@ -1,7 +1,8 @@
 """The tables of initialisers and methods that `LoraConfig(init=..., method=...)` chooses from."""
 
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import jax
@@ -56,16 +57,34 @@ class Entry:
       draw: the function.
       reads: data it is called with, as keywords.
       away: whether its product is not zero, so that adapters keep a frozen copy of the start to take off again.
+      number: what stands for `N` in its name.
     """
 
     draw: Initialiser
     reads: tuple[Data, ...] = ()
     away: bool = False
+    number: int | None = None
 
 
 INITS: Table[Entry] = Table("init", "An initialiser")
-METHODS: Table[Any] = Table("method", "A method")
-"""Update classes that have a `start`; see `lora_jax.updates.Start`."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A variant of LoRA, and what it combines with.
+
+    Attributes:
+      update: its class, an `Update` with a classmethod `start` that takes a `lora_jax.updates.Start`.
+      draws: whether it starts from the factors of an initialiser, so that any `init` will do.
+      lora_bias: whether a bias on B may stand beside it.
+    """
+
+    update: Any
+    draws: bool = True
+    lora_bias: bool = True
+
+
+METHODS: Table[Method] = Table("method", "A method")
 
 
 def register(name: str, *, reads: tuple[Data, ...] = (), away: bool = False) -> Callable[[Initialiser], Initialiser]:
@@ -79,8 +98,8 @@ def register(name: str, *, reads: tuple[Data, ...] = (), away: bool = False) -> 
     Args:
       name: the name users write.
       reads: what it is called with beside key, site, rank and dtype, as keywords: `"weight"`, the frozen matrix
-        `[fan_in, fan_out]` in float32; `"scale"`, that of the product; `"inputs"`, `"components"` and
-        `"gradient"`, from `lora_jax.capture`.
+        `[fan_in, fan_out]` in float32; `"scale"`, that of the product; `"inputs"`, `"components"` and `"gradient"`,
+        from `lora_jax.capture`. A name that ends in `_N` stands for every number there, which comes as `number`.
       away: its product is not zero. The adapter then keeps the factors it started from and takes their product off
         again, so that the model still starts as the base; see `LowRank`.
 
@@ -104,6 +123,17 @@ def register(name: str, *, reads: tuple[Data, ...] = (), away: bool = False) -> 
     return add
 
 
+def find_init(name: Any) -> Entry:
+    """The initialiser of a name, which may have a number where the table has `N`.
+
+    Raises:
+      ConfigError: there is none; the message lists those there are.
+    """
+    number = re.search(r"(?<=_)[1-9]\d*$", name) if isinstance(name, str) else None
+    family = INITS.entries.get(f"{name[: number.start()]}N") if number else None
+    return INITS.find(name) if number is None or family is None else replace(family, number=int(number[0]))
+
+
 def initialisers() -> tuple[str, ...]:
     """Names that `LoraConfig(init=...)` accepts.
 
@@ -118,32 +148,41 @@ def initialisers() -> tuple[str, ...]:
 _Method = TypeVar("_Method", bound=type)
 
 
-def register_method(name: str) -> Callable[[_Method], _Method]:
+def register_method(name: str, *, draws: bool = True, lora_bias: bool = True) -> Callable[[_Method], _Method]:
     """Class decorator that makes an update available as `LoraConfig(method=name)`.
 
     The class is an `Update` with a classmethod `start`; `docs/add-a-method.md` writes one.
 
     Args:
       name: the name users write.
+      draws: whether it starts from the factors of an initialiser; if not, `init=` is refused beside it.
+      lora_bias: whether a bias on B may stand beside it.
 
     Raises:
       ConfigError: the name is taken.
+
+    Example:
+      >>> from lora_jax.updates import LowRank
+      >>> @register_method("example-lora")
+      ... class Mine(LowRank): ...
+      >>> "example-lora" in method_names()
+      True
     """
     METHODS.check_free(name)
 
     def add(method: _Method) -> _Method:
-        METHODS.entries[name] = method
+        METHODS.entries[name] = Method(method, draws, lora_bias)
         return method
 
     return add
 
 
-def methods() -> tuple[str, ...]:
+def method_names() -> tuple[str, ...]:
     """Names that `LoraConfig(method=...)` accepts.
 
     Example:
       >>> import lora_jax as lora
-      >>> {"lora", "dora"} <= set(lora.methods())
+      >>> {"lora", "dora"} <= set(lora.methods.names())
       True
     """
     return tuple(METHODS)

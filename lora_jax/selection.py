@@ -61,7 +61,7 @@ def select(config: LoraConfig, sites: Sites) -> Selection:
             f"by exclude={config.exclude!r} or train={config.train!r}. {_NEXT}"
         )
     for field in ("rank_pattern", "alpha_pattern"):
-        _check_patterns(field, pairs(getattr(config, field)), chosen)
+        check_patterns(field, pairs(getattr(config, field)), chosen)
     train |= _biases(config, chosen, sites)
     return Selection(
         sites=tuple(sites[path] for path in chosen),
@@ -143,7 +143,12 @@ def _stacked(targeted: list[str], sites: Sites) -> str:
     return f"Layers stacked in one parameter ({_some(stacked)}) share a path and cannot be told apart by it. "
 
 
-def _check_patterns(field: str, patterns: Iterable[tuple[str, object]], chosen: list[str]) -> None:
+def check_patterns(field: str, patterns: Iterable[tuple[str, object]], chosen: list[str]) -> None:
+    """Refuse patterns of which one applies to none of the adapted parameters.
+
+    Raises:
+      MatchError: a pattern matches nothing, or only what earlier ones match.
+    """
     patterns = tuple(patterns)
     applied = {found[0] for path in chosen if (found := lookup(patterns, path))}
     for key, _ in patterns:

@@ -76,6 +76,14 @@ class Update(ABC):
     def scaled(self, factor: Any) -> Self:
         """The update with its effect multiplied by `factor`."""
 
+    def absorbed(self, weight: Array) -> tuple[Array, Self]:
+        """The parameter, and the update on it that does the same, with what is frozen in the update taken into it."""
+        return weight, self
+
+    def low_rank(self) -> "LowRank | None":
+        """Plain factors that do the same; None if there are none, as for a gain or a replaced value."""
+        return None
+
     def applied(self, weight: Array) -> Array:
         """The parameter as the adapted model sees it, in float32 (or wider if `weight` is)."""
         return exact_sum(weight, [self])
@@ -92,6 +100,7 @@ class Start:
       dropout: probability of dropping an element of the input of A.
       dtype: of what trains.
       key: of this site.
+      seed: of frozen random numbers that are drawn again wherever they are used.
       factors: draws `a`, `b` from the config's initialiser, and two more or None, those to take off again.
       weight: gives the frozen parameter; raises a `ParameterError` where it has no value.
     """
@@ -102,6 +111,7 @@ class Start:
     dropout: float
     dtype: str
     key: Array
+    seed: int
     factors: Callable[[], tuple[Array, Array, Array | None, Array | None]]
     weight: Callable[[], Array]
 
@@ -177,10 +187,25 @@ class LowRank(Update):
         """The parameter plus the pairs of factors."""
         return Change(weight, self.pairs())
 
+    def low_rank(self) -> "LowRank":
+        """Plain factors that do the same, all terms in one pair; of DoRA, those inside of its norm."""
+        pairs = replace(self, scale=jnp.ones_like(self.scale)).pairs()
+        rank = len(self.site.batch_axes)
+        a, b = (jnp.concatenate([pair[i] for pair in pairs], rank) for i in range(2))
+        return LowRank(a, b, self.scale, self.site, self.dropout)
+
     def delta(self) -> Array:
         """What is added, in the parameter's own layout, in float32 at full precision."""
         deltas = [outer(self.site, *pair) for pair in self.pairs()]
         return sum(deltas[1:], deltas[0])
+
+    def absorbed(self, weight: Array) -> tuple[Array, Self]:
+        """The parameter without the start, in its own dtype, and the factors alone."""
+        if self.a_start is None or self.b_start is None:
+            return weight, self
+        _, start = self.pairs()
+        rest = widened(weight) + outer(self.site, *start).astype(widened(weight).dtype)
+        return rest.astype(weight.dtype), replace(self, a_start=None, b_start=None)
 
     def scaled(self, factor: Any) -> Self:
         """The same factors with `scale * factor`."""

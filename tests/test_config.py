@@ -160,7 +160,7 @@ def test_from_peft_honours_the_defaults_of_peft():
 @pytest.mark.parametrize(
     "field",
     [
-        {"loftq_config": {"loftq_bits": 4}}, {"target_parameters": ["w"]}, {"init_lora_weights": "pissa"},
+        {"loftq_config": {"loftq_bits": 4}}, {"target_parameters": ["w"]}, {"init_lora_weights": "eva"},
         {"init_lora_weights": False}, {"peft_type": "IA3"}, {"layer_replication": [[0, 2]]}, {"a_later_field": 1},
         {"target_modules": None},
     ],

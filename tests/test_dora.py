@@ -27,8 +27,8 @@ def weight(site: Site, dtype: str = "float32") -> jax.Array:
     return jax.random.normal(jax.random.key(1), site.shape).astype(dtype)
 
 
-def dora(site: Site, seed: int = 0, dtype: str = "float32") -> lora.Dora:
-    made = lora.Dora.around(random_adapter([site], seed)["w"], weight(site, dtype))
+def dora(site: Site, seed: int = 0, dtype: str = "float32") -> lora.methods.Dora:
+    made = lora.methods.Dora.around(random_adapter([site], seed)["w"], weight(site, dtype))
     return replace(made, magnitude=made.magnitude * (1 + 0.1 * seed + 0.3 * jnp.cos(made.magnitude * 9)))
 
 
@@ -60,7 +60,7 @@ def test_columns_have_the_magnitude(name: str) -> None:
 def test_a_column_of_zeros_stays_finite() -> None:
     site = SITES["dense"]
     w = weight(site).at[:, 2].set(0)
-    update = lora.Dora.around(replace(random_adapter([site])["w"], b=jnp.zeros((2, 7))), w)
+    update = lora.methods.Dora.around(replace(random_adapter([site])["w"], b=jnp.zeros((2, 7))), w)
     assert_same(update.applied(w), w)
     gradient = jax.grad(lambda update: update.applied(w).sum())(update)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
@@ -71,7 +71,7 @@ def test_nothing_changes_at_the_start(dtype: str) -> None:
     """PEFT computes norms in the weight's dtype: in bfloat16 17.7% of its outputs change."""
     site = SITES["dense"]
     w, x = weight(site, dtype), jax.random.normal(jax.random.key(2), (64, 12)).astype(dtype)
-    update = lora.Dora.around(replace(random_adapter([site])["w"], b=jnp.zeros((2, 7))), w)
+    update = lora.methods.Dora.around(replace(random_adapter([site])["w"], b=jnp.zeros((2, 7))), w)
     fn = lambda params, x: x @ params["w"]  # noqa: E731
     adapter = lora.Adapter({"w": update})
     with jax.disable_jit():
@@ -168,3 +168,20 @@ def test_norms_are_computed_once_outside_a_loop() -> None:
     adapter = lora.init(jax.random.key(0), config, params, lora.find_sites(fn, params, x))
     loss = partial(lambda params, adapter: lora.adapt(fn)(params, adapter, x).sum(), params)
     assert str(jax.make_jaxpr(jax.grad(loss))(adapter)).count(" sqrt ") == 1
+
+
+def test_gains_are_computed_once_for_evaluation() -> None:
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 12, 12))}
+    fn = lambda params, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]  # noqa: E731
+    x = jax.random.normal(jax.random.key(2), (4, 12))
+    site = lora.find_sites(fn, params, x)["w"]
+    made = lora.methods.Dora.around(random_adapter([site])["w"], params["w"])
+    adapter = lora.Adapter({"w": replace(made, magnitude=made.magnitude * 1.5)})
+    fixed = lora.methods.precompute(params, adapter)
+    assert_close(lora.adapt(fn)(params, fixed, x), lora.adapt(fn)(params, adapter, x))
+    assert_close(lora.merge(params, fixed), lora.merge(params, adapter))
+    assert_close(lora.merge(params, lora.scale(fixed, 0.5)), lora.merge(params, lora.scale(adapter, 0.5)))
+    assert "sqrt" not in str(jax.make_jaxpr(lora.adapt(fn))(params, fixed, x))
+    assert not any(jax.tree.leaves(lora.trainable(fixed)))
+    with pytest.raises(lora.CheckpointError, match="PEFT's files have no place for 'w', which is a Gained"):
+        lora.peft.save("never-written", fixed)

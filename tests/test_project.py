@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -22,7 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors", "site"],
     ["paths", "checks", "registry", "peft_fields", "config", "selection"],
-    ["updates", "adapter", "fit", "methods"],
+    ["updates", "adapter", "fit", "svd", "methods"],
     ["engine"],
     ["apply", "sites", "capture"],
     ["init", "merge", "merge_report", "optim", "summary", "sharding", "io", "nnx"],
@@ -66,11 +67,13 @@ def test_modules_are_small() -> None:
 
 
 PUBLIC = [name for name in vars(lora) if not name.startswith("_") and not inspect.ismodule(getattr(lora, name))]
+FAMILIES = {module: sorted(set(module.__all__)) for module in (lora.methods, lora.optim)}
+NAMED = [(lora, name) for name in PUBLIC] + [(module, name) for module, names in FAMILIES.items() for name in names]
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_public_name_is_documented(name: str) -> None:
-    thing = getattr(lora, name)
+@pytest.mark.parametrize(("module", "name"), NAMED)
+def test_public_name_is_documented(module: Any, name: str) -> None:
+    thing = getattr(module, name)
     doc = inspect.getdoc(thing)
     assert doc and doc.splitlines()[0].endswith("."), "one summary line"
     if not (inspect.isclass(thing) and issubclass(thing, Exception)) and not inspect.isabstract(thing):

@@ -59,7 +59,7 @@ def test_the_table_is_not_copied() -> None:
     tokens = jnp.arange(16)
     fn = lambda params, tokens: jnp.tanh(params["e"][tokens])  # noqa: E731
     sites = lora.find_sites(fn, table, tokens)
-    adapter = lora.Adapter({"e": lora.Rows(jnp.ones((3, 64)), sites["e"], (3, 9, 27))})
+    adapter = lora.Adapter({"e": lora.methods.Rows(jnp.ones((3, 64)), sites["e"], (3, 9, 27))})
     step = jax.jit(jax.grad(lambda adapter: lora.adapt(fn)(table, adapter, tokens).sum()))
     memory = step.lower(adapter).compile().memory_analysis().temp_size_in_bytes
     assert memory <= 4 * 3 * 50_000 + 100_000

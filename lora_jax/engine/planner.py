@@ -33,13 +33,11 @@ def plan(weight: Weight, x: Labelled, out: Sequence[int], strategy: Strategy, dr
     if not weight.terms or dropout or strategy == "factored":
         return Plan(False, False)
     if strategy == "merged":
-        # The gradient of a gain needs the product without it, which a merged forward pass does not have.
-        return Plan(True, weight.gain is None)
+        return Plan(True, True)
     if x.array.dtype != jnp.float32 or weight.base.dtype != jnp.float32 or spread(x.array, weight.base):
         return Plan(False, False)
     tokens, inner, outer = extents(weight, x, out)
-    forward = weight.gain is None and tokens > inner
-    return Plan(call=tokens * (inner + outer) > inner * outer, forward=forward)
+    return Plan(call=tokens * (inner + outer) > inner * outer, forward=tokens > inner)
 
 
 def extents(weight: Weight, x: Labelled, out: Sequence[int]) -> tuple[int, int, int]:

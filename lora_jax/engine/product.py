@@ -7,12 +7,12 @@ of `a`, and cannot run forward on the merged weight without forming a gradient o
     dx·W + (dx·a + x·da)·b + (x·a)·db
 
 without the parts that belong to something frozen, so that the backward pass reads the output's gradient once per
-factor (`z = g·bᵀ` serves both the input and `a`), and keeps no input for a factor that does not train. A gain on the
-outputs scales the base's product, one on the inputs scales what the base reads.
+factor (`z = g·bᵀ` serves both the input and `a`), and keeps no input for a factor that does not train. A gain `G` on
+the outputs scales the base's product, one on the inputs scales what the base reads.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -117,7 +117,7 @@ class _Product:
         if not self.planned.forward:
             # Without the barrier XLA repeats this sum in the backward pass, and keeps both its parts until then.
             value = lax.optimization_barrier(self.summed(of, y, inner))
-        parts = self.base_tangent(of, change, y)
+        parts = [*self.base_tangent(of, change), *self.gain_tangent(of, change, value, inner)]
         parts += [self.mixed(each, of.factors[i][1], y) for i, each in self.inner_tangent(of, change, y).items()]
         seconds = [second for _, second in change.factors]
         parts += [self.mixed(each, second, y) for each, second in zip(inner, seconds, strict=True) if _moves(second)]
@@ -165,14 +165,36 @@ class _Product:
         both = {i: jax.tree.map(lax.add, found[i], each) for i, each in by_first.items() if i in found}
         return found | by_first | both
 
-    def base_tangent(self, of: Operands, change: Operands, y: Any) -> list[Any]:
-        """How the base's product `y` changes with the activation and the gains."""
+    def base_tangent(self, of: Operands, change: Operands) -> list[Any]:
+        """How the base's product changes with the activation and with a gain on it."""
         read = [] if _frozen(change.x) else [_times(change.x, self.given.axes, of.gain_in)]
         if _moves(change.gain_in):
             read.append(_times(of.x, self.given.axes, change.gain_in))
         moved = [self.dot(_total(read, of.x), of.base)] if read else []
-        parts = [_times(each, self.out, of.gain_out) for each in moved]
-        return parts + ([_times(y, self.out, change.gain_out)] if _moves(change.gain_out) else [])
+        return [_times(each, self.out, of.gain_out) for each in moved]
+
+    def gain_tangent(self, of: Operands, change: Operands, value: Any, inner: Sequence[Labelled]) -> list[Any]:
+        """How the result changes with a gain on the base's product, which is `(value - terms) / gain`.
+
+        So the value is kept for the backward pass, which the program often keeps anyway, and not the product, which a
+        merged forward pass does not have; and the terms' share of the gradient is read off that of their factors.
+        """
+        if of.gain_out is None or change.gain_out is None or not _moves(change.gain_out):
+            return []
+        gain = of.gain_out.array
+        inverse = jnp.where(gain == 0, 0, 1 / jnp.where(gain == 0, 1, gain))
+        ratio = replace(of.gain_out, array=change.gain_out.array * inverse)
+        less = replace(ratio, array=-ratio.array)
+        terms = [
+            self.scaled_term(each, second, less, value) for each, (_, second) in zip(inner, of.factors, strict=True)
+        ]
+        return [_times(value, self.out, ratio), *terms]
+
+    def scaled_term(self, inner: Labelled, second: Labelled, gain: Labelled, like: Any) -> Any:
+        """What a term adds to the result times a gain, in the second factor if that has its axes."""
+        if set(gain.axes) <= set(second.axes):
+            return self.mixed(inner, Labelled(_times(second.array, second.axes, gain), second.axes), like)
+        return _times(self.mixed(inner, second, like), self.out, gain)
 
 
 def _moves(tangent: Labelled | None) -> bool:

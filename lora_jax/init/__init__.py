@@ -20,28 +20,23 @@ from lora_jax.init.data import captured_data
 from lora_jax.init.default import default
 from lora_jax.init.eva import eva
 from lora_jax.init.gaussian import gaussian
+from lora_jax.init.loftq import loftq
 from lora_jax.init.lora_ga import lora_ga
+from lora_jax.init.olora import olora
 from lora_jax.init.orthogonal import orthogonal
+from lora_jax.init.pissa import milora, pissa, pissa_niter
 from lora_jax.methods.rows import Rows, rows_of
 from lora_jax.methods.shift import Shift
 from lora_jax.paths import is_array, named_leaves
-from lora_jax.registry import INITS, METHODS, Data, Entry, Initialiser, initialisers, register
+from lora_jax.registry import METHODS, Data, Entry, Initialiser, find_init, initialisers, register
 from lora_jax.selection import select
 from lora_jax.site import Site, Sites, full_site
 from lora_jax.updates import Replace, Start, Update, widened
 
 __all__ = [
-    "Initialiser",
-    "corda",
-    "default",
-    "eva",
-    "gaussian",
-    "init",
-    "initialisers",
-    "lora_ga",
-    "orthogonal",
-    "register",
-]
+    "Initialiser", "corda", "default", "eva", "gaussian", "init", "initialisers", "loftq", "lora_ga", "milora", "olora",
+    "orthogonal", "pissa", "pissa_niter", "register",
+]  # fmt: skip
 
 
 def init(key: Any, config: LoraConfig, params: Any, sites: Sites, captured: Mapping[str, Any] | None = None) -> Adapter:
@@ -95,7 +90,7 @@ def _start(
     key: jax.Array, config: LoraConfig, site: Site, leaves: Mapping[str, Any], captured: Mapping[str, Any] | None
 ) -> Update:
     """The update that the config's method starts with at one site."""
-    entry, rank = INITS.find(config.init), config.rank_for(site.path)
+    entry, rank = find_init(config.init), config.rank_for(site.path)
     name = np.uint32(crc32(site.path.encode()))
     scale = _scale(config, site)
 
@@ -114,10 +109,10 @@ def _start(
 
     given = Start(
         site=site, rank=rank, scale=scale, dropout=config.dropout, dtype=config.param_dtype,
-        key=jax.random.fold_in(key, name), factors=factors, weight=weight,
+        key=jax.random.fold_in(key, name), seed=config.seed, factors=factors, weight=weight,
     )  # fmt: skip
     try:
-        return METHODS.find(config.method).start(given)
+        return METHODS.find(config.method).update.start(given)
     except ConfigError as error:
         raise ConfigError(f"{site.path}: {error}") from None
 
@@ -166,7 +161,8 @@ def _draw(
     stacks = {name: _stacked(site, name, value, count) for name, value in data.items()}
 
     def draw(key: jax.Array, stacks: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-        return entry.draw(key, site, rank, dtype, **jax.tree.map(widened, stacks))
+        numbered = {} if entry.number is None else {"number": entry.number}
+        return entry.draw(key, site, rank, dtype, **jax.tree.map(widened, stacks), **numbered)
 
     if not site.batch_axes:
         a, b = draw(key, jax.tree.map(lambda value: value[0], stacks))

@@ -20,7 +20,7 @@ from lora_jax.io.peft_disk import CONFIG, WEIGHTS
 from lora_jax.io.peft_files import PeftFiles
 from lora_jax.io.peft_read import read_peft
 from lora_jax.site import render
-from lora_jax.updates import LowRank, Update
+from lora_jax.updates import Update
 
 Format = Literal["peft", "orbax"]
 
@@ -203,17 +203,18 @@ def _orbax(where: Path) -> list[Entry]:
 def _update(path: str, update: Update, root: bool) -> Entry:
     arrays: dict[str, Any] = manifest.arrays(update)
     nbytes, site = sum(array.nbytes for array in arrays.values()), update.site
-    if not isinstance(update, LowRank):
+    plain = update.low_rank()
+    if plain is None:
         value = next(iter(arrays.values()))
         return Entry(
             path, site.kind, site.shape, None, None, None, (None, None, _norm(value)), str(value.dtype), nbytes
         )
-    scales = np.asarray(update.scale, np.float32).reshape(-1)
+    scales = np.asarray(plain.scale, np.float32).reshape(-1)
     stack, scale = prod(site.batch_shape), float(np.abs(scales).max(initial=0))
-    a, b = (np.asarray(array, np.float32).reshape(stack, update.rank, -1) for array in (update.a, update.b))
-    alpha = scale * (sqrt(update.rank) if root else update.rank)
+    a, b = (np.asarray(array, np.float32).reshape(stack, plain.rank, -1) for array in (plain.a, plain.b))
+    alpha = scale * (sqrt(plain.rank) if root else plain.rank)
     norms = (_norm(a), _norm(b), _product_norm(a, b * scales[:, None, None]))
-    return Entry(path, site.kind, site.shape, update.rank, alpha, scale, norms, str(update.a.dtype), nbytes)
+    return Entry(path, site.kind, site.shape, plain.rank, alpha, scale, norms, str(plain.a.dtype), nbytes)
 
 
 def _norm(value: np.ndarray) -> float:

@@ -268,13 +268,14 @@ class _Reader:
         return replace(update, magnitude=jnp.asarray(magnitude))
 
     def _shift(self, site: Site, pieces: list[Piece]) -> list[Shift]:
-        """What biases on B add to the bias beside a site; nothing if all of them are zero."""
-        given = [(piece.scale, piece.bias) for piece in pieces if piece.bias is not None and piece.bias.value.any()]
-        if not given:
-            return []
+        """What biases on B add to the bias beside a site; where there is none, they must be zero."""
+        given = [(piece.scale, piece.bias) for piece in pieces if piece.bias is not None]
         path = bias_beside(site.path, self.leaves)
         shape = site.batch_shape + site.sizes(site.out_axes)
-        if path is None or np.shape(self.leaves[path]) != shape:
+        fits = path is not None and np.shape(self.leaves[path]) == shape
+        if not given or (not fits and not any(share.value.any() for _, share in given)):
+            return []
+        if path is None or not fits:
             has = "no bias beside it" if path is None else f"{path!r} of shape {np.shape(self.leaves[path])} beside it"
             raise CheckpointError(
                 f"{self.files.where} has a bias on B (lora_bias) for {site.path!r}, which has {has} instead of one of "

@@ -96,7 +96,8 @@ class _Writer:
 
     def __init__(self, adapter: Adapter, names: Names, sites: Sites | None, leaves: Mapping[str, Any]):
         self.names = names
-        self.low_rank = {path: each for path, each in adapter.items() if isinstance(each, LowRank)}
+        plain = {path: each if isinstance(each, Dora) else each.low_rank() for path, each in adapter.items()}
+        self.low_rank = {path: each for path, each in plain.items() if each is not None}
         self.shifts = {path: each for path, each in adapter.items() if isinstance(each, Shift)}
         whole = {path: each for path, each in adapter.items() if isinstance(each, (Replace, Rows))}
         others = sorted(adapter.keys() - self.low_rank.keys() - self.shifts.keys() - whole.keys())
@@ -138,7 +139,8 @@ class _Writer:
     def _module(self, update: LowRank, target: Target) -> Module | None:
         """The factors at one target, or None where a stack holds nothing."""
         site = update.site
-        a, b, scale = (np.asarray(each[target.index], np.float32) for each in _factors(update))
+        plain = update.low_rank()
+        a, b, scale = (np.asarray(each[target.index], np.float32) for each in (plain.a, plain.b, plain.scale))
         scale = scale / np.float32(target.gain)
         if target.parameter:
             # PEFT has one scale for all experts.
@@ -281,15 +283,6 @@ class _Stacked(NamedTuple):
     order: tuple[int, int]
     name: str
     module: Module
-
-
-def _factors(update: LowRank) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Factors and scale; a start away from zero is as many terms again, taken off: twice the rank."""
-    if update.a_start is None or update.b_start is None:
-        return update.a, update.b, update.scale  # type: ignore[return-value]
-    rank = len(update.site.batch_axes)
-    a = np.concatenate([update.a, update.a_start], rank)
-    return a, np.concatenate([update.b, -np.asarray(update.b_start)], rank), np.asarray(update.scale)
 
 
 def _alpha(scale: np.float32, rank: int) -> float:

@@ -1,8 +1,16 @@
 """One module per variant of LoRA: what an adapter holds at a parameter, and what that makes of the parameter."""
 
-from lora_jax.methods.dora import Dora
+from lora_jax.methods.adalora import AdaLora, trim
+from lora_jax.methods.dora import Dora, Gained, precompute
+from lora_jax.methods.lora_fa import FrozenA
+from lora_jax.methods.lora_xs import LoraXS
 from lora_jax.methods.rows import Rows
 from lora_jax.methods.shift import Shift
-from lora_jax.registry import methods, register_method
+from lora_jax.methods.vera import Vera
+from lora_jax.registry import method_names as names
+from lora_jax.registry import register_method
 
-__all__ = ["Dora", "Rows", "Shift", "methods", "register_method"]
+__all__ = [
+    "AdaLora", "Dora", "FrozenA", "Gained", "LoraXS", "Rows", "Shift", "Vera", "names", "precompute", "register_method",
+    "trim",
+]  # fmt: skip

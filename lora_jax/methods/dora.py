@@ -6,12 +6,16 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from lora_jax.adapter import Adapter
+from lora_jax.fit import fit
 from lora_jax.methods.norms import changed_squares, squares
+from lora_jax.paths import named_leaves
 from lora_jax.registry import register_method
-from lora_jax.updates import Array, Change, LowRank, Start, pytree
+from lora_jax.site import Site
+from lora_jax.updates import Array, Change, LowRank, Start, Update, pytree
 
 
-@register_method("dora")
+@register_method("dora", lora_bias=False)
 @pytree("site", "dropout")
 @dataclass(frozen=True, kw_only=True)
 class Dora(LowRank):
@@ -93,9 +97,97 @@ class Dora(LowRank):
         norm = jnp.sqrt(changed_squares(self.site, *fixed))
         return jnp.where(norm > 0, self.magnitude.astype(norm.dtype) / jnp.where(norm > 0, norm, 1), 1)
 
+    def absorbed(self, weight: Array) -> tuple[Array, Self]:
+        """The parameter without the start, and the update with the norms of that one."""
+        weight, update = super().absorbed(weight)
+        return weight, replace(update, base_squares=squares(self.site, weight))
+
     def scaled(self, factor: Any) -> Self:
         """The same update with `strength * factor`."""
         return replace(self, strength=self.strength * jnp.asarray(factor, self.strength.dtype))
+
+
+@pytree("site", "dropout")
+@dataclass(frozen=True)
+class Gained(Update):
+    """DoRA with its gain computed once, for evaluation: the model sees `gain · W + Σ_r a[r] ⊗ b[r]`.
+
+    Made by `precompute`. Nothing trains, and the weight is not read for norms any more.
+
+    Attributes:
+      a: `[*batch, rank, *in]`.
+      b: `[*batch, rank, *out]`, with scale and gain folded in.
+      gain: `[*batch, *out]` float32.
+      site, dropout: as in `LowRank`.
+
+    Example:
+      >>> site = Site(path="w", shape=(4, 3), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
+      >>> update = Gained(jnp.zeros((1, 4)), jnp.zeros((1, 3)), jnp.full(3, 2.0), site)
+      >>> update.applied(jnp.ones((4, 3))).tolist()[0]
+      [2.0, 2.0, 2.0]
+    """
+
+    a: Array
+    b: Array
+    gain: Array
+    site: Site
+    dropout: float = 0.0
+    notes: ClassVar[tuple[str, ...]] = ("gain",)
+    reads_base: ClassVar[bool] = True
+
+    def trains(self) -> Self:
+        """False everywhere."""
+        return jax.tree.map(lambda leaf: False, self)
+
+    def axes(self) -> Self:
+        """The site's axes along each array."""
+        batch, into, out = self.site.batch_axes, self.site.in_axes, self.site.out_axes
+        return replace(self, a=(*batch, None, *into), b=(*batch, None, *out), gain=(*batch, *out))
+
+    def change(self, weight: Array) -> Change:
+        """The parameter with the gain, plus the factors."""
+        return Change(weight, ((self.a, self.b),), self.gain)
+
+    def scaled(self, factor: Any) -> Self:
+        """The factors, and the distance of the gain from one, times `factor`."""
+        return replace(self, b=self.b * factor, gain=1 + factor * (self.gain - 1))
+
+
+def precompute(params: Any, adapter: Adapter) -> Adapter:
+    """Compute DoRA's gains once, for evaluation: no norms in every call.
+
+    Args:
+      params: the base's parameters that the adapter is for.
+      adapter: any adapter; updates other than DoRA stay as they are.
+
+    Returns:
+      An adapter that computes the same, and does not train. Keep the one that it came from to save or go on training.
+
+    Raises:
+      ParameterError: the adapter does not fit these parameters.
+
+    Example:
+      >>> import lora_jax as lora
+      >>> params = {"w": jnp.arange(12.0).reshape(4, 3)}
+      >>> fn, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+      >>> config = lora.LoraConfig(method="dora", rank=2, targets="w")
+      >>> adapter = lora.init(jax.random.key(0), config, params, lora.find_sites(fn, params, x))
+      >>> fixed = lora.methods.precompute(params, adapter)
+      >>> bool(jnp.allclose(lora.adapt(fn)(params, fixed, x), lora.adapt(fn)(params, adapter, x)))
+      True
+    """
+    leaves, _ = named_leaves(params)
+    fit(adapter, leaves)
+    return Adapter({
+        path: _gained(update, leaves[path]) if isinstance(update, Dora) else update for path, update in adapter.items()
+    })  # fmt: skip
+
+
+def _gained(update: Dora, weight: Array) -> Gained:
+    _, pairs, gain = update.change(weight)
+    a, b = (jnp.concatenate([pair[i] for pair in pairs], len(update.site.batch_axes)) for i in range(2))
+    assert gain is not None
+    return Gained(a, b, gain, update.site, update.dropout)
 
 
 def _per_column(per_weight: Array, columns: Array) -> Array:

@@ -72,8 +72,9 @@ class FinetuneJob:
         tokens = jax.ShapeDtypeStruct((1, plan.training.seq_len), jnp.uint8)
         self._abstract = jax.eval_shape(self._model.init, jax.random.key(0), tokens)
         self._sites = lora.find_sites(self._model.apply, self._abstract, tokens)
-        init_key, self._step_key = jax.random.split(jax.random.key(plan.training.seed))
-        self._fresh = jax.jit(lambda key: lora.init(key, plan.config, self._abstract, self._sites))(init_key)
+        self._init_key, self._step_key = jax.random.split(jax.random.key(plan.training.seed))
+        self._start = jax.jit(lambda key, base: lora.init(key, plan.config, base, self._sites))
+        jax.eval_shape(self._start, self._init_key, self._abstract)  # What selects nothing is refused here.
 
     def run(self) -> None:
         """Do it all, and say what happens.
@@ -116,13 +117,14 @@ class FinetuneJob:
 
     def _finetune(self, base: Any) -> lora.Adapter:
         plan, folder = self._plan, self._folder
-        self._title(f"Adapter: LoRA of rank {plan.config.rank}; the base stays frozen")
-        self._console.print(lora.summary(self._fresh, self._abstract))
+        fresh = self._start(self._init_key, base)
+        self._title(f"Adapter: {plan.config.method} of rank {plan.config.rank}; the base stays frozen")
+        self._console.print(lora.summary(fresh, self._abstract))
         self._title(f"Fine-tuning on {plan.target.name}: {plan.target.train.size:,} bytes")
         return finetune(
             self._adapted,
             base,
-            self._fresh,
+            fresh,
             plan.target,
             plan.training,
             self._step_key,

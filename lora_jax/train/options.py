@@ -30,8 +30,10 @@ class AdapterOptions:
     """Probability of dropping an element of an update's input in training."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
+    method: str = "lora"
+    """The variant of LoRA: lora, dora, lora-fa, lora-xs, vera or adalora."""
     init: str = "default"
-    """How the factors start: default, gaussian or orthogonal."""
+    """How the factors start: default, gaussian, orthogonal, pissa, pissa_niter_4, olora or milora."""
 
     @property
     def config(self) -> LoraConfig:
@@ -46,6 +48,7 @@ class AdapterOptions:
             targets=ALL_LINEAR if self.targets == (ALL_LINEAR,) else self.targets,
             dropout=self.dropout,
             rslora=self.rslora,
+            method=self.method,
             init=self.init,
         )
 

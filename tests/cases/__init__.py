@@ -16,7 +16,11 @@ BROAD = (
 NARROW = ("linen-attention", "linen-scan_of_remat", "linen-conv2d_circular", "plain-look_up_then_tied_attend")
 """Models for methods that only make factors differently."""
 
-FULL = {"dora": BROAD, "away": NARROW, "dora_away": ("plain-scan_over_other_axes",)}
+FEW = ("linen-attention", "plain-scan_over_other_axes")
+
+FULL = {
+    "dora": BROAD, "away": NARROW, "dora_away": FEW[1:], "lora-fa": FEW, "lora-xs": FEW, "adalora": FEW, "vera": FEW,
+}  # fmt: skip
 
 # DoRA's gain meets every rule of the engine, so every model has a row with it.
 CASES += [

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from lora_jax.methods import Dora
+from lora_jax.methods import AdaLora, Dora, FrozenA, LoraXS, Vera
 from lora_jax.updates import LowRank, Update
 
 
@@ -39,9 +41,42 @@ def _dora(update: LowRank, weight: Any) -> Dora:
         start.magnitude.shape))  # fmt: skip
 
 
+def _frozen_a(update: LowRank, weight: Any) -> FrozenA:
+    return FrozenA(update.a, update.b, update.scale, update.site, update.dropout)
+
+
+def _core(update: LowRank, core: Any) -> LoraXS:
+    return LoraXS(update.a, update.b, update.scale, update.site, update.dropout, core=core)
+
+
+def _square(update: LowRank) -> jax.Array:
+    """Numbers for a core, another matrix for every weight of a stack."""
+    shape = (*update.site.batch_shape, update.rank, update.rank)
+    return jnp.cos(jnp.arange(1.0, 1 + prod(shape))).reshape(shape)
+
+
+def _values(update: LowRank, values: Any) -> AdaLora:
+    return AdaLora(update.a, update.b, update.scale, update.site, update.dropout, values=values)
+
+
+def _vectors(update: LowRank, b: Any) -> Vera:
+    return Vera(_square(update)[..., 0] / 4, b, update.scale, update.site, 3, update.dropout)
+
+
+def _row(update: LowRank) -> jax.Array:
+    """The first row of B."""
+    return jnp.take(update.b, 0, len(update.site.batch_axes))
+
+
 METHODS = {
     "lora": Method(lambda update, weight: update, lambda update, weight: update),
     "away": Method(_away, _at_start),
     "dora": Method(_dora, Dora.around),
     "dora_away": Method(lambda u, w: _dora(_away(u, w), w), lambda u, w: Dora.around(_at_start(u, w), w)),
+    "lora-fa": Method(_frozen_a, _frozen_a),
+    "lora-xs": Method(lambda u, w: _core(u, _square(u)), lambda u, w: _core(u, jnp.zeros_like(_square(u)))),
+    "adalora": Method(
+        lambda u, w: _values(u, _square(u)[..., 0]), lambda u, w: _values(u, jnp.zeros_like(_square(u)[..., 0]))
+    ),
+    "vera": Method(lambda u, w: _vectors(u, _row(u)), lambda u, w: _vectors(u, jnp.zeros_like(_row(u)))),
 }

@@ -98,9 +98,9 @@ def test_read_by_peft(case: str, whole: bool, tmp_path: Path) -> None:
     assert np.abs(expected - ours.run(lora.Adapter({}))).max() > 0.1
 
 
-def dora(update: Any, params: Any) -> lora.Dora:
+def dora(update: Any, params: Any) -> lora.methods.Dora:
     """The update with magnitudes that are not the weight's."""
-    made = lora.Dora.around(update, named_leaves(params)[0][update.site.path])
+    made = lora.methods.Dora.around(update, named_leaves(params)[0][update.site.path])
     return replace(made, magnitude=made.magnitude * jnp.linspace(0.5, 2, made.magnitude.size))
 
 
@@ -115,11 +115,14 @@ def _chosen(case: str, ours: Jax, whole: bool) -> lora.Adapter:
         found = {path: dora(update, ours.params) for path, update in found.items()}
     if case == "tokens":
         table = ours.sites["embed/embedding"]
-        found = {"layers_1/up/kernel": found["layers_1/up/kernel"], table.path: lora.Rows(jnp.eye(2, 5), table, (7, 3))}
+        found = {
+            "layers_1/up/kernel": found["layers_1/up/kernel"],
+            table.path: lora.methods.Rows(jnp.eye(2, 5), table, (7, 3)),
+        }
     if case == "lora_bias":
         found = {path: found[path] for path in ("layers_1/attn/q/kernel", "layers_0/up/kernel")}
         bias = full_site("layers_1/attn/q/bias", jnp.zeros(7))
-        found[bias.path] = lora.Shift(jnp.arange(7.0), jnp.float32(0.3), bias)
+        found[bias.path] = lora.methods.Shift(jnp.arange(7.0), jnp.float32(0.3), bias)
     if not whole:
         return lora.Adapter(found)
     found.pop("head/kernel", None)

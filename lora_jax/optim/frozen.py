@@ -24,6 +24,9 @@ def optimizer(tx: optax.GradientTransformation, tree: Any) -> optax.GradientTran
     Which leaves train is read off the tree given to `init` and `update`, so another adapter of another shape
     works too.
 
+    A transformation in `tx` that must know frozen leaves, as `lora_jax.optim.lora_fa` must know scales, gets the whole
+    tree as optax's extra argument `unmasked_params`.
+
     Differs from PEFT, which marks frozen parameters with `requires_grad=False` and leaves the filtering to the user.
 
     Args:
@@ -64,6 +67,7 @@ def optimizer(tx: optax.GradientTransformation, tree: Any) -> optax.GradientTran
         return masked.init(nnx.as_pure(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        extra = {"unmasked_params": params, **extra}
         updates, state = masked.update(updates, state, params, **extra)
         return jax.tree.map(lambda trains, leaf: leaf if trains else _nothing(leaf), trainable(updates), updates), state
 

@@ -1,0 +1,87 @@
+"""LoftQ: factors fitted to what quantising the base takes away."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import svd
+from lora_jax.adapter import Adapter
+from lora_jax.errors import ConfigError, ParameterError
+from lora_jax.fit import fit
+from lora_jax.paths import named_leaves, rebuild
+from lora_jax.updates import Array, LowRank, outer, times, widened
+
+
+def loftq(adapter: Adapter, params: Any, quantise: Callable[[Array], Array], *, steps: int = 1) -> tuple[Adapter, Any]:
+    """Fit low-rank factors to the error of quantisation, so that the adapted model starts close to the full one.
+
+    Alternates between quantising `W - scale·ab` and decomposing what is left, `W - Q`. PEFT ignores the scale there,
+    so that its start is wrong unless `alpha == rank`, and needs bitsandbytes and a GPU.
+
+    Args:
+      adapter: from `lora_jax.init`; ranks and scales are kept, the values of its factors are not used.
+      params: the full base; left untouched.
+      quantise: a parameter (in its own layout, float32) after quantisation, as numbers again: what the quantised model
+        computes with. Any function will do, such as one built on `qwix`.
+      steps: alternations; 1 in PEFT.
+
+    Returns:
+      The adapter with fitted factors, and parameters whose adapted ones are what `quantise` returned, in their own
+      dtype. Quantise those for storage.
+
+    Raises:
+      ParameterError: the adapter does not fit, or holds something else than plain low-rank factors.
+      ConfigError: a rank is higher than that of its parameter.
+
+    Example:
+      >>> import lora_jax as lora
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (16, 8))}
+      >>> fn, x = lambda params, x: x @ params["w"], jnp.ones((2, 16))
+      >>> sites = lora.find_sites(fn, params, x)
+      >>> adapter = lora.init(jax.random.key(1), lora.LoraConfig(rank=4, targets="w"), params, sites)
+      >>> fitted, coarse = lora.loftq(adapter, params, jnp.round)
+      >>> error = lambda tree: float(jnp.linalg.norm(tree["w"] - params["w"]))
+      >>> error(lora.merge(coarse, fitted)) < 0.7 * error(coarse)
+      True
+
+    References:
+      Li et al., LoftQ, arXiv 2310.08659.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps={steps!r} must be at least 1")
+    leaves, treedef = named_leaves(params)
+    fitted: dict[str, Any] = {}
+    coarse = dict(leaves)
+    for path, placed in fit(adapter, leaves).items():
+        update = placed[0].update
+        if type(update) is not LowRank:
+            raise ParameterError(f"{path!r} holds a {type(update).__name__}; loftq fits plain low-rank factors")
+        fitted[path], quantised = _alternate(update, widened(leaves[path]), quantise, steps)
+        coarse[path] = quantised.astype(leaves[path].dtype)
+    return Adapter(fitted), rebuild(treedef, coarse)
+
+
+def _alternate(update: LowRank, weight: Array, quantise: Callable[[Array], Array], steps: int) -> tuple[LowRank, Array]:
+    quantised = quantise(weight)
+    for step in range(steps):
+        update = _decomposed(update, weight - quantised)
+        if step + 1 < steps:
+            quantised = quantise(weight - outer(update.site, *update.pairs()[0]))
+    return update, quantised
+
+
+def _decomposed(update: LowRank, rest: Array) -> LowRank:
+    """The factors whose scaled product is nearest to what is left of each weight of a stack."""
+    site, rank = update.site, update.rank
+    moved = jnp.transpose(rest, (*site.batch_axes, *site.in_axes, *site.out_axes))
+    stack = moved.reshape(prod(site.batch_shape), site.fan_in, site.fan_out)
+    found = jax.vmap(lambda matrix: svd.exact(matrix, rank))(stack)
+    root = jnp.sqrt(found.values)[..., None]
+    a, b = (root * found.left).reshape(site.a_shape(rank)), (root * found.right).reshape(site.b_shape(rank))
+    half = jnp.sqrt(jnp.abs(update.scale))
+    a, b = times(1 / half, a), times(jnp.sign(update.scale) / half, b)
+    return replace(update, a=a.astype(update.a.dtype), b=b.astype(update.b.dtype), a_start=None, b_start=None)
