@@ -22,6 +22,9 @@ from lora_jax.adapter import trainable as trainable
 
 # Running, training and merging.
 from lora_jax.apply import adapt as adapt
+from lora_jax.capture import Captured as Captured
+from lora_jax.capture import capture as capture
+from lora_jax.capture import redistribute as redistribute
 from lora_jax.config import LoraConfig as LoraConfig
 
 # Errors.

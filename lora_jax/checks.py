@@ -55,6 +55,24 @@ def positive(field: str, value: Any) -> float:
     return _number(field, value, float, lambda number: 0 < number < math.inf, "a positive number")
 
 
+def ranks(field: str, value: Any) -> int | tuple[int, ...]:
+    """A positive int; or one for each layer of a stack, of which some but not all may be 0."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return positive_int(field, value)
+    given = tuple(
+        _number(field, each, operator.index, lambda number: number >= 0, "a rank, or one for each layer of a stack")
+        for each in value
+    )
+    return given if any(given) else positive_int(field, value)
+
+
+def alphas(field: str, value: Any) -> float | tuple[float, ...]:
+    """A positive float, or one for each layer of a stack."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return positive(field, value)
+    return tuple(positive(field, each) for each in value) or positive(field, value)
+
+
 def probability(field: str, value: Any) -> float:
     """The value as a probability below 1."""
     return _number(field, value, float, lambda number: 0 <= number < 1, "a probability, at least 0 and below 1")

@@ -32,7 +32,8 @@ class LoraConfig:
       layers: numbers of the layers to adapt, counted as in `lora_jax.paths.layer_number`. Applies to exact names
         too (in PEFT a full name bypasses it), and to `"all-linear"`; not to a regex, as in PEFT.
       layers_pattern: names that the number must follow, where a path has several numbers.
-      rank_pattern: `{regex: rank}`; the first key that matches the end of a site's name wins.
+      rank_pattern: `{regex: rank}`; the first key that matches the end of a site's name wins. For a parameter that is
+        a stack of layers or experts, a rank may be a tuple with one for each: the factors are padded with zeros.
       alpha_pattern: `{regex: alpha}`, likewise.
       rslora: scale by `alpha / sqrt(rank)`.
       dropout: probability of dropping elements of the input of A in training. As in PEFT, look-ups have none.
@@ -92,8 +93,8 @@ class LoraConfig:
         self._set("exclude", checks.wanted("exclude", self.exclude))
         self._set("layers", None if self.layers is None else checks.layers(self.layers))
         self._set("layers_pattern", checks.names("layers_pattern", self.layers_pattern))
-        self._set("rank_pattern", checks.patterns("rank_pattern", self.rank_pattern, checks.positive_int))
-        self._set("alpha_pattern", checks.patterns("alpha_pattern", self.alpha_pattern, checks.positive))
+        self._set("rank_pattern", checks.patterns("rank_pattern", self.rank_pattern, checks.ranks))
+        self._set("alpha_pattern", checks.patterns("alpha_pattern", self.alpha_pattern, checks.alphas))
         self._set("dropout", checks.probability("dropout", self.dropout))
         self._set("train", checks.names("train", self.train))
         self._set("trainable_tokens", checks.tokens("trainable_tokens", self.trainable_tokens))
@@ -133,22 +134,36 @@ class LoraConfig:
         if not method.lora_bias and self.lora_bias:
             raise ConfigError(f"method={self.method!r} cannot have lora_bias=True")
 
-    def rank_for(self, path: str) -> int:
-        """Rank at a path: that of the first `rank_pattern` key that matches, else `rank`."""
+    def ranks_for(self, path: str) -> int | tuple[int, ...]:
+        """Rank at a path: that of the first `rank_pattern` key that matches, else `rank`; a tuple if layers differ."""
         found = lookup(checks.pairs(self.rank_pattern), path)
         return found[1] if found else self.rank
 
-    def alpha_for(self, path: str) -> float:
+    def rank_for(self, path: str) -> int:
+        """Rank of the factors at a path, which is the largest where layers of a stack differ."""
+        return max(checks.as_tuple(self.ranks_for(path)))
+
+    def alpha_for(self, path: str) -> float | tuple[float, ...]:
         """Alpha at a path: the first `alpha_pattern` key that matches, else `alpha`, else twice the rank there."""
         found = lookup(checks.pairs(self.alpha_pattern), path)
         if found:
-            return float(found[1])
-        return float(2 * self.rank_for(path) if self.alpha is None else self.alpha)
+            return found[1]
+        if self.alpha is not None:
+            return self.alpha
+        ranks = self.ranks_for(path)
+        return tuple(2.0 * max(rank, 1) for rank in ranks) if isinstance(ranks, tuple) else 2.0 * ranks
 
-    def scale_for(self, path: str) -> float:
+    def scale_for(self, path: str) -> float | tuple[float, ...]:
         """Scale at a path: `alpha / rank`, or `alpha / sqrt(rank)` with `rslora` (arXiv 2312.03732)."""
-        rank = self.rank_for(path)
-        return self.alpha_for(path) / (math.sqrt(rank) if self.rslora else rank)
+        ranks, alphas = (checks.as_tuple(each) for each in (self.ranks_for(path), self.alpha_for(path)))
+        count = max(len(ranks), len(alphas))
+        if {len(ranks), len(alphas)} - {1, count}:
+            raise ConfigError(
+                f"{path} has {len(ranks)} ranks and {len(alphas)} alphas: give one for each layer, or one"
+            )
+        pairs = zip(alphas * (count // len(alphas)), ranks * (count // len(ranks)), strict=True)
+        scales = tuple(float(alpha) / (math.sqrt(rank) if self.rslora else rank or 1) for alpha, rank in pairs)
+        return scales if count > 1 else scales[0]
 
     def tables(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """Names of tables and numbers of the rows trained in them; `""` for the only table."""

@@ -72,6 +72,8 @@ def write(ours: Mapping[str, Any]) -> dict[str, Any]:
     if ours["layers"] is not None and isinstance(ours["targets"], str):
         raise ConfigError('PEFT refuses layers_to_transform with "all-linear": give targets as names')
     ranks, alphas = dict(pairs(ours["rank_pattern"])), dict(pairs(ours["alpha_pattern"]))
+    if any(isinstance(each, tuple) for each in (*ranks.values(), *alphas.values())):
+        raise ConfigError("PEFT has no stacked layers, and no ranks or alphas by layer of a stack: use lora.peft.save")
     alpha = ours["alpha"]
     if alpha is None:
         alpha = 2.0 * ours["rank"]

@@ -13,9 +13,9 @@ Initialiser: TypeAlias = Callable[..., tuple[jax.Array, jax.Array]]
 """`(key, site, rank, dtype, **data) -> (a, b)` for one linear map: `a` is `[rank, fan_in]` and `b` is
 `[rank, fan_out]`."""
 
-Data: TypeAlias = Literal["weight", "scale", "inputs", "gradient"]
+Data: TypeAlias = Literal["weight", "scale", "inputs", "components", "gradient"]
 """What an initialiser may ask for: the frozen matrix `[fan_in, fan_out]` in float32, the scale of the product, and what
-`lora_jax.capture` collected of the map's inputs or of its gradient."""
+`lora_jax.capture` collected of the map: `Inputs` or `Components` of one map, or the gradient `[fan_in, fan_out]`."""
 
 _Entry = TypeVar("_Entry")
 
@@ -98,8 +98,8 @@ def register(name: str, *, reads: tuple[Data, ...] = (), away: bool = False) -> 
     Args:
       name: the name users write.
       reads: what it is called with beside key, site, rank and dtype, as keywords: `"weight"`, the frozen matrix
-        `[fan_in, fan_out]` in float32; `"scale"`, that of the product; `"inputs"` and `"gradient"`, from
-        `lora_jax.capture`. A name that ends in `_N` stands for every number there, which comes as `number`.
+        `[fan_in, fan_out]` in float32; `"scale"`, that of the product; `"inputs"`, `"components"` and `"gradient"`,
+        from `lora_jax.capture`. A name that ends in `_N` stands for every number there, which comes as `number`.
       away: its product is not zero. The adapter then keeps the factors it started from and takes their product off
         again, so that the model still starts as the base; see `LowRank`.
 

@@ -1,6 +1,6 @@
 """Context: what the rules share while a program is lifted - dropout keys, axis identities, and the log of uses."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Literal
@@ -83,6 +83,9 @@ class Context:
       trail: positions of the equations around this point, outermost first.
       inside: name of the opaque operation we only look into for discovery, else empty.
       look_inside: whether opaque operations are searched for uses.
+      observe: called where a weight with a probe meets an input: with the weight's path, the numbers of the linear maps
+        `[*maps]`, their inputs `[*maps, tokens, fan_in]`, and which of the tokens count, None for all.
+      mask: which tokens are observed, over the leading axes of every input; None for all.
     """
 
     log: Log
@@ -92,6 +95,8 @@ class Context:
     trail: tuple[int, ...] = ()
     inside: str = ""
     look_inside: bool = False
+    observe: Callable[[str, Any, Any, Any], None] | None = None
+    mask: Any = None
 
     def at(self, position: int) -> "Context":
         """The context of the equation at a position of the current program."""

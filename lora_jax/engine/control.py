@@ -106,17 +106,19 @@ def _while(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     split = len(test.jaxpr.invars) - carries
     for_test, for_body = operands[:split], operands[split:-carries]
 
-    def go_on(state: tuple[Any, list[Any]]) -> Any:
-        (result,) = interpret(ctx.at(0), test, [*for_test, *state[1]])
+    def go_on(carry: list[Any]) -> Any:
+        (result,) = interpret(ctx.at(0), test, [*for_test, *carry])
         return result
 
-    def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-        turn, carry = state
+    def step(state: tuple[Any, Any, list[Any]]) -> tuple[Any, Any, list[Any]]:
+        turn, _, carry = state
         here = ctx.at(1) if ctx.key is None else ctx.at(1).with_key(jax.random.fold_in(ctx.key, turn))
-        return turn + 1, _formed(here, eqn, interpret(here, body, [*for_body, *carry]))
+        carry = _formed(here, eqn, interpret(here, body, [*for_body, *carry]))
+        return turn + 1, go_on(carry), carry
 
-    _, results = jax.lax.while_loop(go_on, step, (jnp.int32(0), _carries(ctx, eqn, operands[-carries:])))
-    return results
+    # The test is evaluated at the end of each turn: only a loop's body may add to what is captured.
+    init = _carries(ctx, eqn, operands[-carries:])
+    return jax.lax.while_loop(lambda state: state[1], step, (jnp.int32(0), go_on(init), init))[2]
 
 
 @rule("cond")

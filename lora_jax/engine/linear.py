@@ -16,6 +16,7 @@ from lora_jax.engine.placement import spread, unreduced
 from lora_jax.engine.planner import Plan
 from lora_jax.engine.product import adapted_product, adapted_result, takes
 from lora_jax.engine.recompute import Recipe
+from lora_jax.engine.tap import tap, tap_groups, tap_patches
 from lora_jax.engine.weight import RANK, Labelled, Term, Weight
 
 
@@ -50,6 +51,7 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     dropout = ctx.key is not None and any(term.dropout for term in weight.terms)
     planned = planner.plan(weight, x, out, ctx.strategy, dropout)
     _record(ctx, eqn, weight, x, contracted, remains[0], out, planned)
+    tap(ctx, weight, x, contracted)
     precision = eqn.params["precision"]
     if not weight.adapted:
         return [dot(other, weight.base)]
@@ -113,6 +115,7 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     flops = 2 * positions * channels * (kernel.base.size // outputs) + 2 * positions * channels * outputs
     facts = {**ctx.roles(kernel.path, into=window, out=[out_axis]), **_geometry(ctx, eqn, window)}
     ctx.record(kernel, eqn, "factored", kind="conv", flops=flops, nbytes=4 * positions * channels, **facts)
+    tap_patches(ctx, eqn, kernel, x, window)
     reads = _inputs(ctx, kernel, Labelled(x, ()))
     with jax.named_scope("lora"):
         terms = [
@@ -188,6 +191,7 @@ def _ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | 
     flops = 2 * x.shape[0] * rank * (x.shape[1] + y.shape[1])
     roles = ctx.roles(stack.path, into=[into], out=[out])
     ctx.record(stack, eqn, "factored", kind="ragged", flops=flops, nbytes=4 * rank * x.shape[0], **roles)
+    tap_groups(ctx, stack, x, sizes, group, into)
     reads = _inputs(ctx, stack, Labelled(x, ()))
     with jax.named_scope("lora"):
         terms = [

@@ -88,7 +88,7 @@ def _broadcast(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | N
 
     (base,) = jaxprs.bind(eqn, [weight.base])
     terms = tuple(Term(grow(t.a), grow(t.b, new), t.dropout, t.slot) for t in weight.terms)
-    return [Weight(base, terms, tuple(axes), weight.path, weight.gain and grow(weight.gain))]
+    return [replace(weight.map(base, axes, grow), terms=terms)]
 
 
 @rule("reshape")
@@ -116,7 +116,7 @@ def _reshape(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | Non
     lengths = dict(zip(weight.axes, weight.base.shape, strict=True))
     for old, new, sizes in moves:
         long = [axis for axis in old if lengths[axis] > 1]
-        if any(_straddles(term, long) for term in weight.terms) or (weight.gain and _cuts(weight.gain, long)):
+        if any(_straddles(term, long) for term in weight.terms) or any(_cuts(each, long) for each in _others(weight)):
             return None
         regroup = partial(_regroup, old=old, long=long, new=new, sizes=sizes)
         weight = weight.map(weight.base, weight.axes, regroup)
@@ -130,6 +130,12 @@ def _reshape(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | Non
 def _straddles(term: Term, axes: list[int]) -> bool:
     """Whether some of the axes are in one factor and some in the other."""
     return _cuts(term.a, axes) or _cuts(term.b, axes)
+
+
+def _others(weight: Weight) -> list[Labelled]:
+    """What rides along with a weight beside its terms."""
+    probe = [weight.probe.entry, weight.probe.position] if weight.probe else []
+    return probe if weight.gain is None else [weight.gain, *probe]
 
 
 def _cuts(factor: Labelled, axes: list[int]) -> bool:
@@ -178,6 +184,8 @@ def _slice(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def _cut(factor: Labelled, cuts: Mapping[int, tuple[int, int, int]]) -> Labelled:
+    if not factor.axes:
+        return factor
     full = [cuts.get(axis, (0, size, 1)) for axis, size in zip(factor.axes, factor.array.shape, strict=True)]
     return Labelled(jax.lax.slice(factor.array, *zip(*full, strict=True)), factor.axes)
 
@@ -201,6 +209,8 @@ def _dynamic_slice(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]
     cuts = dict(zip(weight.axes, zip(starts, eqn.params["slice_sizes"], strict=True), strict=True))
 
     def cut(factor: Labelled) -> Labelled:
+        if not factor.axes:
+            return factor
         zero = jnp.zeros((), starts[0].dtype if starts else jnp.int32)
         full = [cuts.get(axis, (zero, size)) for axis, size in zip(factor.axes, factor.array.shape, strict=True)]
         begin, sizes = zip(*full, strict=True)
@@ -213,13 +223,14 @@ def _dynamic_slice(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]
 def _rev(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     (weight,) = operands
     flipped = [weight.axes[position] for position in eqn.params["dimensions"]]
+    new = {axis: ctx.fresh(ctx.log.origins[axis]) for axis in flipped}
     (base,) = jaxprs.bind(eqn, [weight.base])
 
     def flip(factor: Labelled) -> Labelled:
         positions = tuple(factor.axes.index(axis) for axis in flipped if axis in factor.axes)
-        return Labelled(jax.lax.rev(factor.array, positions), factor.axes)
+        return Labelled(jax.lax.rev(factor.array, positions), tuple(new.get(axis, axis) for axis in factor.axes))
 
-    return [weight.map(base, weight.axes, flip)]
+    return [weight.map(base, [new.get(axis, axis) for axis in weight.axes], flip)]
 
 
 @rule("neg")

@@ -90,7 +90,29 @@ class Term:
         return replace(self, a=fn(self.a), b=fn(self.b))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["base", "terms", "gain"], meta_fields=["axes", "path"])
+@partial(jax.tree_util.register_dataclass, data_fields=["entry", "position"], meta_fields=["home", "inputs"])
+@dataclass(frozen=True)
+class Probe:
+    """What a weight carries whose inputs are captured: where its parts were in the parameter.
+
+    Attributes:
+      entry: over the stacked axes, the number of each linear map in the stack.
+      position: over the input axes, the number of each input among those of one map.
+      home: ids that the input axes had at first, in the order that numbers them.
+      inputs: how many inputs one map has.
+    """
+
+    entry: Labelled
+    position: Labelled
+    home: tuple[int, ...]
+    inputs: int
+
+    def map(self, fn: Callable[[Labelled], Labelled]) -> "Probe":
+        """The probe with `fn` applied to its numbers."""
+        return replace(self, entry=fn(self.entry), position=fn(self.position))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "terms", "gain", "probe"], meta_fields=["axes", "path"])
 @dataclass(frozen=True)
 class Weight:
     """A parameter of the program, symbolic: its value is `gain · base + Σ a·b` over its terms.
@@ -101,6 +123,7 @@ class Weight:
       axes: ids of the base's axes.
       path: the parameter's path.
       gain: what the base is multiplied by, over some of its axes; None for one.
+      probe: set where the inputs are captured.
     """
 
     base: Any
@@ -108,6 +131,7 @@ class Weight:
     axes: tuple[int, ...]
     path: str
     gain: Labelled | None = None
+    probe: Probe | None = None
 
     @property
     def adapted(self) -> bool:
@@ -115,9 +139,10 @@ class Weight:
         return bool(self.terms) or self.gain is not None
 
     def map(self, base: Any, axes: Sequence[int], fn: Callable[[Labelled], Labelled]) -> "Weight":
-        """The weight with a new base, new axis ids, and `fn` applied to every factor and to the gain."""
+        """The weight with a new base, new axis ids, and `fn` applied to every factor, the gain and the probe."""
         terms, gain = tuple(term.map(fn) for term in self.terms), self.gain and fn(self.gain)
-        return replace(self, base=base, axes=tuple(axes), terms=terms, gain=gain)
+        probe = self.probe and self.probe.map(fn)
+        return replace(self, base=base, axes=tuple(axes), terms=terms, gain=gain, probe=probe)
 
     def dense(self) -> Any:
         """The value `gain · base + Σ a·b`, computed in float32 or wider and rounded once to the base's dtype."""

@@ -12,11 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapter import Adapter
+from lora_jax.checks import as_tuple
 from lora_jax.config import LoraConfig
 from lora_jax.errors import ConfigError, ParameterError, nearest
+from lora_jax.init.corda import corda
+from lora_jax.init.data import captured_data
 from lora_jax.init.default import default
+from lora_jax.init.eva import eva
 from lora_jax.init.gaussian import gaussian
 from lora_jax.init.loftq import loftq
+from lora_jax.init.lora_ga import lora_ga
 from lora_jax.init.olora import olora
 from lora_jax.init.orthogonal import orthogonal
 from lora_jax.init.pissa import milora, pissa, pissa_niter
@@ -29,12 +34,12 @@ from lora_jax.site import Site, Sites, full_site
 from lora_jax.updates import Replace, Start, Update, widened
 
 __all__ = [
-    "Initialiser", "default", "gaussian", "init", "initialisers", "loftq", "milora", "olora", "orthogonal", "pissa",
-    "pissa_niter", "register",
+    "Initialiser", "corda", "default", "eva", "gaussian", "init", "initialisers", "loftq", "lora_ga", "milora", "olora",
+    "orthogonal", "pissa", "pissa_niter", "register",
 ]  # fmt: skip
 
 
-def init(key: Any, config: LoraConfig, params: Any, sites: Sites) -> Adapter:
+def init(key: Any, config: LoraConfig, params: Any, sites: Sites, captured: Mapping[str, Any] | None = None) -> Adapter:
     """Draw a fresh adapter.
 
     Every weight has a key of its own, folded from `key` by the parameter's path and then by the index of the layer or
@@ -49,6 +54,7 @@ def init(key: Any, config: LoraConfig, params: Any, sites: Sites) -> Adapter:
         that are no floating-point arrays (counters and random keys in a module named by `train`) cannot train and are
         left out.
       sites: from `find_sites`.
+      captured: from `lora_jax.capture`, for an initialiser that starts from data (`eva`, `corda`, `lora-ga`).
 
     Returns:
       An `Adapter` with what the method holds at each selected site, for LoRA factors in `param_dtype` and a float32
@@ -56,7 +62,8 @@ def init(key: Any, config: LoraConfig, params: Any, sites: Sites) -> Adapter:
 
     Raises:
       MatchError: something in `config` hits nothing.
-      ParameterError: `sites` belongs to other parameters, or values are needed and `params` has none.
+      ParameterError: `sites` belongs to other parameters, values are needed and `params` has none, or data are needed
+        and `captured` has none, others or those of another model.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -72,27 +79,31 @@ def init(key: Any, config: LoraConfig, params: Any, sites: Sites) -> Adapter:
     _check(sites, leaves)
     selection = select(config, sites)
     key = _typed(key)
-    updates: dict[str, Update] = {site.path: _start(key, config, site, leaves) for site in selection.sites}
+    updates: dict[str, Update] = {site.path: _start(key, config, site, leaves, captured) for site in selection.sites}
     updates |= {path: _replace(config, path, leaves, sites) for path in _floating(selection.train, leaves)}
     updates |= {path: _shift(config, path, site, leaves) for path, site in selection.shifted}
     updates |= {site.path: _rows(config, site, rows, leaves) for site, rows in selection.rows}
     return Adapter(updates)
 
 
-def _start(key: jax.Array, config: LoraConfig, site: Site, leaves: Mapping[str, Any]) -> Update:
+def _start(
+    key: jax.Array, config: LoraConfig, site: Site, leaves: Mapping[str, Any], captured: Mapping[str, Any] | None
+) -> Update:
     """The update that the config's method starts with at one site."""
     entry, rank = find_init(config.init), config.rank_for(site.path)
     name = np.uint32(crc32(site.path.encode()))
-    scale = jnp.full(site.batch_shape, config.scale_for(site.path), jnp.float32)
+    scale = _scale(config, site)
 
     def weight() -> jax.Array:
         return jnp.asarray(_value(site.path, leaves, f"method={config.method!r} and init={config.init!r} read it"))
 
     def factors() -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
         known: dict[Data, Callable[[], Any]] = {"weight": weight, "scale": lambda: scale}
-        data = {name: known[name]() for name in entry.reads}
+        data = {what: known[what]() for what in entry.reads if what in known}
+        data |= {what: captured_data(captured, what, config.init, site) for what in entry.reads if what not in known}
         # Without its path, so that all sites of one shape share one compilation.
-        a, b = _draw(key, name, entry, replace(site, path=""), rank, config.param_dtype, data)
+        draw = partial(_draw, key, name, entry, replace(site, path=""), dtype=config.param_dtype, data=data)
+        a, b = _by_layer(draw, site, config.ranks_for(site.path))
         # Copies: an optimizer step that donates the adapter must not donate one array twice.
         return (a, b, jnp.array(a), jnp.array(b)) if entry.away else (a, b, None, None)
 
@@ -106,21 +117,55 @@ def _start(key: jax.Array, config: LoraConfig, site: Site, leaves: Mapping[str, 
         raise ConfigError(f"{site.path}: {error}") from None
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _scale(config: LoraConfig, site: Site) -> jax.Array:
+    """The scale of every linear map of a site."""
+    given = as_tuple(config.scale_for(site.path))
+    if len(given) not in (1, prod(site.batch_shape)):
+        raise ConfigError(
+            f"{site.path} is a stack of {prod(site.batch_shape)} layers or experts, and rank_pattern or alpha_pattern "
+            f"has {len(given)} values for it: give one for each, or one for all"
+        )
+    values = jnp.asarray(given, jnp.float32)
+    return jnp.broadcast_to(values.reshape(site.batch_shape if len(given) > 1 else ()), site.batch_shape)
+
+
+def _by_layer(
+    draw: Callable[..., tuple[jax.Array, jax.Array]], site: Site, ranks: int | tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Factors with another rank for every layer of a stack, padded with zeros; each layer as if its rank were all's."""
+    if isinstance(ranks, int):
+        return draw(rank=ranks)
+    axis, given = len(site.batch_axes), jnp.broadcast_to(jnp.asarray(ranks), prod(site.batch_shape))
+    a, b = jnp.zeros(site.a_shape(max(ranks))), jnp.zeros(site.b_shape(max(ranks)))
+    for rank in sorted({*ranks} - {0}):
+        chosen = (given == rank).reshape(site.batch_shape)
+        drawn = [_padded(each, axis, max(ranks)) for each in draw(rank=rank)]
+        a, b = (jnp.where(_beside(chosen, new), new, old) for new, old in zip(drawn, (a, b), strict=True))
+    return a, b
+
+
+def _padded(factor: jax.Array, axis: int, rank: int) -> jax.Array:
+    return jnp.pad(factor, [(0, rank - size if i == axis else 0) for i, size in enumerate(factor.shape)])
+
+
+def _beside(chosen: jax.Array, factor: jax.Array) -> jax.Array:
+    return chosen.reshape(chosen.shape + (1,) * (factor.ndim - chosen.ndim))
+
+
+@partial(jax.jit, static_argnames=("entry", "site", "rank", "dtype"))
 def _draw(
-    key: jax.Array, name: np.uint32, entry: Entry, site: Site, rank: int, dtype: str, data: Mapping[str, jax.Array]
+    key: jax.Array, name: np.uint32, entry: Entry, site: Site, rank: int, dtype: str, data: Mapping[str, Any]
 ) -> tuple[jax.Array, jax.Array]:
     key = jax.random.fold_in(key, name)
     count = prod(site.batch_shape)
-    stacks = {name: _stacked(site, value, count) for name, value in data.items()}
+    stacks = {name: _stacked(site, name, value, count) for name, value in data.items()}
 
-    def draw(key: jax.Array, stacks: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        known = {name: widened(value) for name, value in stacks.items()}
+    def draw(key: jax.Array, stacks: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         numbered = {} if entry.number is None else {"number": entry.number}
-        return entry.draw(key, site, rank, dtype, **known, **numbered)
+        return entry.draw(key, site, rank, dtype, **jax.tree.map(widened, stacks), **numbered)
 
     if not site.batch_axes:
-        a, b = draw(key, {name: value[0] for name, value in stacks.items()})
+        a, b = draw(key, jax.tree.map(lambda value: value[0], stacks))
     else:
         # A loop, and factors of two axes: XLA compiles random bits several times slower for every axis they have.
         indexes = jnp.arange(count, dtype=jnp.uint32)
@@ -128,10 +173,10 @@ def _draw(
     return a.reshape(site.a_shape(rank)), b.reshape(site.b_shape(rank))
 
 
-def _stacked(site: Site, value: jax.Array, count: int) -> jax.Array:
+def _stacked(site: Site, name: str, value: Any, count: int) -> Any:
     """The data of each linear map of a site, stacked: a matrix `[fan_in, fan_out]` of a parameter, else as it is."""
-    if value.shape != site.shape:
-        return value.reshape(count, *value.shape[len(site.batch_axes) :])
+    if name not in ("weight", "gradient"):
+        return jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[len(site.batch_axes) :]), value)
     moved = jnp.transpose(value, (*site.batch_axes, *site.in_axes, *site.out_axes))
     return moved.reshape(count, site.fan_in, site.fan_out)
 
@@ -144,7 +189,7 @@ def _shift(config: LoraConfig, path: str, site: Site, leaves: Mapping[str, Any])
             f"lora_bias: {path!r} of shape {tuple(leaf.shape)} is not stacked as {site.path!r} is, "
             f"{site.batch_shape} in front"
         )
-    scale = jnp.full(site.batch_shape, config.scale_for(site.path), jnp.float32)
+    scale = _scale(config, site)
     return Shift(jnp.zeros(leaf.shape, config.param_dtype), scale, full_site(path, leaf))
 
 

@@ -1,0 +1,185 @@
+"""What capturing collects at a site: second moments of its inputs, their principal components, or its gradient.
+
+Each statistic starts at zero, takes in inputs as they come, and is finished once. While it is collected its arrays have
+one axis for the whole stack of a site's linear maps, and live in references that a running program adds to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.capture.gram import add_at, add_gram, panels, products, whole
+from lora_jax.site import Site
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def _pytree(cls: _Class) -> _Class:
+    jax.tree_util.register_dataclass(cls, [field.name for field in fields(cls)], [])
+    return cls
+
+
+@_pytree
+@dataclass(frozen=True)
+class Inputs:
+    """The second moment of what a site reads.
+
+    Attributes:
+      second: `[*batch, fan_in, fan_in]` float32, the sum of `x xᵀ` over tokens.
+      total: `[*batch, fan_in]` float32, the sum of `x`.
+      count: `[*batch]` float32, the number of tokens; a use of the parameter in several places counts each.
+    """
+
+    second: Any
+    total: Any
+    count: Any
+
+
+@_pytree
+@dataclass(frozen=True)
+class Moments:
+    """What `Inputs` are computed from: the same, but of the symmetric matrix little more than a half.
+
+    Attributes:
+      panels: of the second moment, `[maps, rows, columns]` each.
+      total, count: as of `Inputs`.
+    """
+
+    panels: Any
+    total: Any
+    count: Any
+
+    @classmethod
+    def zero(cls, site: Site, maps: int, components: int, key: Any) -> Self:
+        """Nothing seen yet."""
+        size = site.fan_in
+        parts = tuple(jnp.zeros((maps, rows.stop - rows.start, size - rows.start)) for rows in panels(size))
+        return cls(parts, jnp.zeros((maps, size)), jnp.zeros(maps))
+
+    def add(self, entry: Any, tokens: Any, kept: Any) -> None:
+        """Take in the inputs `[*maps, tokens, fan_in]` of the maps numbered `entry`; the arrays are references."""
+        tokens, counts = _masked(tokens, kept)
+        add_gram(self.panels, entry, tokens)
+        add_at(self.total, entry, tokens.sum(-2, dtype=jnp.float32))
+        add_at(self.count, entry, counts)
+
+    def again(self) -> Self:
+        """What another pass over the data starts from: there is nothing to refine."""
+        return jax.tree.map(jnp.zeros_like, self)
+
+    def finish(self, components: int) -> Inputs:
+        """The statistic of one map."""
+        return Inputs(whole(self.panels), self.total, self.count)
+
+
+@_pytree
+@dataclass(frozen=True)
+class Components:
+    """The principal components of what a site reads, the largest first.
+
+    Attributes:
+      vectors: `[*batch, components, fan_in]` float32, orthonormal; the entry of largest size of each is positive.
+      energies: `[*batch, components]` float32, the sum over tokens of the squared centred inputs along each: squares of
+        the singular values of the centred inputs.
+      energy: `[*batch]` float32, the sum of all squared centred inputs.
+      count: `[*batch]` float32, the number of tokens.
+    """
+
+    vectors: Any
+    energies: Any
+    energy: Any
+    count: Any
+
+    @property
+    def explained(self) -> Any:
+        """`[*batch, components]`: the share of the variance along each component."""
+        return self.energies / jnp.maximum(self.energy, jnp.finfo(jnp.float32).tiny)[..., None]
+
+
+@_pytree
+@dataclass(frozen=True)
+class Sketch:
+    """What `Components` are computed from: the second moment times a few test vectors, in `fan_in × few` numbers.
+
+    Attributes:
+      test: `[maps, fan_in, few]`, orthonormal columns.
+      product: `[maps, fan_in, few]`, the sum of `x (xᵀ test)` over tokens.
+      total, count: as of `Inputs`.
+      energy: `[maps]`, the sum of `xᵀx`.
+    """
+
+    test: Any
+    product: Any
+    total: Any
+    count: Any
+    energy: Any
+
+    @classmethod
+    def zero(cls, site: Site, maps: int, components: int, key: Any) -> Self:
+        """Nothing seen yet; random test vectors, the same for all sites with as many inputs."""
+        size, few = site.fan_in, min(2 * components + 8, site.fan_in)
+        test = jnp.linalg.qr(jax.random.normal(jax.random.fold_in(key, size), (size, few)))[0]
+        test = jnp.tile(test, (maps, 1, 1))
+        return cls(test, jnp.zeros((maps, size, few)), jnp.zeros((maps, size)), jnp.zeros(maps), jnp.zeros(maps))
+
+    def add(self, entry: Any, tokens: Any, kept: Any) -> None:
+        """Take in the inputs `[*maps, tokens, fan_in]` of the maps numbered `entry`; the arrays are references."""
+        tokens, counts = _masked(tokens, kept)
+        along = products("...ti,...ik->...tk", tokens, self.test[...][entry].astype(tokens.dtype))
+        add_at(self.product, entry, products("...ti,...tk->...ik", tokens, along.astype(tokens.dtype)))
+        add_at(self.total, entry, tokens.sum(-2, dtype=jnp.float32))
+        add_at(self.count, entry, counts)
+        add_at(self.energy, entry, jnp.square(tokens.astype(jnp.float32)).sum((-2, -1)))
+
+    def again(self) -> Self:
+        """The start of another pass, which looks where this one found most: one step of subspace iteration."""
+        return replace(jax.tree.map(jnp.zeros_like, self), test=jnp.linalg.qr(self._centred())[0])
+
+    def _centred(self) -> Any:
+        """The product with the inputs' mean taken off: `C·test` for `C` the sum of `(x - mean)(x - mean)ᵀ`."""
+        mean = self.total / jnp.maximum(self.count, 1)[..., None]
+        return self.product - self.total[..., None] * products("...i,...ik->...k", mean, self.test)[..., None, :]
+
+    def finish(self, components: int) -> Components:
+        """Components of one map from the Nyström approximation `(C·T)(TᵀC·T)⁺(C·T)ᵀ`."""
+        product = self._centred()
+        inner = products("ik,il->kl", self.test, product)
+        values, basis = jnp.linalg.eigh((inner + inner.T) / 2)
+        sound = values > values[-1] * len(values) * jnp.finfo(jnp.float32).eps
+        roots = jnp.where(sound, jax.lax.rsqrt(jnp.where(sound, values, 1.0)), 0.0)
+        left, sizes, _ = jnp.linalg.svd(products("ik,kl->il", product, basis * roots[None]), full_matrices=False)
+        mean = self.total / jnp.maximum(self.count, 1)
+        energy = self.energy - jnp.vdot(self.total, mean)
+        return Components(oriented(left.T[:components]), jnp.square(sizes[:components]), energy, self.count)
+
+
+@_pytree
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of the loss by the parameter.
+
+    Attributes:
+      mean: float32, in the parameter's own layout; the mean over batches.
+      count: number of batches.
+    """
+
+    mean: Any
+    count: Any
+
+
+def oriented(rows: Any) -> Any:
+    """The rows with signs that make the entry of largest size positive, so that they do not depend on the solver."""
+    largest = jnp.take_along_axis(rows, jnp.abs(rows).argmax(-1, keepdims=True), -1)
+    return jnp.where(largest < 0, -rows, rows)
+
+
+def _masked(tokens: Any, kept: Any) -> tuple[Any, Any]:
+    """The tokens with zeros for those left out, and how many there are."""
+    lead: Sequence[int] = tokens.shape[:-2]
+    if kept is None:
+        return tokens, jnp.full(lead, tokens.shape[-2], jnp.float32)
+    kept = jnp.broadcast_to(kept, tokens.shape[:-1]).astype(bool)
+    return jnp.where(kept[..., None], tokens, jnp.zeros((), tokens.dtype)), kept.sum(-1, dtype=jnp.float32)
