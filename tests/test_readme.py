@@ -92,3 +92,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_examples_run(example: Path) -> None:
     with redirect_stdout(StringIO()):
         runpy.run_path(str(example), run_name="__main__")
+
+
+def test_differences_from_peft_name_tests_that_exist() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "differences.md").read_text())
+    assert len(named) > 25
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file} has no {test}"

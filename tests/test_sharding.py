@@ -3,7 +3,8 @@
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import prod
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases.methods import METHODS
 from helpers import assert_close, assert_same, differ, random_adapter
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -206,6 +208,24 @@ def test_sharded_is_unsharded(layout: str, kind: str) -> None:
     assert not extra, f"{layout} moves {extra} beside {moved(base)}"
     for whole in ((B, T, D), (B, T, *UP[1:])):
         assert f"u32[{','.join(map(str, whole))}]" not in program.as_text(), "masks are drawn where the activation is"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["all of these", "scanned layers"])
+@pytest.mark.parametrize(
+    ("method", "placed"), [("dora", False), *((method, True) for method in METHODS if method != "lora")]
+)
+def test_methods(method: str, placed: bool, layout: str, kind: str) -> None:
+    """What a method makes of its arrays is spread as they are; DoRA's norms also where nobody placed them."""
+    given, mesh = LAYOUTS[layout], make_mesh(kind)
+    factors, x, params, _, _ = unsharded(layout)
+    made = {path: METHODS[method].trained(factors[path], params[path]) for path in factors}
+    adapter = lora.Adapter({path: replace(update, dropout=0.0) for path, update in made.items()})
+    plain = compiled(step(given.bound(None)), adapter, x, params)(adapter, x, params)
+    params, x = on(mesh, params, given.specs()), on(mesh, x, given.x)
+    adapter = jax.device_put(adapter, adapter_sharding(adapter, params)) if placed else adapter
+    with nullcontext() if placed else jax.set_mesh(mesh):
+        assert_close(compiled(step(given.bound(mesh)), adapter, x, params)(adapter, x, params), plain)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,6 +22,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from lora_jax.engine import contract
+from lora_jax.engine.placement import follow
 from lora_jax.engine.planner import Plan
 from lora_jax.engine.recompute import Recipe
 from lora_jax.engine.weight import Labelled, Term, Weight
@@ -210,7 +211,8 @@ def _times(array: Any, axes: Sequence[int], gain: Labelled | None) -> Any:
     if gain is None:
         return array
     wide = jnp.promote_types(array.dtype, jnp.float32)
-    return array.astype(wide) * gain.over(axes).astype(wide)
+    beside = replace(gain, array=follow(gain.array, gain.axes, Labelled(array, tuple(axes))))
+    return array.astype(wide) * beside.over(axes).astype(wide)
 
 
 def _total(parts: Sequence[Any], like: Any) -> Any:

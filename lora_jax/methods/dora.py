@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapter import Adapter
 from lora_jax.fit import fit
-from lora_jax.methods.norms import changed_squares, squares
+from lora_jax.methods.norms import beside, changed_squares, squares
 from lora_jax.paths import named_leaves
 from lora_jax.registry import register_method
 from lora_jax.site import Site
@@ -85,10 +85,11 @@ class Dora(LowRank):
 
     def change(self, weight: Array) -> Change:
         """The parameter and the pairs of factors, both with the gain that gives columns their magnitude."""
-        gain, rank = self.gain(weight), len(self.site.batch_axes)
-        part = _per_column(self.strength, gain)
+        here = beside(weight, self)
+        gain, rank = here.gain(weight), len(here.site.batch_axes)
+        part = _per_column(here.strength, gain)
         folded = jnp.expand_dims(gain * part, rank)
-        pairs = tuple((a, b * folded.astype(b.dtype)) for a, b in self.pairs())
+        pairs = tuple((a, b * folded.astype(b.dtype)) for a, b in here.pairs())
         return Change(weight, pairs, 1 + part * (gain - 1))
 
     def gain(self, weight: Array) -> Array:

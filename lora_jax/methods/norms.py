@@ -1,9 +1,12 @@
 """Norms of the columns of an adapted weight, without forming it: `‖W + ab‖² = ‖W‖² + 2⟨W, ab⟩ + ‖ab‖²`."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax.site import Site
 from lora_jax.updates import Array, widened
@@ -33,6 +36,24 @@ def changed_squares(site: Site, weight: Array, base_squares: Array, pairs: Seque
       base_squares: `squares` of it.
       pairs: factors `[*batch, rank, *in]` and `[*batch, rank, *out]`, scales folded in.
     """
+    where = jax.typeof(base_squares).sharding
+    sums = partial(_changed_squares, site)
+    if AxisType.Explicit in where.mesh.axis_types:  # How sums over sharded axes are spread is left to the compiler.
+        sums = jax.sharding.auto_axes(sums, out_sharding=where)
+    return sums(weight, base_squares, pairs)
+
+
+def beside(weight: Array, tree: Any) -> Any:
+    """A tree of small arrays on the mesh of a weight, replicated if they are on none, where its axes are explicit."""
+    mesh = jax.typeof(weight).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return tree
+    elsewhere = lambda leaf: jax.typeof(leaf).sharding.mesh != mesh  # noqa: E731
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, whole) if elsewhere(leaf) else leaf, tree)
+
+
+def _changed_squares(site: Site, weight: Array, base_squares: Array, pairs: Sequence[tuple[Array, Array]]) -> Array:
     a, b = (
         jnp.concatenate([widened(each) for each in side], len(site.batch_axes)) for side in zip(*pairs, strict=True)
     )

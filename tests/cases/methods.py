@@ -26,7 +26,7 @@ class Method(NamedTuple):
 
 def _away(update: LowRank, weight: Any) -> LowRank:
     """Factors that started elsewhere."""
-    return replace(update, a_start=jnp.cos(update.a), b_start=jnp.sin(update.b))
+    return replace(update, a_start=jnp.cos(update.a) / 8, b_start=jnp.sin(update.b))
 
 
 def _at_start(update: LowRank, weight: Any) -> LowRank:
