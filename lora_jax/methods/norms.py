@@ -37,7 +37,7 @@ def changed_squares(site: Site, weight: Array, base_squares: Array, pairs: Seque
       pairs: factors `[*batch, rank, *in]` and `[*batch, rank, *out]`, scales folded in.
     """
     where = jax.typeof(base_squares).sharding
-    sums = partial(_changed_squares, site)
+    sums: Any = partial(_changed_squares, site)
     if AxisType.Explicit in where.mesh.axis_types:  # How sums over sharded axes are spread is left to the compiler.
         sums = jax.sharding.auto_axes(sums, out_sharding=where)
     return sums(weight, base_squares, pairs)
