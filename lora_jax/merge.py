@@ -12,7 +12,7 @@ from lora_jax.adapter import Adapter
 from lora_jax.errors import MergeError
 from lora_jax.fit import fit
 from lora_jax.paths import named_leaves, rebuild
-from lora_jax.updates import Array, exact_sum, is_traced, widened
+from lora_jax.updates import Array, exact_sum, held, is_traced, widened
 
 
 def merge(
@@ -68,7 +68,7 @@ def merge(
     leaves, treedef = named_leaves(params)
     merged: dict[str, Any] = {}
     for path, placed in fit(adapters, leaves).items():
-        updates = [update for _, update in placed]
+        updates = [held(update) for _, update in placed]
         _check_floating(path, leaves[path])
         exact = exact_sum(leaves[path], updates)
         dtype = leaves[path].dtype

@@ -125,7 +125,7 @@ def test_stacked_biases_have_the_scale_of_their_layer() -> None:
 
 
 def test_saved_and_loaded(tmp_path) -> None:
-    adapter = trained(start(trainable_tokens=(7, 2), lora_bias=True, method="dora"))
+    adapter = trained(start(trainable_tokens=(7, 2), lora_bias=True))
     lora.save(tmp_path / "a", adapter, params=PARAMS)
     loaded = lora.load(tmp_path / "a", PARAMS)
     assert_same(loaded, adapter)
