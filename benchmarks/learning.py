@@ -93,7 +93,7 @@ def learn(name: str, steps: int, seed: int) -> Run:
 
 def _optimizer(name: str, options: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
     """AdamW at the rate that suits the method: those with few numbers or small factors need larger steps."""
-    rates = {"lora-xs": 2e-2, "vera": 3e-2, "lora+ (ratio 16)": 1e-3}
+    rates = {"vera": 3e-2, "lora+ (ratio 16)": 1e-3}
     peak = rates.get(name, 4e-3)
     adamw: Any = optax.adamw(optax.cosine_decay_schedule(peak, steps, 0.1))
     if name.startswith("lora+"):
