@@ -1,4 +1,4 @@
-"""The largest singular triplets of a matrix, exactly or by a randomised range finder."""
+"""The largest singular triplets of matrices, exactly or by a randomised range finder."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.errors import ConfigError
-from lora_jax.updates import Array
+from lora_jax.site import Site
+from lora_jax.updates import Array, matrices, widened
 
 OVERSAMPLING = 10
 """Extra directions of the randomised range finder; torch's `svd_lowrank`, which PEFT calls, has none."""
@@ -73,6 +74,21 @@ def randomised(key: Array, matrix: Array, rank: int, iterations: int) -> Triplet
         basis = _orthonormal(jnp.dot(matrix, across, precision=_EXACT))
     inner = exact(jnp.dot(basis.T, matrix, precision=_EXACT), rank)
     return inner._replace(left=jnp.dot(inner.left, basis.T, precision=_EXACT))
+
+
+def of_site(site: Site, weight: Array, rank: int) -> Triplets:
+    """The first singular triplets of every weight of a site's stack, on one leading axis.
+
+    Raises:
+      ConfigError: a weight has fewer.
+
+    Example:
+      >>> axes = {"in_axes": (1,), "out_axes": (2,), "batch_axes": (0,)}
+      >>> site = Site(path="w", shape=(4, 2, 3), dtype="float32", kind="dense", **axes)
+      >>> of_site(site, jnp.ones((4, 2, 3)), 1).left.shape
+      (4, 1, 2)
+    """
+    return jax.jit(jax.vmap(lambda matrix: exact(matrix, rank)))(matrices(site, widened(weight)))
 
 
 def check_rank(matrix: Array, rank: int) -> None:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from math import prod
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, TypeVar
 
 import jax
@@ -12,7 +13,6 @@ from lora_jax.registry import register_method
 from lora_jax.site import Site
 
 Array: TypeAlias = jax.Array
-
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -190,9 +190,7 @@ class LowRank(Update):
     def low_rank(self) -> "LowRank":
         """Plain factors that do the same, all terms in one pair; of DoRA, those inside of its norm."""
         pairs = replace(self, scale=jnp.ones_like(self.scale)).pairs()
-        rank = len(self.site.batch_axes)
-        a, b = (jnp.concatenate([pair[i] for pair in pairs], rank) for i in range(2))
-        return LowRank(a, b, self.scale, self.site, self.dropout)
+        return LowRank(*joined(self.site, pairs), self.scale, self.site, self.dropout)
 
     def delta(self) -> Array:
         """What is added, in the parameter's own layout, in float32 at full precision."""
@@ -305,9 +303,26 @@ def aligned(site: Site, per_output: Array) -> Array:
     return jnp.expand_dims(moved, sorted(site.in_axes))
 
 
+def joined(site: Site, pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """All pairs of factors of a site in one, of the sum of their ranks."""
+    a, b = (jnp.concatenate(each, len(site.batch_axes)) for each in zip(*pairs, strict=True))
+    return a, b
+
+
+def matrices(site: Site, value: Array) -> Array:
+    """`[weights, fan_in, fan_out]`: every linear map in a stack, of an array laid out as the site's parameter."""
+    moved = jnp.transpose(value, (*site.batch_axes, *site.in_axes, *site.out_axes))
+    return moved.reshape(prod(site.batch_shape), site.fan_in, site.fan_out)
+
+
+def over(lead: Array, array: Array) -> Array:
+    """An array of the leading axes of another, such that it broadcasts against that."""
+    return lead.reshape(lead.shape + (1,) * (array.ndim - lead.ndim))
+
+
 def times(scale: Array, factor: Array) -> Array:
-    """A factor `[*batch, rank, ...]` times a scale `[*batch]`."""
-    return factor * scale.reshape(scale.shape + (1,) * (factor.ndim - scale.ndim)).astype(factor.dtype)
+    """A factor `[*batch, rank, ...]` times a scale of its leading axes, in the factor's dtype."""
+    return factor * over(scale, factor).astype(factor.dtype)
 
 
 def widened(value: Any) -> Array:

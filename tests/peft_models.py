@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import lora_jax as lora
 from lora_jax.io.names import Names, Rule
+from lora_jax.site import Site, Sites
 
 Params = dict[str, Any]
 
@@ -141,3 +143,36 @@ CASES = {
     "experts": Case(experts, EXPERTS),
     "experts_transposed": Case(experts, EXPERTS, transposed=True),
 }
+
+
+def draw(*shape: int) -> jax.Array:
+    """Different numbers everywhere, so that no transposition goes unnoticed."""
+    return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape), jnp.float32)
+
+
+class Model(NamedTuple):
+    """A model to save and load adapters of."""
+
+    fn: Callable[..., jax.Array]
+    params: Params
+    x: jax.Array
+    names: Names | None = None
+
+    @property
+    def sites(self) -> Sites:
+        return lora.find_sites(self.fn, self.params, self.x)
+
+
+def replaced(model: Model, *paths: str) -> lora.Adapter:
+    leaves = {path: leaf for path, leaf in flat(model.params).items() if path in paths}
+    full = lambda path, leaf: Site(path=path, shape=leaf.shape, dtype="float32", kind="full")  # noqa: E731
+    return lora.Adapter(
+        {path: lora.Replace(leaf + 1, model.sites.get(path) or full(path, leaf)) for path, leaf in leaves.items()}
+    )
+
+
+def flat(tree: Params, above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, node in tree.items():
+        found |= flat(node, f"{above}{name}/") if isinstance(node, dict) else {above + name: node}
+    return found

@@ -5,24 +5,18 @@ one axis for the whole stack of a site's linear maps, and live in references tha
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.capture.gram import add_at, add_gram, panels, products, whole
 from lora_jax.site import Site
-
-_Class = TypeVar("_Class", bound=type)
-
-
-def _pytree(cls: _Class) -> _Class:
-    jax.tree_util.register_dataclass(cls, [field.name for field in fields(cls)], [])
-    return cls
+from lora_jax.updates import pytree
 
 
-@_pytree
+@pytree()
 @dataclass(frozen=True)
 class Inputs:
     """The second moment of what a site reads.
@@ -38,7 +32,7 @@ class Inputs:
     count: Any
 
 
-@_pytree
+@pytree()
 @dataclass(frozen=True)
 class Moments:
     """What `Inputs` are computed from: the same, but of the symmetric matrix little more than a half.
@@ -75,7 +69,7 @@ class Moments:
         return Inputs(whole(self.panels), self.total, self.count)
 
 
-@_pytree
+@pytree()
 @dataclass(frozen=True)
 class Components:
     """The principal components of what a site reads, the largest first.
@@ -99,7 +93,7 @@ class Components:
         return self.energies / jnp.maximum(self.energy, jnp.finfo(jnp.float32).tiny)[..., None]
 
 
-@_pytree
+@pytree()
 @dataclass(frozen=True)
 class Sketch:
     """What `Components` are computed from: the second moment times a few test vectors, in `fan_in × few` numbers.
@@ -156,7 +150,7 @@ class Sketch:
         return Components(oriented(left.T[:components]), jnp.square(sizes[:components]), energy, self.count)
 
 
-@_pytree
+@pytree()
 @dataclass(frozen=True)
 class Gradient:
     """The gradient of the loss by the parameter.

@@ -31,7 +31,7 @@ from lora_jax.paths import is_array, named_leaves
 from lora_jax.registry import METHODS, Data, Entry, Initialiser, find_init, initialisers, register
 from lora_jax.selection import select
 from lora_jax.site import Site, Sites, full_site
-from lora_jax.updates import Replace, Start, Update, widened
+from lora_jax.updates import Replace, Start, Update, matrices, over, widened
 
 __all__ = [
     "Initialiser", "corda", "default", "eva", "gaussian", "init", "initialisers", "loftq", "lora_ga", "milora", "olora",
@@ -140,16 +140,12 @@ def _by_layer(
     for rank in sorted({*ranks} - {0}):
         chosen = (given == rank).reshape(site.batch_shape)
         drawn = [_padded(each, axis, max(ranks)) for each in draw(rank=rank)]
-        a, b = (jnp.where(_beside(chosen, new), new, old) for new, old in zip(drawn, (a, b), strict=True))
+        a, b = (jnp.where(over(chosen, new), new, old) for new, old in zip(drawn, (a, b), strict=True))
     return a, b
 
 
 def _padded(factor: jax.Array, axis: int, rank: int) -> jax.Array:
     return jnp.pad(factor, [(0, rank - size if i == axis else 0) for i, size in enumerate(factor.shape)])
-
-
-def _beside(chosen: jax.Array, factor: jax.Array) -> jax.Array:
-    return chosen.reshape(chosen.shape + (1,) * (factor.ndim - chosen.ndim))
 
 
 @partial(jax.jit, static_argnames=("entry", "site", "rank", "dtype"))
@@ -177,8 +173,7 @@ def _stacked(site: Site, name: str, value: Any, count: int) -> Any:
     """The data of each linear map of a site, stacked: a matrix `[fan_in, fan_out]` of a parameter, else as it is."""
     if name not in ("weight", "gradient"):
         return jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[len(site.batch_axes) :]), value)
-    moved = jnp.transpose(value, (*site.batch_axes, *site.in_axes, *site.out_axes))
-    return moved.reshape(count, site.fan_in, site.fan_out)
+    return matrices(site, value)
 
 
 def _shift(config: LoraConfig, path: str, site: Site, leaves: Mapping[str, Any]) -> Shift:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from lora_jax import svd
 from lora_jax.capture.statistics import Inputs
 from lora_jax.errors import ConfigError
 from lora_jax.registry import register
@@ -63,11 +64,10 @@ def corda(
     if rank > min(weight.shape):
         raise ConfigError(f"init='corda-{keep}' has rank {rank}, and the matrix {weight.shape}: lower the rank")
     moment, inverse = _invertible(inputs.second / jnp.maximum(inputs.count, 1))
-    left, sizes, right = jnp.linalg.svd(jnp.matmul(moment, weight, precision=_HIGHEST), full_matrices=False)
-    part = slice(0, rank) if keep == "ipm" else slice(sizes.size - rank, sizes.size)
-    roots = jnp.sqrt(sizes[part, None] / scale)
-    a = roots * jnp.matmul(left[:, part].T, inverse, precision=_HIGHEST)
-    return a.astype(dtype), (roots * right[part]).astype(dtype)
+    seen = svd.exact(jnp.matmul(moment, weight, precision=_HIGHEST), rank, last=keep == "kpm")
+    roots = jnp.sqrt(seen.values / scale)[:, None]
+    a = roots * jnp.matmul(seen.left, inverse, precision=_HIGHEST)
+    return a.astype(dtype), (roots * seen.right).astype(dtype)
 
 
 def _invertible(moment: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -2,10 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import prod
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lora_jax import svd
@@ -38,7 +36,7 @@ def loftq(adapter: Adapter, params: Any, quantise: Callable[[Array], Array], *, 
       ConfigError: a rank is higher than that of its parameter.
 
     Example:
-      >>> import lora_jax as lora
+      >>> import jax, lora_jax as lora
       >>> params = {"w": jax.random.normal(jax.random.key(0), (16, 8))}
       >>> fn, x = lambda params, x: x @ params["w"], jnp.ones((2, 16))
       >>> sites = lora.find_sites(fn, params, x)
@@ -77,9 +75,7 @@ def _alternate(update: LowRank, weight: Array, quantise: Callable[[Array], Array
 def _decomposed(update: LowRank, rest: Array) -> LowRank:
     """The factors whose scaled product is nearest to what is left of each weight of a stack."""
     site, rank = update.site, update.rank
-    moved = jnp.transpose(rest, (*site.batch_axes, *site.in_axes, *site.out_axes))
-    stack = moved.reshape(prod(site.batch_shape), site.fan_in, site.fan_out)
-    found = jax.vmap(lambda matrix: svd.exact(matrix, rank))(stack)
+    found = svd.of_site(site, rest, rank)
     root = jnp.sqrt(found.values)[..., None]
     a, b = (root * found.left).reshape(site.a_shape(rank)), (root * found.right).reshape(site.b_shape(rank))
     half = jnp.sqrt(jnp.abs(update.scale))

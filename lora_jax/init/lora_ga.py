@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from lora_jax import svd
 from lora_jax.capture.statistics import oriented
 from lora_jax.errors import ConfigError
 from lora_jax.registry import register
@@ -70,9 +71,9 @@ def lora_ga(
             f"init='lora-ga' uses {2 * rank} singular vectors, twice the rank, and the matrix {gradient.shape} has "
             "fewer: lower the rank"
         )
-    left, values, right = jnp.linalg.svd(gradient, full_matrices=False)
+    left, values, right = svd.exact(gradient, 2 * rank)
     for_a, for_b = _halves(key, rank, direction)
-    a, b = oriented(left.T)[for_a], oriented(right)[for_b] * values[for_b, None]
+    a, b = oriented(left)[for_a], oriented(right)[for_b] * values[for_b, None]
     if size == "stable":
         b = b * site.fan_out**0.25 / gamma**0.5
     elif size == "weight_svd":

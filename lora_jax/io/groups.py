@@ -6,8 +6,8 @@ of the weight has PEFT's form if each `rank / groups` rows of A have one group's
 
 import numpy as np
 
-from lora_jax.errors import CheckpointError
 from lora_jax.io.join import Piece, join
+from lora_jax.io.peft_delta import crossing
 
 
 def grouped(a: np.ndarray, b: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
@@ -37,13 +37,10 @@ def ungrouped(where: str, a: np.ndarray, b: np.ndarray, groups: int) -> tuple[np
     rank, window = b.shape[1], a.shape[2:]
     wide = a.reshape(groups, rank, groups, -1, *window)
     own = np.arange(groups)
-    crossing = wide.copy()
-    crossing[own, :, own] = 0
-    if crossing.any():
-        raise CheckpointError(
-            f"{where} is a convolution in groups: PEFT's A reads every input channel, the weight only those of its "
-            "group, so the adapter is no change to the weight. PEFT refuses to merge it too."
-        )
+    others = wide.copy()
+    others[own, :, own] = 0
+    if others.any():
+        raise crossing(where)
     out = b.reshape(groups, -1, rank).swapaxes(1, 2)
     pieces = [Piece(wide[g, :, g], out[g][:, None], 1.0, (slice(g, g + 1), slice(None))) for g in own]
     joined = join(pieces, (groups, out.shape[2]))

@@ -96,10 +96,15 @@ def _lies_transposed(out_in: tuple[int, int], shape: tuple[int, ...], given: boo
 def _check_groups(where: str, module: Module, shape: tuple[int, ...]) -> None:
     a, b = module.a, module.b
     if b.shape[1] != a.shape[0] or (len(shape) > 1 and shape[1] != a.shape[1]):
-        raise CheckpointError(
-            f"{where} is a convolution in groups: PEFT's A reads every input channel, the weight only those of its "
-            "group, so the adapter is no change to the weight. PEFT refuses to merge it too."
-        )
+        raise crossing(where)
+
+
+def crossing(where: str) -> CheckpointError:
+    """The error for a convolution in groups whose A reads channels of other groups."""
+    return CheckpointError(
+        f"{where} is a convolution in groups: PEFT's A reads every input channel, the weight only those of its "
+        "group, so the adapter is no change to the weight. PEFT refuses to merge it too."
+    )
 
 
 def _experts(

@@ -110,8 +110,7 @@ class ModuleMaker:
 def _piece(update: LowRank, target: Target) -> Piece | None:
     """Factors of one parameter of a module, in PyTorch's order, or None where a stack holds nothing."""
     site, span = update.site, target.part.span
-    plain = update.low_rank()
-    a, b, scale = (np.asarray(each[target.index], np.float32) for each in (plain.a, plain.b, plain.scale))
+    a, b, scale = (np.asarray(each[target.index], np.float32) for each in (update.a, update.b, update.scale))
     scale = scale / np.float32(target.part.gain)
     if target.parameter:
         # PEFT has one scale for all experts.

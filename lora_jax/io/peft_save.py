@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +25,7 @@ from lora_jax.io.twin import is_tied, twin
 from lora_jax.methods import Dora, Rows, Shift
 from lora_jax.paths import bias_beside, named_leaves
 from lora_jax.site import Site, Sites
-from lora_jax.updates import Replace
+from lora_jax.updates import LowRank, Replace, Update
 
 
 def save(
@@ -95,7 +96,7 @@ class _Writer:
 
     def __init__(self, adapter: Adapter, names: Names, sites: Sites | None, leaves: Mapping[str, Any]):
         self.names = names
-        plain = {path: each if isinstance(each, Dora) else each.low_rank() for path, each in adapter.items()}
+        plain = {path: _plain(each) for path, each in adapter.items()}
         self.low_rank = {path: each for path, each in plain.items() if each is not None}
         self.shifts = {path: each for path, each in adapter.items() if isinstance(each, Shift)}
         whole = {path: each for path, each in adapter.items() if isinstance(each, (Replace, Rows))}
@@ -235,6 +236,14 @@ class _Writer:
         if any(targets(chosen, other) for other in others):
             return "|".join(re.escape(name) for name in sorted(plain))
         return chosen
+
+
+def _plain(update: Update) -> LowRank | None:
+    """The update as PEFT has it: plain factors, with the magnitude if it is DoRA; None if there are none."""
+    factors = update.low_rank()
+    if factors is None or not isinstance(update, Dora):
+        return factors
+    return replace(update, a=factors.a, b=factors.b, a_start=None, b_start=None)
 
 
 class _Stacked(NamedTuple):

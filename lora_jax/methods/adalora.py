@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapter import Adapter
 from lora_jax.registry import register_method
-from lora_jax.updates import Array, LowRank, Start, pytree, times
+from lora_jax.updates import Array, LowRank, Start, over, pytree, times
 
 DEVIATION = 0.02
 """Of both factors at the start, as in PEFT."""
@@ -67,8 +67,7 @@ class AdaLora(LowRank):
 
     def pairs(self) -> tuple[tuple[Array, Array], ...]:
         """One pair: `a`, and `b` times the values, with the scale."""
-        spread = self.values.reshape(self.values.shape + (1,) * len(self.site.out_axes))
-        return ((self.a, times(self.scale, self.b * spread.astype(self.b.dtype))),)
+        return ((self.a, times(self.scale, times(self.values, self.b))),)
 
     @property
     def active(self) -> Array:
@@ -102,8 +101,5 @@ def _trimmed(update: AdaLora) -> LowRank:
     kept = max(int(update.active.max(initial=0)), 1)
     order = jnp.argsort(update.values == 0, axis=-1, stable=True)[..., :kept]
 
-    def chosen(factor: Array) -> Array:
-        where = order.reshape(*order.shape, *(1,) * (factor.ndim - order.ndim))
-        return jnp.take_along_axis(factor, where, axis)
-
-    return replace(plain, a=chosen(plain.a), b=chosen(plain.b))
+    a, b = (jnp.take_along_axis(factor, over(order, factor), axis) for factor in (plain.a, plain.b))
+    return replace(plain, a=a, b=b)

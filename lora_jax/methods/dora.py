@@ -12,7 +12,7 @@ from lora_jax.methods.norms import beside, changed_squares, squares
 from lora_jax.paths import named_leaves
 from lora_jax.registry import register_method
 from lora_jax.site import Site
-from lora_jax.updates import Array, Change, LowRank, Start, Update, pytree
+from lora_jax.updates import Array, Change, LowRank, Start, Update, joined, over, pytree
 
 
 @register_method("dora", lora_bias=False)
@@ -86,15 +86,16 @@ class Dora(LowRank):
     def change(self, weight: Array) -> Change:
         """The parameter and the pairs of factors, both with the gain that gives columns their magnitude."""
         here = beside(weight, self)
-        gain, rank = here.gain(weight), len(here.site.batch_axes)
-        part = _per_column(here.strength, gain)
+        pairs, rank = here.pairs(), len(here.site.batch_axes)
+        gain = here._gain(weight, pairs)
+        part = over(here.strength, gain)
         folded = jnp.expand_dims(gain * part, rank)
-        pairs = tuple((a, b * folded.astype(b.dtype)) for a, b in here.pairs())
+        pairs = tuple((a, b * folded.astype(b.dtype)) for a, b in pairs)
         return Change(weight, pairs, 1 + part * (gain - 1))
 
-    def gain(self, weight: Array) -> Array:
+    def _gain(self, weight: Array, pairs: tuple[tuple[Array, Array], ...]) -> Array:
         """`[*batch, *out]` float32: magnitude over norm, at full strength; 1 where a column is zero."""
-        fixed = jax.lax.stop_gradient((weight, self.base_squares, self.pairs()))
+        fixed = jax.lax.stop_gradient((weight, self.base_squares, pairs))
         norm = jnp.sqrt(changed_squares(self.site, *fixed))
         return jnp.where(norm > 0, self.magnitude.astype(norm.dtype) / jnp.where(norm > 0, norm, 1), 1)
 
@@ -186,11 +187,5 @@ def precompute(params: Any, adapter: Adapter) -> Adapter:
 
 def _gained(update: Dora, weight: Array) -> Gained:
     _, pairs, gain = update.change(weight)
-    a, b = (jnp.concatenate([pair[i] for pair in pairs], len(update.site.batch_axes)) for i in range(2))
     assert gain is not None
-    return Gained(a, b, gain, update.site, update.dropout)
-
-
-def _per_column(per_weight: Array, columns: Array) -> Array:
-    """An array `[*batch]` that broadcasts against one of `[*batch, *out]`."""
-    return per_weight.reshape(per_weight.shape + (1,) * (columns.ndim - per_weight.ndim))
+    return Gained(*joined(update.site, pairs), gain, update.site, update.dropout)

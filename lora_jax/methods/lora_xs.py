@@ -1,15 +1,13 @@
 """LoRA-XS: a small square matrix between the frozen leading singular directions of the weight."""
 
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Self
 
-import jax
 import jax.numpy as jnp
 
 from lora_jax import svd
 from lora_jax.registry import register_method
-from lora_jax.updates import Array, LowRank, Start, pytree, times, widened
+from lora_jax.updates import Array, LowRank, Start, pytree, times
 
 
 @register_method("lora-xs", draws=False)
@@ -29,7 +27,7 @@ class LoraXS(LowRank):
       scale, site, dropout: as in `LowRank`.
 
     Example:
-      >>> import lora_jax as lora
+      >>> import jax, lora_jax as lora
       >>> params = {"w": jax.random.normal(jax.random.key(0), (64, 32))}
       >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 64)))
       >>> config = lora.LoraConfig(method="lora-xs", rank=4, targets="w")
@@ -46,14 +44,11 @@ class LoraXS(LowRank):
     def start(cls, given: Start) -> Self:
         """The singular directions of the weight, and a core of zeros."""
         site, rank = given.site, given.rank
-        moved = jnp.transpose(widened(given.weight()), (*site.batch_axes, *site.in_axes, *site.out_axes))
-        stack = moved.reshape(prod(site.batch_shape), site.fan_in, site.fan_out)
-        found = jax.jit(jax.vmap(lambda matrix: svd.exact(matrix, rank)))(stack)
+        found = svd.of_site(site, given.weight(), rank)
         a = (found.left * found.values[..., None]).reshape(site.a_shape(rank))
         b = found.right.reshape(site.b_shape(rank))
         core = jnp.zeros((*site.batch_shape, rank, rank), given.dtype)
-        dtype = given.dtype
-        return cls(a.astype(dtype), b.astype(dtype), given.scale, site, given.dropout, core=core)
+        return cls(a.astype(core.dtype), b.astype(core.dtype), given.scale, site, given.dropout, core=core)
 
     def trains(self) -> Self:
         """True on the core alone."""

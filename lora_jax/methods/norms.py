@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax.site import Site
-from lora_jax.updates import Array, widened
+from lora_jax.updates import Array, joined, widened
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -54,9 +54,7 @@ def beside(weight: Array, tree: Any) -> Any:
 
 
 def _changed_squares(site: Site, weight: Array, base_squares: Array, pairs: Sequence[tuple[Array, Array]]) -> Array:
-    a, b = (
-        jnp.concatenate([widened(each) for each in side], len(site.batch_axes)) for side in zip(*pairs, strict=True)
-    )
+    a, b = joined(site, [(widened(a), widened(b)) for a, b in pairs])
     batch, into, out = (list(axes) for axes in (site.batch_axes, site.in_axes, site.out_axes))
     r, s = len(site.shape), len(site.shape) + 1
     met = _met(site, weight, a)

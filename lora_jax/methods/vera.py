@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lora_jax.errors import ConfigError
 from lora_jax.registry import register_method
 from lora_jax.site import Site
-from lora_jax.updates import Array, Change, LowRank, Start, Update, pytree, times
+from lora_jax.updates import Array, Change, LowRank, Start, Update, over, pytree, times
 
 D_START = 0.1
 """PEFT's `d_initial`."""
@@ -83,8 +83,8 @@ class Vera(Update):
         batch, rank = self.site.batch_shape, len(self.site.batch_axes)
         a = jnp.broadcast_to(first, (*batch, *first.shape))
         b = jnp.broadcast_to(second, (*batch, *second.shape)) * jnp.expand_dims(self.b, rank)
-        b = b * self.d.reshape(self.d.shape + (1,) * len(self.site.out_axes))
-        return Change(weight, ((a.astype(b.dtype), times(self.scale, b)),))
+        b = times(self.scale, b * over(self.d, b))
+        return Change(weight, ((a.astype(b.dtype), b),))
 
     def low_rank(self) -> LowRank:
         """Plain factors that do the same: the projections, with the vectors in B."""

@@ -96,9 +96,9 @@ def adalora(
 
     def init(params: Any) -> AdaloraState:
         found = _found(params)
-        schedule.check(found)
         zeros = {place: jax.tree.map(jnp.zeros_like, _terms(update)) for place, update in found.items()}
         kept = {place: jnp.ones(update.values.shape, bool) for place, update in found.items()}
+        schedule.check(kept)
         return AdaloraState(base.init(params), jnp.zeros((), jnp.int32), zeros, zeros, kept)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, AdaloraState]:
@@ -163,7 +163,7 @@ class _Schedule(NamedTuple):
         """The step at which the budget is final."""
         return self.total_steps - self.final
 
-    def check(self, found: dict[str, AdaLora]) -> None:
+    def check(self, kept: dict[str, Array]) -> None:
         """Refuse numbers that leave no time or no rank to prune."""
         for name in ("target_rank", "total_steps", "every"):
             positive_int(name, getattr(self, name))
@@ -171,21 +171,20 @@ class _Schedule(NamedTuple):
             raise ConfigError(
                 f"warmup={self.warmup} and final={self.final} leave nothing of total_steps={self.total_steps}"
             )
-        if self.budget(found) >= sum(update.values.size for update in found.values()):
+        if self.budget(kept) >= sum(each.size for each in kept.values()):
             raise ParameterError(
                 f"target_rank={self.target_rank} is not below the ranks there are, so nothing would be pruned: start "
                 "with a higher rank (PEFT starts with 1.5 times the target)"
             )
 
-    def budget(self, found: dict[str, Any]) -> int:
+    def budget(self, kept: dict[str, Array]) -> int:
         """Terms in the end."""
-        values = [getattr(each, "values", each) for each in found.values()]
-        return self.target_rank * sum(prod(each.shape[:-1]) for each in values)
+        return self.target_rank * sum(prod(each.shape[:-1]) for each in kept.values())
 
     def pruning(self, step: Array, scores: dict[str, Array], kept: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         """Whether pruned terms are set to zero now, and which are kept."""
         flat = jnp.sort(jnp.concatenate([score.ravel() for score in scores.values()]))
-        target = self.budget(scores)
+        target = self.budget(kept)
         left = 1 - (step - self.warmup) / (self.end - self.warmup)
         budget = jnp.floor((flat.size - target) * left**3 + target).astype(jnp.int32)
         out = flat.size - budget

@@ -19,7 +19,7 @@ from lora_jax.checks import positive
 from lora_jax.engine.placement import explicit
 from lora_jax.errors import ParameterError
 from lora_jax.optim.factors import check_factors, has_factors, is_masked, map_trained
-from lora_jax.updates import is_update, map_updates, widened
+from lora_jax.updates import is_update, map_updates, over, widened
 
 OTHER = {"a": "b", "b": "a"}
 
@@ -126,7 +126,7 @@ def lora_fa(tx: optax.GradientTransformation, *, eps: float = 1e-8) -> optax.Gra
         if not _holds_a(update) or is_masked(gradient.b):
             return gradient
         a, scale = (_visible("lora_fa", update, field) for field in ("a", "scale"))
-        unscale = _reciprocal(scale).reshape(scale.shape + (1,) * (gradient.b.ndim - scale.ndim))
+        unscale = over(_reciprocal(scale), gradient.b)
         # Once before and once after: the gradient is proportional to the scale, whose square may underflow.
         b = divide(widened(gradient.b) * unscale, a, damping, len(update.site.batch_axes)) * unscale
         return replace(gradient, b=b.astype(gradient.b.dtype))
