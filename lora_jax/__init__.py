@@ -22,6 +22,9 @@ from lora_jax.adapter import trainable as trainable
 
 # Running, training and merging.
 from lora_jax.apply import adapt as adapt
+
+# Many adapters.
+from lora_jax.bank import AdapterBank as AdapterBank
 from lora_jax.capture import Captured as Captured
 from lora_jax.capture import capture as capture
 from lora_jax.capture import redistribute as redistribute
@@ -48,12 +51,14 @@ from lora_jax.merge import absorb as absorb
 from lora_jax.merge import merge as merge
 from lora_jax.merge_report import merge_report as merge_report
 from lora_jax.optim import optimizer as optimizer
+from lora_jax.route import route as route
 from lora_jax.sharding import adapter_sharding as adapter_sharding
 from lora_jax.site import Site as Site
 from lora_jax.site import Sites as Sites
 from lora_jax.sites import Explanation as Explanation
 from lora_jax.sites import explain as explain
 from lora_jax.sites import find_sites as find_sites
+from lora_jax.slots import Slots as Slots
 from lora_jax.summary import summary as summary
 from lora_jax.summary import trainable_line as trainable_line
 from lora_jax.updates import LowRank as LowRank

@@ -1,6 +1,7 @@
 """The engine: runs an unchanged JAX program with some parameters symbolic, as base plus low-rank terms."""
 
 from lora_jax.engine import control as control
+from lora_jax.engine import convolution as convolution
 from lora_jax.engine import gather as gather
 from lora_jax.engine import linear as linear
 from lora_jax.engine import pallas as pallas

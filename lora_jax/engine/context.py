@@ -9,11 +9,12 @@ from zlib import crc32
 import jax
 
 from lora_jax.engine.recompute import Frame
+from lora_jax.engine.routing import Routing
 from lora_jax.engine.weight import Weight
 from lora_jax.site import Kind
 
 Strategy = Literal["auto", "factored", "merged"]
-Route = Literal["factored", "merged", "look-up", "materialised"]
+Route = Literal["factored", "merged", "look-up", "materialised", "rows", "mask", "blocks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Use:
       path: the parameter.
       primitive: the operation that used it.
       route: `factored` (two thin products), `merged` (`x·(W + ab)` with factored gradients), `look-up`
-        (rows of A, then B), or `materialised` (`W + ab` formed on the spot).
+        (rows of A, then B), or `materialised` (`W + ab` formed on the spot); of a bank the form of `lora_jax.route`.
       kind: `dense`, `conv`, `embedding` or `ragged` for a linear use; None otherwise.
       in_axes, out_axes, batch_axes: original axes of the parameter by their role in a linear use.
       channel_axis, groups: of a convolution, as in `Site`.
@@ -86,6 +87,7 @@ class Context:
       observe: called where a weight with a probe meets an input: with the weight's path, the numbers of the linear maps
         `[*maps]`, their inputs `[*maps, tokens, fan_in]`, and which of the tokens count, None for all.
       mask: which tokens are observed, over the leading axes of every input; None for all.
+      routing: which slot of a bank each example meets; None where there is no bank.
     """
 
     log: Log
@@ -97,6 +99,7 @@ class Context:
     look_inside: bool = False
     observe: Callable[[str, Any, Any, Any], None] | None = None
     mask: Any = None
+    routing: Routing | None = None
 
     def at(self, position: int) -> "Context":
         """The context of the equation at a position of the current program."""

@@ -1,7 +1,7 @@
 """The gather rule: indexing a weight with arrays of indices, as look-ups and choices of experts do."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ from jax.lax import GatherDimensionNumbers, GatherScatterMode
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import dense, rule
-from lora_jax.engine.weight import Labelled, Weight
+from lora_jax.engine.routed import look_up, slot_of_rows
+from lora_jax.engine.weight import SLOT, Labelled, Weight
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,40 @@ def _gather(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
     left = iter([axis for axis in weight.axes if axis not in plan.collapsed and axis not in plan.paired])
     rows, offsets = iter(plan.rows), eqn.params["dimension_numbers"].offset_dims
     axes = [next(left) if i in offsets else next(rows) for i in range(base.ndim)]
-    taken = weight.map(base, axes, lambda factor: _take(factor, plan, indices, eqn.params))
     new = [axis for axis in plan.rows if axis not in plan.paired]
     kept = [axis for axis in axes if axis not in plan.columns and axis not in plan.rows]
-    ctx.log.looked_up.update(dict.fromkeys(new, ctx.roles(weight.path, into=list(plan.columns), out=kept)))
-    return [taken if not new or len(kept) > 1 else dense(ctx, eqn, taken)]
+    roles = ctx.roles(weight.path, into=list(plan.columns), out=kept)
+    ctx.log.looked_up.update(dict.fromkeys(new, roles))
+    chooses = not new or len(kept) > 1
+    if weight.routed and not chooses:
+        return [_routed(ctx, eqn, weight, indices, plan, (base, axes), roles)]
+    taken = weight.map(base, axes, lambda factor: _take(factor, plan, indices, eqn.params))
+    return [taken if chooses else dense(ctx, eqn, taken)]
+
+
+def _routed(
+    ctx: Context, eqn: Any, table: Weight, indices: Any, plan: _Gather, result: tuple[Any, list[int]], roles: Any
+) -> Any:
+    """A look-up in which each row is taken from the factors of its own slot."""
+    assert ctx.routing is not None
+    base, axes = result
+    runs = ctx.routing.operand(ctx.trail, 1, indices.shape)[:-1]
+    slots = slot_of_rows(ctx, table, runs, plan.rows)
+    if slots is not None:
+        indices = jnp.concatenate([indices, slots[..., None].astype(indices.dtype)], axis=-1)
+        column = {SLOT: indices.shape[-1] - 1}
+        plan = replace(
+            plan, columns=plan.columns | column, sizes=plan.sizes | {SLOT: 1}, collapsed=plan.collapsed | {SLOT}
+        )
+
+    def take(factor: Labelled) -> Labelled:
+        chosen = {*plan.columns} - {SLOT} & {*factor.axes}
+        return _take(factor, plan, indices, eqn.params) if chosen else factor
+
+    taken = table.map(base, axes, take)
+    rank = sum(term.rank for term in table.terms)
+    ctx.record(table, eqn, "look-up", kind="embedding", flops=2 * base.size * rank, **roles)
+    return look_up(ctx, table, runs, plan.rows, taken)
 
 
 def _plan(ctx: Context, eqn: Any, weight: Weight, rows: int) -> _Gather | None:

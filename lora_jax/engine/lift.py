@@ -14,6 +14,7 @@ from lora_jax.engine.jaxprs import Program
 from lora_jax.engine.placement import mesh_of
 from lora_jax.engine.recompute import Frame
 from lora_jax.engine.weight import Weight
+from lora_jax.errors import ParameterError
 
 Rule: TypeAlias = Callable[[Context, Any, Sequence[Any]], "list[Any] | None"]
 
@@ -59,10 +60,20 @@ def evaluate(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         return jaxprs.bind(eqn, [dense(ctx, eqn, operand) for operand in operands])
 
 
+def unroutable(path: str, reason: str) -> ParameterError:
+    """The error for a weight of a bank that has no low-rank form where it is used."""
+    return ParameterError(
+        f"{path} would have to be formed for every example ({reason}): leave it out of the bank, or run each example "
+        "with its own adapter"
+    )
+
+
 def dense(ctx: Context, eqn: Any, value: Any, reason: str = "", **facts: Any) -> Any:
     """The value of an operand (of an equation, or of the program's end): a weight is materialised, and logged."""
     if not isinstance(value, Weight):
         return value
+    if value.routed:
+        raise unroutable(value.path, reason or f"{eqn.primitive.name} has no low-rank form")
     rows = [axis for axis in value.axes if axis in ctx.log.looked_up]
     flops = 2 * value.base.size * sum(term.rank for term in value.terms)
     if rows:

@@ -1,4 +1,4 @@
-"""Linear rules: products, convolutions and grouped products run on the base, plus two thin products."""
+"""Linear rules: products and grouped products run on the base, plus two thin products."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.engine import contract, jaxprs, planner
+from lora_jax.engine import jaxprs, planner
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import dense, rule
 from lora_jax.engine.placement import spread, unreduced
 from lora_jax.engine.planner import Plan
 from lora_jax.engine.product import adapted_product, adapted_result, takes
 from lora_jax.engine.recompute import Recipe
-from lora_jax.engine.tap import tap, tap_groups, tap_patches
-from lora_jax.engine.weight import RANK, Labelled, Term, Weight
+from lora_jax.engine.routed import routed_product
+from lora_jax.engine.tap import tap, tap_groups
+from lora_jax.engine.terms import inputs, masks, split_factors
+from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight
 
 
 @rule("dot_general")
@@ -35,7 +37,7 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
         return None  # Two products in a row cannot share one sum over devices.
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     ours, theirs = ((*lc, *lb), (*rc, *rb)) if side == 0 else ((*rc, *rb), (*lc, *lb))
-    free, paired = count(RANK - 1, -1), dict(zip(theirs, ours, strict=True))
+    free, paired = count(SLOT - 1, -1), dict(zip(theirs, ours, strict=True))
     names = [weight.axes[paired[i]] if i in paired else next(free) for i in range(other.ndim)]
     contracted = {weight.axes[i] for i in (lc, rc)[side]}
     batch = [weight.axes[i] for i in (lb, rb)[side]]
@@ -46,6 +48,8 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
         return jaxprs.bind(eqn, (w, x) if side == 0 else (x, w))[0]
 
     x = Labelled(_floating(other, weight.base.dtype), tuple(names))
+    if weight.routed:
+        return [routed_product(ctx, eqn, 1 - side, x, weight, out, dot)]
     if not takes(weight, x, out):
         return None
     dropout = ctx.key is not None and any(term.dropout for term in weight.terms)
@@ -57,7 +61,7 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
         return [dot(other, weight.base)]
     recipe = _recipe(ctx, eqn.invars[1 - side], x, weight)
     with jax.named_scope("lora"):
-        return [adapted_product(dot, x, weight, out, precision, planned, recipe, _masks(ctx, weight, x))]
+        return [adapted_product(dot, x, weight, out, precision, planned, recipe, masks(ctx, weight, x))]
 
 
 def _recipe(ctx: Context, atom: Any, x: Labelled, weight: Weight) -> Recipe | None:
@@ -67,22 +71,6 @@ def _recipe(ctx: Context, atom: Any, x: Labelled, weight: Weight) -> Recipe | No
 
 def _floating(x: Any, dtype: Any) -> Any:
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
-
-
-def _masks(ctx: Context, weight: Weight, x: Labelled) -> list[Any]:
-    """For each term the elements of the activation that its own dropout keeps; None for all."""
-    return [
-        contract.survivors(x, term.dropout, ctx.dropout_key(weight.path, term.slot))
-        if ctx.key is not None and term.dropout
-        else None
-        for term in weight.terms
-    ]
-
-
-def _inputs(ctx: Context, weight: Weight, x: Labelled) -> list[Labelled]:
-    """What each term reads: the activation, with that term's own dropout where there is a key."""
-    pairs = zip(weight.terms, _masks(ctx, weight, x), strict=True)
-    return [contract.dropped(x, term.dropout, mask) for term, mask in pairs]
 
 
 def _record(
@@ -97,81 +85,6 @@ def _record(
     ctx.record(weight, eqn, "merged" if planned.call else "factored", kind="dense", flops=flops, nbytes=nbytes, **roles)
 
 
-@rule("conv_general_dilated")
-def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
-    """A convolves with the geometry of the kernel into `rank` channels; B mixes them at each position."""
-    image, kernel = operands
-    numbers = eqn.params["dimension_numbers"]
-    if not isinstance(kernel, Weight) or eqn.params["batch_group_count"] != 1:
-        return None
-    out_axis, *window = (kernel.axes[i] for i in numbers.rhs_spec)
-    pairs = _split_factors(kernel.terms, window, [out_axis])
-    if pairs is None or (kernel.gain and kernel.gain.axes != (out_axis,)):
-        return None
-    x = dense(ctx, eqn, image, "the kernel is adapted too")
-    (y,) = jaxprs.bind(eqn, [x, kernel.base])
-    positions, outputs = y.size // y.shape[numbers.out_spec[1]], y.shape[numbers.out_spec[1]]
-    channels = sum(term.rank for term in kernel.terms) * eqn.params["feature_group_count"]
-    flops = 2 * positions * channels * (kernel.base.size // outputs) + 2 * positions * channels * outputs
-    facts = {**ctx.roles(kernel.path, into=window, out=[out_axis]), **_geometry(ctx, eqn, window)}
-    ctx.record(kernel, eqn, "factored", kind="conv", flops=flops, nbytes=4 * positions * channels, **facts)
-    tap_patches(ctx, eqn, kernel, x, window)
-    reads = _inputs(ctx, kernel, Labelled(x, ()))
-    with jax.named_scope("lora"):
-        terms = [
-            _thin_convolution(eqn, read.array, a.array, b.array) for (a, b), read in zip(pairs, reads, strict=True)
-        ]
-        axes = [out_axis if i == numbers.out_spec[1] else RANK for i in range(y.ndim)]
-        return [adapted_result(y, axes, kernel.gain, terms)]
-
-
-def _geometry(ctx: Context, eqn: Any, window: Sequence[int]) -> dict[str, int | None]:
-    """The groups, and the parameter's axis that counts channels, if it is one and the convolution no transposed one."""
-    channels, *others = (ctx.log.origins[axis] for axis in window)
-    transposed = any(step != 1 for step in eqn.params["lhs_dilation"])
-    known = len(channels) == 1 and not transposed and not any(channels & other for other in others)
-    return {"channel_axis": min(channels) if known else None, "groups": eqn.params["feature_group_count"]}
-
-
-def _split_factors(
-    terms: Iterable[Term], into: Sequence[int], out: Sequence[int], stacked: Sequence[int] = ()
-) -> list[tuple[Labelled, Labelled]] | None:
-    """For each term the factor `[*stacked, rank, *into]` and the factor `[*stacked, rank, *out]`.
-
-    None if a term divides the axes otherwise.
-    """
-    pairs = []
-    for term in terms:
-        for a, b in ((term.a, term.b), (term.b, term.a)):
-            if {*a.axes} == {*stacked, RANK, *into} and {*b.axes} == {*stacked, RANK, *out}:
-                pairs.append((a.ordered((*stacked, RANK, *into)), b.ordered((*stacked, RANK, *out))))
-                break
-        else:
-            return None
-    return pairs
-
-
-def _thin_convolution(eqn: Any, x: Any, a: Any, b: Any) -> Any:
-    """Convolve with `a` (rank, in, *window) once per feature group, then mix by `b` (rank, out)."""
-    numbers, groups, rank = eqn.params["dimension_numbers"], eqn.params["feature_group_count"], a.shape[0]
-    kernel = jnp.tile(a.astype(x.dtype), (groups,) + (1,) * (a.ndim - 1))
-    kernel = jnp.transpose(kernel, [numbers.rhs_spec.index(i) for i in range(a.ndim)])
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    geometry = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "precision")
-    hidden = lax.conv_general_dilated(
-        x, kernel, **{name: eqn.params[name] for name in geometry},
-        feature_group_count=groups, preferred_element_type=wide,
-    )  # fmt: skip
-    batch, channel, *space = numbers.out_spec
-    hidden = jnp.transpose(hidden, (batch, *space, channel)).astype(x.dtype)
-    hidden = hidden.reshape(*hidden.shape[:-1], groups, rank)
-    b = b.astype(x.dtype).reshape(rank, groups, -1)
-    mixed = jnp.einsum("...gr,rgo->...go", hidden, b, preferred_element_type=wide)
-    mixed = mixed.reshape(*mixed.shape[:-2], -1)
-    order = (batch, *space, channel)
-    return jnp.transpose(mixed, [order.index(i) for i in range(len(order))])
-
-
 @rule("ragged_dot_general", "ragged_dot")
 def _ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     """Rows of the left operand are grouped; group g meets weight g: both thin products are grouped the same way."""
@@ -182,7 +95,7 @@ def _ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | 
     if not isinstance(stack, Weight) or offset or usual != ((0,), (0,), (1,), (), ()) or len(stack.axes) != 3:
         return None
     group, into, out = stack.axes if tuple(rc) == (1,) else (stack.axes[0], stack.axes[2], stack.axes[1])
-    pairs = _split_factors(stack.terms, [into], [out], [group])
+    pairs = split_factors(stack.terms, [into], [out], [group])
     if pairs is None or (stack.gain and {*stack.gain.axes} != {group, out}):
         return None
     x = dense(ctx, eqn, rows, "the weights are adapted too")
@@ -192,7 +105,7 @@ def _ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | 
     roles = ctx.roles(stack.path, into=[into], out=[out])
     ctx.record(stack, eqn, "factored", kind="ragged", flops=flops, nbytes=4 * rank * x.shape[0], **roles)
     tap_groups(ctx, stack, x, sizes, group, into)
-    reads = _inputs(ctx, stack, Labelled(x, ()))
+    reads = inputs(ctx, stack, Labelled(x, ()))
     with jax.named_scope("lora"):
         terms = [
             _thin_ragged(read.array, a.ordered((group, into, RANK)).array, b.array, sizes)

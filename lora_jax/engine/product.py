@@ -132,7 +132,7 @@ class _Product:
 
     def plain(self, of: Operands) -> Any:
         """The base's product, before a gain on it."""
-        return self.dot(_times(of.x, self.given.axes, of.gain_in).astype(of.x.dtype), of.base)
+        return self.dot(times(of.x, self.given.axes, of.gain_in).astype(of.x.dtype), of.base)
 
     def summed(self, of: Operands, y: Any, inner: Sequence[Labelled]) -> Any:
         """The base's product `y` with its gain, plus the terms."""
@@ -168,11 +168,11 @@ class _Product:
 
     def base_tangent(self, of: Operands, change: Operands) -> list[Any]:
         """How the base's product changes with the activation and with a gain on it."""
-        read = [] if _frozen(change.x) else [_times(change.x, self.given.axes, of.gain_in)]
+        read = [] if _frozen(change.x) else [times(change.x, self.given.axes, of.gain_in)]
         if _moves(change.gain_in):
-            read.append(_times(of.x, self.given.axes, change.gain_in))
+            read.append(times(of.x, self.given.axes, change.gain_in))
         moved = [self.dot(_total(read, of.x), of.base)] if read else []
-        return [_times(each, self.out, of.gain_out) for each in moved]
+        return [times(each, self.out, of.gain_out) for each in moved]
 
     def gain_tangent(self, of: Operands, change: Operands, value: Any, inner: Sequence[Labelled]) -> list[Any]:
         """How the result changes with a gain on the base's product, which is `(value - terms) / gain`.
@@ -189,13 +189,13 @@ class _Product:
         terms = [
             self.scaled_term(each, second, less, value) for each, (_, second) in zip(inner, of.factors, strict=True)
         ]
-        return [_times(value, self.out, ratio), *terms]
+        return [times(value, self.out, ratio), *terms]
 
     def scaled_term(self, inner: Labelled, second: Labelled, gain: Labelled, like: Any) -> Any:
         """What a term adds to the result times a gain, in the second factor if that has its axes."""
         if set(gain.axes) <= set(second.axes):
-            return self.mixed(inner, Labelled(_times(second.array, second.axes, gain), second.axes), like)
-        return _times(self.mixed(inner, second, like), self.out, gain)
+            return self.mixed(inner, Labelled(times(second.array, second.axes, gain), second.axes), like)
+        return times(self.mixed(inner, second, like), self.out, gain)
 
 
 def _moves(tangent: Labelled | None) -> bool:
@@ -206,7 +206,7 @@ def _frozen(tangent: Any) -> bool:
     return isinstance(tangent, SymbolicZero)
 
 
-def _times(array: Any, axes: Sequence[int], gain: Labelled | None) -> Any:
+def times(array: Any, axes: Sequence[int], gain: Labelled | None) -> Any:
     """The array times a gain on some of its axes, in float32 or wider; the array itself without one."""
     if gain is None:
         return array
@@ -226,5 +226,5 @@ def adapted_result(y: Any, axes: Sequence[int], gain: Labelled | None, terms: Se
 
     Terms are added up first: at the start of training they may cancel exactly.
     """
-    base = _times(y, axes, gain)
+    base = times(y, axes, gain)
     return _total([base, reduce(lax.add, terms)], y) if terms else base.astype(y.dtype)

@@ -20,6 +20,9 @@ from lora_jax.engine.placement import explicit, follow
 RANK = -1
 """The id of the rank axis of every factor."""
 
+SLOT = -2
+"""The id of the axis of slots, where the factors are those of a bank of adapters."""
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axes"])
 @dataclass(frozen=True)
@@ -137,6 +140,11 @@ class Weight:
     def adapted(self) -> bool:
         """Whether the value differs from the base."""
         return bool(self.terms) or self.gain is not None
+
+    @property
+    def routed(self) -> bool:
+        """Whether its factors are those of a bank, of which each row of an activation meets its own."""
+        return any(SLOT in term.a.axes for term in self.terms)
 
     def map(self, base: Any, axes: Sequence[int], fn: Callable[[Labelled], Labelled]) -> "Weight":
         """The weight with a new base, new axis ids, and `fn` applied to every factor, the gain and the probe."""

@@ -1,0 +1,187 @@
+"""route: one call in which every example, or every token, meets an adapter of its own."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import wraps
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapter import Adapter
+from lora_jax.bank import AdapterBank, Slots
+from lora_jax.engine import Context, Log, dense, interpret
+from lora_jax.engine.axes import Axes, plain
+from lora_jax.engine.calls import Call, trace_call
+from lora_jax.engine.flow import Flow
+from lora_jax.engine.routing import RouteStrategy, Routing
+from lora_jax.engine.weight import RANK, SLOT, Labelled, Term, Weight
+from lora_jax.errors import ConfigError, ParameterError, nearest
+from lora_jax.fit import adapter_list
+from lora_jax.paths import is_array
+from lora_jax.updates import is_traced
+
+
+def route(
+    fn: Callable[..., Any], *, batch_axes: Any = 0, token_axes: Any = None, strategy: RouteStrategy = "auto"
+) -> Callable[..., Any]:
+    """Make a function in which every example of a batch meets its own adapter of a bank.
+
+    The result is what each example would give alone with its adapter. The base's products run once over the whole
+    batch, and only the thin ones differ. `fn` stays as it is: where the examples run in its values is followed through
+    its program from the arguments on. All of it is ordinary JAX, differentiable and compiled once, whatever the bank
+    holds.
+
+    Args:
+      fn: a function `fn(params, *args, **kwargs)`, as for `lora_jax.adapt`.
+      batch_axes: where the first axis of the ids runs in each positional argument after `params`: a number for all, or
+        a tuple with a number, None (nowhere) or a tree of them per argument, as `in_axes` of `jax.vmap`. Keyword
+        arguments have no such axis.
+      token_axes: the same for the second axis of the ids, if they have one.
+      strategy: how thin products are carried out: `"rows"` gathers the factors of each row, `"mask"` multiplies by all
+        slots and keeps each row's own, `"blocks"` brings rows of the same slot together; `"auto"` chooses by shapes.
+
+    Returns:
+      `routed(params, bank, ids, *args, **kwargs)`. `bank` is an `AdapterBank`, or a sequence of adapters, which then
+      are slots 1, 2, and so on. `ids` are integers `[batch]` or `[batch, tokens]`: slots, 0 for the base; or
+      floating-point weights of all slots on one more axis, `[batch, slots]` or `[batch, tokens, slots]`, of which that
+      of slot 0 does nothing. There is no dropout.
+
+    Raises:
+      ParameterError: on call: an id out of range (inside `jit`, where it cannot be seen, it is the base), a bank of
+        other parameters, or a parameter that is used where examples cannot be told apart.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> params = {"w": jnp.arange(12.0).reshape(4, 3)}
+      >>> fn, x = lambda params, x: jnp.tanh(x @ params["w"]), jnp.ones((3, 4)) / 9
+      >>> sites = lora.find_sites(fn, params, x)
+      >>> config = lora.LoraConfig(rank=2, targets="w", init="orthogonal")
+      >>> adapters = [lora.init(jax.random.key(i), config, params, sites) for i in range(2)]
+      >>> routed = jax.jit(lora.route(fn))
+      >>> out = routed(params, adapters, jnp.array([2, 0, 1]), x)
+      >>> bool(jnp.allclose(out[0], lora.adapt(fn)(params, adapters[1], x)[0]))
+      True
+      >>> bool(jnp.allclose(out[1], fn(params, x)[1]))
+      True
+
+    References:
+      Chen et al., Punica, arXiv 2310.18547. Sheng et al., S-LoRA, arXiv 2311.03285.
+    """
+    if strategy not in get_args(RouteStrategy):
+        raise ConfigError(f"strategy={strategy!r}; choose one of {', '.join(get_args(RouteStrategy))}")
+
+    @wraps(fn)
+    def routed(params: Any, bank: AdapterBank | Sequence[Adapter], ids: Any, *args: Any, **kwargs: Any) -> Any:
+        held = bank if isinstance(bank, AdapterBank) else AdapterBank.of(adapter_list(bank))
+        known = jnp.asarray(ids)
+        chosen, sizes = _checked(known, held.slots, token_axes is not None)
+        leaves, tree = jax.tree.flatten(args)
+        labelled = [
+            _axes(leaf, each, sizes) for leaf, each in zip(leaves, _places(args, batch_axes, token_axes), strict=True)
+        ]
+        given = [leaf for leaf, axes in zip(leaves, labelled, strict=True) if axes is not None]
+        opened = [leaf if axes is None else _abstract(leaf) for leaf, axes in zip(leaves, labelled, strict=True)]
+        call = trace_call(fn, params, jax.tree.unflatten(tree, opened), kwargs)
+        flow = Flow()
+        unlabelled = [tuple(map(plain, np.shape(leaf))) for leaf in call.arrays.values()]
+        flow.follow(call.program, [*unlabelled, *(axes for axes in labelled if axes is not None)])
+        return _run(call, given, held, Context(Log(), routing=Routing(chosen, sizes, held.slots - 1, flow, strategy)))
+
+    return routed
+
+
+def _run(call: Call, given: Sequence[Any], bank: AdapterBank, ctx: Context) -> Any:
+    """Evaluate a traced call with the parameters of the bank symbolic."""
+    for path, held in bank.items():
+        if path not in call.arrays or np.shape(call.arrays[path]) != held.site.shape:
+            has = (
+                np.shape(call.arrays[path])
+                if path in call.arrays
+                else f"nothing; nearest: {nearest(path, call.arrays)}"
+            )
+            raise ParameterError(
+                f"The bank adapts {path!r} of shape {held.site.shape}; these parameters have {has}. Pass the tree that "
+                "the adapters were made for, at the same level (with or without 'params')"
+            )
+    inputs = [
+        _weight(ctx, path, jax.lax.stop_gradient(leaf), bank[path]) if path in bank else jax.lax.stop_gradient(leaf)
+        for path, leaf in call.arrays.items()
+    ]
+    outputs = interpret(ctx, call.program, [*inputs, *given])
+    return call.result([dense(ctx, None, output, "returned by the function") for output in outputs])
+
+
+def _weight(ctx: Context, path: str, base: Any, held: Slots) -> Weight:
+    weight, site = ctx.weight(path, base), held.site
+    batch, into, out = ([weight.axes[i] for i in axes] for axes in (site.batch_axes, site.in_axes, site.out_axes))
+    a = Labelled(held.a, (*batch, SLOT, RANK, *into))
+    b = Labelled(held.b, (*batch, SLOT, RANK, *out))
+    gain = None if held.gain is None else Labelled(held.gain, (*batch, SLOT, *out))
+    return replace(weight, terms=(Term(a, b, 0.0, 0),), gain=gain)
+
+
+def _checked(ids: Any, slots: int, tokens: bool) -> tuple[Any, tuple[int, ...]]:
+    """Positions along the axis of slots (or their weights), and the lengths of the axes of ids.
+
+    The base, and what is out of range, is past the end of the axis.
+    """
+    mixes, rank = jnp.issubdtype(ids.dtype, jnp.floating), 1 + tokens
+    if ids.ndim != rank + mixes or (mixes and ids.shape[-1] != slots) or ids.dtype == bool:
+        wanted = f"[{', '.join(('batch', 'tokens')[:rank])}]"
+        raise ParameterError(
+            f"ids of shape {ids.shape} and dtype {ids.dtype}: give slots as integers {wanted}, or weights of all "
+            f"{slots} slots as floating-point numbers {wanted[:-1]}, slots]"
+            + ("" if tokens else "; for ids of every token say where tokens run, with token_axes")
+        )
+    if mixes:
+        return ids[..., 1:], ids.shape[:-1]
+    inside = (ids >= 0) & (ids < slots)
+    if not is_traced(ids) and not bool(inside.all()):
+        raise ParameterError(f"ids {sorted({*np.asarray(ids[~inside]).tolist()})} are no slots of a bank of {slots}")
+    return jnp.where(inside & (ids > 0), ids - 1, slots - 1), ids.shape
+
+
+def _places(args: tuple[Any, ...], *given: Any) -> list[tuple[int | None, ...]]:
+    """For each leaf of the arguments, which of its axes each axis of the ids is."""
+    found = []
+    for axes in given:
+        prefix = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,) * len(args)
+        try:
+            found.append(jax.tree.leaves(_broadcast(prefix, args), is_leaf=lambda node: node is None))
+        except ValueError as error:
+            raise ConfigError(
+                f"{axes!r} does not match the {len(args)} positional arguments after params: {error}"
+            ) from None
+    return list(zip(*found, strict=True))
+
+
+def _broadcast(prefix: Any, tree: Any) -> Any:
+    """A tree like `tree` with the leaves of a prefix of it."""
+    return jax.tree.map(
+        lambda axis, part: jax.tree.map(lambda _: axis, part), prefix, tree, is_leaf=lambda node: node is None
+    )
+
+
+def _axes(leaf: Any, places: tuple[int | None, ...], sizes: tuple[int, ...]) -> Axes | None:
+    """What runs along the axes of an argument; None if nothing labelled does, or it is no array."""
+    if not is_array(leaf) or all(place is None for place in places[: len(sizes)]):
+        return None
+    axes = list(map(plain, leaf.shape))
+    for label, (place, size) in enumerate(zip(places, sizes, strict=False)):
+        if place is None:
+            continue
+        if not -leaf.ndim <= place < leaf.ndim or leaf.shape[place] != size:
+            what, option = (("examples", "batch_axes"), ("tokens", "token_axes"))[label]
+            raise ParameterError(
+                f"ids have {size} {what}, but an argument of shape {leaf.shape} is said to have them along axis "
+                f"{place}: set {option}, with None for arguments without them"
+            )
+        axes[place] = ((label, size),) if size > 1 else ()
+    return tuple(axes)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    kind = jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(kind.shape, kind.dtype, weak_type=getattr(kind, "weak_type", False))
