@@ -178,7 +178,7 @@ def _strength(files: PeftFiles, name: str, module: Module) -> tuple[int, int, fl
         # All parameters of a module have as many experts, and the rows of A are their number times the rank.
         if len({row / rank for row, rank in zip(rows, ranks, strict=True)}) == 1 and rows[0] % ranks[0] == 0:
             mine, rank = given[levels.index(name)], ranks[levels.index(name)]
-            alpha, scale = alpha_of(files.config, mine), scale_of(files.config, mine, rank)
+            alpha, scale = alpha_of(files.config, mine, rank), scale_of(files.config, mine, rank)
             possible.add((rank, len(module.a) // rank, alpha, scale))
     if len(possible) == 1:
         return possible.pop()
