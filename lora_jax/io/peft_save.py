@@ -146,7 +146,7 @@ class _Writer:
         for owner, stacked in stacks.items():
             modules |= self._nested(owner, stacked)
         parameters = sorted(each.name for stacked in stacks.values() for each in stacked)
-        settled = None if parameters and self.kind is VERA else self._settled()
+        settled = None if self.kind is VERA and (parameters or self.whole.ties) else self._settled()
         if settled is None:
             return None
         config = self._config(plain, parameters) | settled.fields

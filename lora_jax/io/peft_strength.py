@@ -47,15 +47,15 @@ def settle_adalora(made: Mapping[str, Made]) -> Settled:
 
     PEFT needs a schedule in the config; there is none in an adapter, so it gets the shortest.
     """
-    rank = max(each.rank for each in made.values())
-    scale = max(abs(each.scale) for each in made.values()) or np.float32(1)
+    rank = max((each.rank for each in made.values()), default=12)
+    scale = max((abs(each.scale) for each in made.values()), default=0) or np.float32(1)
     modules, masks = {}, {}
     for name, each in made.items():
         module = _gained(each.module, each.scale / scale)
         kept = _kept(module)
         modules[name] = _compact(module, kept)
         masks[f"{name}.lora_E"] = [*kept.tolist(), *[False] * (rank - each.rank)]
-    average = sum(map(sum, masks.values())) / len(masks)
+    average = sum(map(sum, masks.values())) / max(len(masks), 1)
     fields = {
         "init_r": rank,
         "target_r": max(round(average), 1),
@@ -89,6 +89,8 @@ def _compact(module: Module, kept: np.ndarray) -> Module:
 def settle_vera(made: Mapping[str, Made], seed: int) -> Settled | None:
     """One pair of projections for all, or None if they are not parts of one."""
     found = [each.module for each in made.values()]
+    if not found:
+        return None
     a = max((module.a for module in found), key=lambda a: a.shape[1])
     b = max((module.b for module in found), key=len)
     for module in found:
