@@ -102,8 +102,8 @@ def check(where: str, config: Mapping[str, Any]) -> None:
 def _check_adalora(where: str, config: Mapping[str, Any]) -> None:
     if setting(config, "lora_alpha") <= 0:
         raise CheckpointError(
-            f"{where}: lora_alpha={config['lora_alpha']!r} must be positive: PEFT's AdaLoRA then takes ranks for it, and "
-            "others than it trained with once terms are pruned"
+            f"{where}: lora_alpha={config['lora_alpha']!r} must be positive. PEFT's AdaLoRA takes a module's rank for it, "
+            "which is another one once terms are pruned."
         )
     rank = setting(config, "init_r")
     for key, mask in (config.get("rank_pattern") or {}).items():

@@ -63,6 +63,12 @@ class Module:
             return self
         return replace(self, a=self.a[:, :inputs], b=self.b[: len(self.outputs)])
 
+    def features(self, size: int) -> tuple[int, int]:
+        """Outputs and inputs of a linear layer whose weight has `size` elements."""
+        if self.outputs is None:
+            return len(self.b), self.a.shape[1]
+        return len(self.outputs), size // len(self.outputs)
+
     def plain(self, size: int) -> "Module":
         """Factors alone that do the same to a weight of `size` elements, in float32.
 
@@ -71,7 +77,7 @@ class Module:
         >>> vera.plain(12).a.shape, vera.plain(12).b[:, 0].tolist()
         ((2, 4), [0.0, 1.0, 2.0])
         """
-        own = self if self.outputs is None else self.cut(size // len(self.outputs))
+        own = self.cut(self.features(size)[1])
         a, b = own.a.astype(np.float32), own.b.astype(np.float32)
         if self.values is not None:
             b = b * self.values.astype(np.float32)

@@ -80,7 +80,9 @@ def _not_in_adalora(update: Update) -> str | None:
         return None
     if site.kind == "conv" and len(site.in_axes) == 3 and site.groups == 1:
         return None
-    return f"a convolution of {site.groups} groups and {len(site.in_axes) - 1} axes" if site.kind == "conv" else site.kind
+    return (
+        f"a convolution of {site.groups} groups and {len(site.in_axes) - 1} axes" if site.kind == "conv" else site.kind
+    )
 
 
 def no_adalora(path: str, reason: str) -> CheckpointError:

@@ -16,7 +16,7 @@ from lora_jax.io.names import Names
 from lora_jax.io.peft_delta import Module
 from lora_jax.io.peft_export import check_alike, exported, kinds_for, no_adalora
 from lora_jax.io.peft_files import PeftFiles
-from lora_jax.io.peft_kinds import ADALORA, VERA, Kind
+from lora_jax.io.peft_kinds import ADALORA, LORA, VERA, Kind
 from lora_jax.io.peft_match import shortest, targets
 from lora_jax.io.peft_module import Made, ModuleMaker, Own
 from lora_jax.io.peft_strength import Settled, settle_adalora, settle_lora, settle_vera
@@ -130,14 +130,15 @@ class _Writer:
         """Everything to write, in PEFT's layout; None if a file of this kind cannot hold it."""
         modules: dict[str, Module] = {}
         stacks: dict[str, list[_Stacked]] = {}
-        for name, (order, owned) in self._owned().items():
+        all_owned = self._owned()
+        if self.kind is not LORA and not self._fits([own for _, owned in all_owned.values() for own in owned]):
+            return None
+        for name, (order, owned) in all_owned.items():
             made = self.maker.make(owned)
             if made is None:
                 continue
             self.made[name] = made
             if owned[0].target.parameter:
-                if self.kind is ADALORA:
-                    raise no_adalora(owned[0].update.site.path, "a stack of experts")
                 stacks.setdefault(name.rpartition(".")[0], []).append(_Stacked(order, name, made.module))
             else:
                 modules[name] = made.module
@@ -146,11 +147,19 @@ class _Writer:
         for owner, stacked in stacks.items():
             modules |= self._nested(owner, stacked)
         parameters = sorted(each.name for stacked in stacks.values() for each in stacked)
-        settled = None if self.kind is VERA and (parameters or self.whole.ties) else self._settled()
+        settled = self._settled()
         if settled is None:
             return None
         config = self._config(plain, parameters) | settled.fields
         return PeftFiles(config, modules | settled.modules, self.whole.saved)
+
+    def _fits(self, owned: list[Own]) -> bool:
+        """Whether a kind other than LoRA has a place for everything: for stacks of experts none has."""
+        experts = next((own.update.site.path for own in owned if own.target.parameter), None)
+        if experts is not None and self.kind is ADALORA:
+            raise no_adalora(experts, "a stack of experts")
+        # VeRA's config has no ensure_weight_tying.
+        return experts is None and not (self.kind is VERA and self.whole.ties)
 
     def _settled(self) -> Settled | None:
         if self.kind is VERA:
