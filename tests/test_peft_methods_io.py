@@ -370,9 +370,9 @@ def conv_case(count: int) -> tuple[Model, lora.Adapter]:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: (NET, adaptive(NET, "embed/embedding")), "'embed/embedding' is embedding"),
-        (lambda: conv_case(1), "'layer/kernel' is a convolution of 1 groups and 1 axes"),
-        (lambda: conv_case(3), "'layer/kernel' is a convolution of 1 groups and 3 axes"),
+        (lambda: (NET, adaptive(NET, "embed/embedding")), "'embed/embedding' is of kind 'embedding'"),
+        (lambda: conv_case(1), "'layer/kernel' is a convolution along 1 axes"),
+        (lambda: conv_case(3), "'layer/kernel' is a convolution along 3 axes"),
         (experts_case, "'layer/up' is a stack of experts"),
         (lambda: (NET, start("adalora", lora_bias=True)), "'layers_0/attn/q/bias' is a bias on B"),
         (
@@ -473,7 +473,7 @@ def test_arrays_without_their_config_are_refused(tmp_path: Path) -> None:
     for name in ("adalora", "vera"):
         (tmp_path / name).mkdir()
         (tmp_path / name / ARRAYS).write_bytes((GOLDEN / name / ARRAYS).read_bytes())
-        with pytest.raises(lora.CheckpointError, match=r"LORA if there is no adapter_config.json"):
+        with pytest.raises(lora.CheckpointError, match=r"which adapter_config.json says .or LORA, if it is missing"):
             loaded(tmp_path / name, NET)
 
 

@@ -102,7 +102,7 @@ def check(where: str, config: Mapping[str, Any]) -> None:
 def _check_adalora(where: str, config: Mapping[str, Any]) -> None:
     if setting(config, "lora_alpha") <= 0:
         raise CheckpointError(
-            f"{where}: lora_alpha={config['lora_alpha']!r} must be positive. PEFT's AdaLoRA takes a module's rank for it, "
+            f"{where}: lora_alpha={config['lora_alpha']!r} must be positive. PEFT's AdaLoRA takes a rank for it, "
             "which is another one once terms are pruned."
         )
     rank = setting(config, "init_r")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lora_jax.adapter import Adapter
 from lora_jax.errors import CheckpointError
 from lora_jax.io.peft_kinds import ADALORA, LORA, VERA, Kind
-from lora_jax.methods import AdaLora, Dora, Rows, Shift, Vera
+from lora_jax.methods import AdaLora, Dora, Shift, Vera
 from lora_jax.updates import Array, LowRank, Replace, Update, times
 
 
@@ -78,16 +78,15 @@ def _not_in_adalora(update: Update) -> str | None:
         return "a bias on B"
     if not isinstance(update, AdaLora) or site.kind == "dense":
         return None
-    if site.kind == "conv" and len(site.in_axes) == 3 and site.groups == 1:
-        return None
-    return (
-        f"a convolution of {site.groups} groups and {len(site.in_axes) - 1} axes" if site.kind == "conv" else site.kind
-    )
+    if site.kind == "conv" and site.groups == 1:
+        window = len(site.in_axes) - 1
+        return None if window == 2 else f"a convolution along {window} axes"
+    return "a convolution in groups" if site.kind == "conv" else f"of kind {site.kind!r}"
 
 
 def no_adalora(path: str, reason: str) -> CheckpointError:
     """The error for an update that PEFT's AdaLoRA has no place for."""
     return CheckpointError(
-        f"PEFT's AdaLoRA has linear layers and convolutions of two axes only, and {path!r} is {reason}. "
+        f"PEFT's AdaLoRA has linear layers and convolutions along two axes only, and {path!r} is {reason}. "
         "lora.methods.trim(adapter) makes the plain factors that do the same, and PEFT has a place for those."
     )

@@ -87,12 +87,11 @@ def load(
       strict: raise if anything is left over. If False, return what was left out instead.
 
     Returns:
-      The adapter: a `LowRank` per adapted parameter (`Dora` where the file has magnitudes, `AdaLora` and `Vera` if it is
-      of that type), a `Shift` for each bias on B, a `Replace` per parameter stored whole and `Rows` for trained tokens;
-      without `strict` also an `Unmatched`.
-      Layers of a stack that the file leaves out, or that have lower ranks, are padded with zeros, which changes
-      nothing. Of a module that PyTorch fuses, each parameter has a copy of A and its outputs of B, without the terms
-      that are zero for it and not for others.
+      The adapter: a `LowRank` per adapted parameter (`Dora` where the file has magnitudes, `AdaLora` or `Vera` if its
+      `peft_type` says so), a `Shift` for each bias on B, a `Replace` per parameter stored whole and `Rows` for trained
+      tokens; without `strict` also an `Unmatched`. Layers of a stack that the file leaves out, or that have lower
+      ranks, are padded with zeros, which changes nothing. Of a module that PyTorch fuses, each parameter has a copy of
+      A and its outputs of B, without the terms that are zero for it and not for others.
 
     Raises:
       CheckpointError: the file is damaged, does not fit the model, or holds what cannot be represented.
@@ -255,7 +254,7 @@ def _experts(place: Place) -> int:
 
 
 def _shaped(module: Module, place: Place) -> Module:
-    """The module with factors shaped as LoRA's: its part of VeRA's projections, AdaLoRA's convolutions with a window."""
+    """The module with LoRA's shapes: its own part of VeRA's projections, and a window where AdaLoRA is flat."""
     a, b = layouts.shapes(place.site, place.target, len(module.a))
     cut = module.cut(a[1])
     if cut.form != "adalora" or (cut.a.size, cut.b.size) != (prod(a), prod(b)):

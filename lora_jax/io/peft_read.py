@@ -94,8 +94,8 @@ class _Found:
         elif key.part != "unused":
             if key.form not in self.kind.forms:
                 raise CheckpointError(
-                    f"{where}: {raw} is no key of an adapter of peft_type={self.kind.name!r}, which its config names (LORA "
-                    f"if there is no {CONFIG}). One of the two files belongs to another adapter, or is lost."
+                    f"{where}: {raw} is no key of an adapter of peft_type={self.kind.name!r}, which {CONFIG} says (or "
+                    "LORA, if it is missing). One of the two files belongs to another adapter, or is lost."
                 )
             _put(where, self.parts.setdefault(key.name, {}) if key.name else self.shared, key.part, array, raw)
             self.embeddings |= {key.name} if key.form == "embedding" else set()
@@ -186,8 +186,8 @@ def _check_rank(where: str, name: str, module: Module, wanted: int | None) -> No
         raise CheckpointError(f"{where}: {key} has rank {a[0]}, more than the {_MAX_RANK} that is believable")
     if wanted is not None and wanted != a[0]:
         raise CheckpointError(
-            f"{where}: {key} has rank {a[0]}, but {CONFIG} says {wanted} (r or init_r, and rank_pattern). One of the two "
-            "files belongs to another adapter."
+            f"{where}: {key} has rank {a[0]}, but {CONFIG} says {wanted} (r or init_r, and rank_pattern). One of the "
+            "two files belongs to another adapter."
         )
 
 

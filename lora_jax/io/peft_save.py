@@ -46,10 +46,10 @@ def save(
     Nothing of the base is written unless asked for: the file is as large as the adapter. PEFT writes the whole table
     when it adapts `embed_tokens` or `lm_head`.
 
-    The type of the file is that of the method. AdaLoRA is written as PEFT's own: pruned terms are left out, and so is the
-    budget's schedule; plain factors for everything else that reads LoRA are what `lora_jax.methods.trim` makes. VeRA is
-    written as PEFT's own if all projections are parts of one pair, as those are that were read from such a file, and
-    those that a seed draws for sites of one shape. Everything else is plain LoRA, projections included.
+    The file has the method's own type where PEFT has one. AdaLoRA becomes `ADALORA`, without pruned terms;
+    `lora_jax.methods.trim` makes plain factors, for all that reads LoRA only. VeRA becomes `VERA` if all projections
+    are slices of one pair, as PEFT has it: those that were read from such a file, and those that a seed draws for
+    linear layers of one shape. Everything else is `LORA`, VeRA's projections included.
 
     Scales become `lora_alpha / r` per module, so that PEFT's scale is the same number. A stack of layers becomes a
     module per layer, a fused kernel one per part, each with its own copy of A. Parameters that PyTorch fuses become one
@@ -110,8 +110,8 @@ class _Writer:
         whole = {path: each for path, each in adapter.items() if isinstance(each, (Replace, Rows))}
         others = sorted(adapter.keys() - self.low_rank.keys() - self.shifts.keys() - whole.keys())
         if others:
-            kind = type(adapter[others[0]]).__name__
-            raise CheckpointError(f"PEFT's files have no place for {others[0]!r}, which is a {kind}")
+            held = type(adapter[others[0]]).__name__
+            raise CheckpointError(f"PEFT's files have no place for {others[0]!r}, which is a {held}")
         check_alike(adapter, self.low_rank, kind)
         self._check_biases()
         own = [update.site for update in adapter.values()]

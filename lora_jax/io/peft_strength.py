@@ -48,7 +48,7 @@ def settle_adalora(made: Mapping[str, Made]) -> Settled:
     PEFT needs a schedule in the config; there is none in an adapter, so it gets the shortest.
     """
     rank = max((each.rank for each in made.values()), default=12)
-    scale = max((abs(each.scale) for each in made.values()), default=0) or np.float32(1)
+    scale = np.float32(max((abs(each.scale) for each in made.values()), default=0) or 1)
     modules, masks = {}, {}
     for name, each in made.items():
         module = _gained(each.module, each.scale / scale)

@@ -80,9 +80,8 @@ class Vera(Update):
         """The site's axes along each array."""
         site, batch = self.site, self.site.batch_axes
         known: dict[str, Any] = {"d": (*batch, None), "b": (*batch, *site.out_axes), "scale": batch}
-        known |= (
-            {"given_a": (None, *site.in_axes), "given_b": (None, *site.out_axes)} if self.given_a is not None else {}
-        )
+        if self.given_a is not None:
+            known |= {"given_a": (None, *site.in_axes), "given_b": (None, *site.out_axes)}
         return replace(self, **known)
 
     def change(self, weight: Array) -> Change:
