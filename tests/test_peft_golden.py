@@ -16,6 +16,9 @@ import lora_jax as lora
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "expected.safetensors").exists())
+SCANNABLE = (
+    "linear", "embedding", "patterns", "rslora", "dora", "lora_bias", "tokens", "adalora", "adalora_pruned", "vera",
+)  # fmt: skip
 
 
 class Golden:
@@ -69,7 +72,7 @@ def test_written_again_as_peft_wrote_it(name: str, tmp_path: Path) -> None:
         assert written[field] == original[field]
 
 
-@pytest.mark.parametrize("name", ["linear", "embedding", "patterns", "rslora", "dora", "lora_bias", "tokens"])
+@pytest.mark.parametrize("name", SCANNABLE)
 def test_scanned_layers_take_the_same_files(name: str, tmp_path: Path) -> None:
     golden = Golden(name)
     params = stacked(golden.base)

@@ -173,7 +173,7 @@ def test_configs_that_are_no_json(text: bytes, folder: Path) -> None:
         ({"bias": {}}, "bias={} must be one of"),
         ({"use_rslora": "no"}, "use_rslora='no' must be true or false"),
         ({"fan_in_fan_out": 1}, "fan_in_fan_out=1 must be true or false"),
-        ({"peft_type": None}, "peft_type=None is not LoRA"),
+        ({"peft_type": None}, "peft_type=None cannot be read"),
         ({"init_lora_weights": {}}, "init_lora_weights={} is unknown"),
     ],
 )

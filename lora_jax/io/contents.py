@@ -32,14 +32,16 @@ class Entry:
     Attributes:
       name: path of the parameter, or name of the PyTorch module.
       kind: `dense`, `conv`, `embedding`, `ragged` or `full`; for PEFT `linear`, `conv`, `embedding`, `parameter`, each
-        with `DoRA` if it is, and `whole` for a tensor stored whole.
-      shape: of the parameter in JAX, or of B and A multiplied.
+        with `DoRA`, `AdaLoRA` or `VeRA` if it is, `whole` for a tensor stored whole, `shared` for VeRA's projections.
+      shape: of the parameter in JAX, or of B and A multiplied; of a VeRA module the outputs, as a file does not tell
+        how many inputs it has.
       rank: number of rank-one terms; None for a parameter stored whole.
       alpha: scale times rank, or times its root under rsLoRA; the largest of a stack.
       scale: what the product of the factors is multiplied by; the largest of a stack.
       norms: Frobenius norms of A, of B and of the scaled product; of a parameter stored whole its own in the last
         place. The scale, and what follows from it, is None where the file does not tell it: PEFT's patterns go by
-        names of parameters, which the file of several adapted parameters of one module does not have.
+        names of parameters, which the file of several adapted parameters of one module does not have. Of a VeRA module
+        only B is known, with both vectors.
       dtype: of the factors.
       nbytes: bytes of all its arrays.
     """
@@ -141,24 +143,38 @@ def _is_one(path: Path) -> bool:
 
 
 def _peft(files: PeftFiles) -> list[Entry]:
-    entries = []
-    for name, module in files.modules.items():
-        rank, experts, alpha, scale = _strength(files, name, module)
-        a, b = (np.asarray(array, np.float32) for array in (module.a, module.b))
-        if module.kind == "parameter":
-            a, b = a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).transpose(2, 1, 0)
-            shape = (experts, b.shape[2], a.shape[2])
-        else:
-            a, b = a.reshape(1, rank, -1), b.reshape(len(b), -1).T[None]
-            shape = (module.b.shape[0], *module.a.shape[1:])
-        norms = (_norm(module.a), _norm(module.b), None if scale is None else abs(scale) * _product_norm(a, b))
-        kind = module.kind if module.magnitude is None else f"{module.kind}, DoRA"
-        nbytes = sum(array.nbytes for array in module.arrays().values())
-        entries.append(Entry(name, kind, shape, rank, alpha, scale, norms, str(module.a.dtype), nbytes))
+    entries = [_module(files, name, module) for name, module in files.modules.items()]
+    projections = next((module for module in files.modules.values() if module.form == "vera"), None)
+    if projections is not None:
+        a, b = projections.a, projections.b
+        norms, nbytes = (_norm(a), _norm(b), None), a.nbytes + b.nbytes
+        shape = (len(b), a.shape[1])
+        entries.append(Entry("vera_A, vera_B", "shared", shape, len(a), None, None, norms, str(a.dtype), nbytes))
     for name, value in files.saved.items():
         norms = (None, None, _norm(value))
         entries.append(Entry(name, "whole", value.shape, None, None, None, norms, str(value.dtype), value.nbytes))
     return entries
+
+
+def _module(files: PeftFiles, name: str, module: Module) -> Entry:
+    rank, experts, alpha, scale = _strength(files, name, module)
+    labels = {"adalora": ", AdaLoRA", "vera": ", VeRA"}
+    kind = module.kind + (labels.get(module.form, "") if module.magnitude is None else ", DoRA")
+    plain = module.plain(len(module.b if module.outputs is None else module.outputs) * module.a.shape[1])
+    if module.outputs is not None:
+        own = {part: array for part, array in module.arrays().items() if part not in ("a", "b")}
+        norms, nbytes = (None, _norm(plain.b), None), sum(array.nbytes for array in own.values())
+        return Entry(name, kind, module.outputs.shape, rank, alpha, scale, norms, str(module.outputs.dtype), nbytes)
+    if module.kind == "parameter":
+        a, b = plain.a.reshape(experts, rank, -1), plain.b.reshape(len(plain.b), rank, experts).transpose(2, 1, 0)
+        shape = (experts, b.shape[2], a.shape[2])
+    else:
+        a = plain.a.reshape(1, rank, prod(plain.a.shape[1:]))
+        b = plain.b.reshape(len(plain.b), prod(plain.b.shape[1:])).T[None]
+        shape = (module.b.shape[0], *module.a.shape[1:])
+    norms = (_norm(module.a), _norm(module.b), None if scale is None else abs(scale) * _product_norm(a, b))
+    nbytes = sum(array.nbytes for array in module.arrays().values())
+    return Entry(name, kind, shape, rank, alpha, scale, norms, str(module.a.dtype), nbytes)
 
 
 def _strength(files: PeftFiles, name: str, module: Module) -> tuple[int, int, float | None, float | None]:
@@ -178,7 +194,7 @@ def _strength(files: PeftFiles, name: str, module: Module) -> tuple[int, int, fl
         # All parameters of a module have as many experts, and the rows of A are their number times the rank.
         if len({row / rank for row, rank in zip(rows, ranks, strict=True)}) == 1 and rows[0] % ranks[0] == 0:
             mine, rank = given[levels.index(name)], ranks[levels.index(name)]
-            alpha, scale = alpha_of(files.config, mine), scale_of(files.config, mine, rank)
+            alpha, scale = alpha_of(files.config, mine, rank), scale_of(files.config, mine, rank)
             possible.add((rank, len(module.a) // rank, alpha, scale))
     if len(possible) == 1:
         return possible.pop()

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.errors import CheckpointError
+from lora_jax.io.peft_kinds import ADALORA, KINDS, LORA, RANK_OFFSET, VERA, kind_of, mask_of
 from lora_jax.io.peft_match import exact_key, in_pattern
 from lora_jax.io.peft_types import check_types
 
 # PEFT's defaults of the fields that decide about the numbers. A file that lacks a field means these.
-_DEFAULTS = {"lora_alpha": 8, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
+_DEFAULTS = {"lora_alpha": 8, "init_r": 12, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
 
 # Fields that the arrays do not depend on: bookkeeping, training, and how the modules were chosen.
 _NEUTRAL = {
@@ -72,24 +73,42 @@ _CONVERT = (
 
 
 def check(where: str, config: Mapping[str, Any]) -> None:
-    """Refuse a config under which the arrays would not mean `W + scale·B·A`.
+    """Refuse a config under which the arrays would not mean `W + scale·B·A`, or what its kind makes of that.
 
     Raises:
-      CheckpointError: it is not LoRA, belongs to a base with other weights, or uses an unknown variant.
+      CheckpointError: it is of another kind, belongs to a base with other weights, or uses an unknown variant.
     """
-    if str(config.get("peft_type", "LORA")).upper() != "LORA":
-        raise CheckpointError(f"{where}: peft_type={config['peft_type']!r} is not LoRA; only 'LORA' can be read")
+    if str(config.get("peft_type", "LORA")).upper() not in KINDS:
+        raise CheckpointError(
+            f"{where}: peft_type={config['peft_type']!r} cannot be read; possible: {', '.join(KINDS)}. If PEFT "
+            "can convert it (peft.save_as_lora), the result can."
+        )
+    kind = kind_of(config)
     for field, reason in _VARIANTS.items():
         if config.get(field):
             raise CheckpointError(f"{where}: {field} is set, and {reason}. Such an adapter cannot be represented here.")
-    unknown = sorted(field for field in config.keys() - _NEUTRAL - _VARIANTS.keys() if config[field])
+    unknown = sorted(field for field in config.keys() - _NEUTRAL - kind.fields - _VARIANTS.keys() if config[field])
     if unknown:
         raise CheckpointError(
             f"{where}: {', '.join(f'{field}={config[field]!r}' for field in unknown)} is nothing this version knows, "
             "and it may change what the arrays mean. Remove the field if you know that it does not."
         )
     _check_init(where, config.get("init_lora_weights", True))
-    check_types(where, config)
+    check_types(where, config, masks=kind is ADALORA)
+    if kind is ADALORA:
+        _check_adalora(where, config)
+
+
+def _check_adalora(where: str, config: Mapping[str, Any]) -> None:
+    if setting(config, "lora_alpha") <= 0:
+        raise CheckpointError(
+            f"{where}: lora_alpha={config['lora_alpha']!r} must be positive. PEFT's AdaLoRA takes a rank for it, "
+            "which is another one once terms are pruned."
+        )
+    rank = setting(config, "init_r")
+    for key, mask in (config.get("rank_pattern") or {}).items():
+        if len(mask) != rank:
+            raise CheckpointError(f"{where}: rank_pattern[{key!r}] has {len(mask)} entries, but init_r is {rank}")
 
 
 def _check_init(where: str, init: Any) -> None:
@@ -105,19 +124,31 @@ def _check_init(where: str, init: Any) -> None:
 
 def rank_of(config: Mapping[str, Any], name: str) -> int | None:
     """The rank that a config gives a module or parameter, or None if it says nothing."""
-    found = in_pattern(config.get("rank_pattern"), name)
-    return config.get("r") if found is None else found
+    kind, mask = kind_of(config), mask_of(config, name)
+    if mask is not None:
+        return sum(mask)
+    found = in_pattern(config.get("rank_pattern"), name) if kind is LORA else None
+    return config.get(kind.rank) if found is None else found
 
 
-def alpha_of(config: Mapping[str, Any], name: str) -> float:
-    """The alpha that a config gives a module or parameter; PEFT's default is 8."""
-    found = in_pattern(config.get("alpha_pattern"), name)
+def alpha_of(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """The alpha that a config gives a module or parameter; PEFT's default is 8, and VeRA's is the rank.
+
+    PEFT's AdaLoRA does not look into `alpha_pattern`.
+    """
+    kind = kind_of(config)
+    if kind is VERA:
+        return float(rank)
+    found = in_pattern(config.get("alpha_pattern"), name) if kind is LORA else None
     return float(setting(config, "lora_alpha") if found is None else found)
 
 
 def scale_of(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """`alpha / rank`, or `alpha / sqrt(rank)` under `use_rslora`."""
-    return alpha_of(config, name) / (math.sqrt(rank) if setting(config, "use_rslora") else rank)
+    """`alpha / rank`, or `alpha / sqrt(rank)` under `use_rslora`; AdaLoRA's rank is the one it started from."""
+    alpha = alpha_of(config, name, rank)
+    if kind_of(config) is ADALORA:
+        return alpha / (setting(config, "init_r") + RANK_OFFSET)
+    return alpha / (math.sqrt(rank) if setting(config, "use_rslora") else rank)
 
 
 def setting(config: Mapping[str, Any], field: str) -> Any:

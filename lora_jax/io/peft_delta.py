@@ -1,13 +1,14 @@
 """The factors of one PEFT module, and what they add to a PyTorch weight, in the weight's own layout."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Literal
 
 import numpy as np
 
 from lora_jax.errors import CheckpointError
+from lora_jax.io.peft_keys import Form
 from lora_jax.io.peft_match import targets
 
 ModuleKind = Literal["linear", "conv", "embedding", "parameter"]
@@ -26,6 +27,10 @@ class Module:
         `(features, rank)`, parameter `(out, rank · experts)`, rank-major.
       magnitude: `lora_magnitude_vector` of DoRA.
       b_bias: `lora_B.bias`, of `lora_bias=True`.
+      values: `(rank,)`, what every term is multiplied by: AdaLoRA's `lora_E`, or VeRA's `vera_lambda_d`. AdaLoRA's A of
+        a convolution is flat, `(rank, in · kernel)`, and so is its B, `(out, rank)`.
+      outputs: `(out,)`, what every output is multiplied by: `vera_lambda_b`. A and B are then `vera_A` and `vera_B`,
+        which all modules of a file share; a weight has the first columns of A and the first rows of B.
 
     Example:
       >>> Module("linear", np.ones((2, 4)), np.ones((3, 2))).b.shape
@@ -37,11 +42,48 @@ class Module:
     b: np.ndarray
     magnitude: np.ndarray | None = None
     b_bias: np.ndarray | None = None
+    values: np.ndarray | None = None
+    outputs: np.ndarray | None = None
+
+    @property
+    def form(self) -> Form:
+        """How the keys of its arrays are spelled."""
+        if self.outputs is not None:
+            return "vera"
+        return "adalora" if self.values is not None else "embedding" if self.kind == "embedding" else "lora"
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays that are there, by the name of their field."""
-        named = {"a": self.a, "b": self.b, "magnitude": self.magnitude, "b_bias": self.b_bias}
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "kind"}
         return {name: value for name, value in named.items() if value is not None}
+
+    def cut(self, inputs: int) -> "Module":
+        """The module with the part of shared projections that a weight of so many inputs has."""
+        if self.outputs is None:
+            return self
+        return replace(self, a=self.a[:, :inputs], b=self.b[: len(self.outputs)])
+
+    def features(self, size: int) -> tuple[int, int]:
+        """Outputs and inputs of a linear layer whose weight has `size` elements."""
+        if self.outputs is None:
+            return len(self.b), self.a.shape[1]
+        return len(self.outputs), size // len(self.outputs)
+
+    def plain(self, size: int) -> "Module":
+        """Factors alone that do the same to a weight of `size` elements, in float32.
+
+        >>> ones = np.ones(2)
+        >>> vera = Module("linear", np.ones((2, 9)), np.ones((8, 2)), values=ones, outputs=np.arange(3.0))
+        >>> vera.plain(12).a.shape, vera.plain(12).b[:, 0].tolist()
+        ((2, 4), [0.0, 1.0, 2.0])
+        """
+        own = self.cut(self.features(size)[1])
+        a, b = own.a.astype(np.float32), own.b.astype(np.float32)
+        if self.values is not None:
+            b = b * self.values.astype(np.float32)
+        if self.outputs is not None:
+            b = b * self.outputs.astype(np.float32)[:, None]
+        return replace(self, a=a, b=b, values=None, outputs=None)
 
 
 def delta(where: str, module: Module, scale: float, shape: tuple[int, ...], transposed: bool | None) -> np.ndarray:
@@ -68,7 +110,8 @@ def matrices(
     Raises:
       CheckpointError: the factors do not fit, or the shape leaves open how the weight lies.
     """
-    a, b = (array.astype(np.float32) for array in (module.a, module.b))
+    module = module.plain(prod(shape))
+    a, b = module.a, module.b
     stack = shape[:1] if module.kind == "parameter" and len(shape) == 3 else ()
     last = False
     if stack:
@@ -88,6 +131,8 @@ def matrices(
 
 def _lies_transposed(out_in: tuple[int, int], shape: tuple[int, ...], given: bool | None) -> bool:
     """Whether a weight has its outputs last: as told where it is square, otherwise as its shape says."""
+    if len(shape) > 2:
+        return False
     if out_in[0] == out_in[1]:
         return bool(given)
     return shape == (out_in[1], out_in[0])
@@ -114,8 +159,8 @@ def _experts(
     stack = shape[0]
     if not stack or len(module.a) % stack:
         raise _misfit(where, module, shape)
-    a = module.a.astype(np.float32).reshape(stack, -1, module.a.shape[-1])
-    b = module.b.astype(np.float32).reshape(len(module.b), -1, stack).transpose(2, 0, 1)
+    a = module.a.reshape(stack, -1, module.a.shape[-1])
+    b = module.b.reshape(len(module.b), -1, stack).transpose(2, 0, 1)
     out_first, in_first = (b.shape[1], a.shape[2]), (a.shape[2], b.shape[1])
     if transposed is None and out_first == in_first == shape[1:]:
         raise CheckpointError(

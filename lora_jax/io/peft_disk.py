@@ -75,13 +75,13 @@ def read_config(path: Path) -> dict[str, Any] | None:
     return config
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the file, in its own dtype."""
+def read_arrays(path: Path, *, pruned: bool = False) -> dict[str, np.ndarray]:
+    """Every tensor of the file, in its own dtype; without elements only if terms may be `pruned`."""
     try:
         with safe_open(path, framework="np") as file:
             keys = list(file.keys())
             for key in keys:
-                _check_tensor(path, key, file.get_slice(key))
+                _check_tensor(path, key, file.get_slice(key), pruned)
             arrays = {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
@@ -102,15 +102,16 @@ def _check_finite(path: Path, key: str, array: np.ndarray) -> None:
         )
 
 
-def _check_tensor(path: Path, key: str, tensor: Any) -> None:
+def _check_tensor(path: Path, key: str, tensor: Any, pruned: bool) -> None:
     # Batch normalisation counts its steps; a whole module is stored with all it has.
-    allowed = _DTYPES if "lora_" in key else _DTYPES | _COUNTS
+    factor = "lora_" in key or "vera_" in key
+    allowed = _DTYPES if factor else _DTYPES | _COUNTS
     if tensor.get_dtype() not in allowed:
         raise CheckpointError(
             f"{path}: {key} is {tensor.get_dtype()}; adapters are stored as one of {', '.join(sorted(_DTYPES))}. "
             "Quantised adapters cannot be read: save them in a floating-point dtype."
         )
-    if 0 in tensor.get_shape() and "lora_" in key:
+    if 0 in tensor.get_shape() and factor and not (pruned and len(tensor.get_shape()) == 2):
         raise CheckpointError(
             f"{path}: {key} has shape {tuple(tensor.get_shape())}, so it holds nothing: the parameters were sharded "
             "(DeepSpeed ZeRO-3, FSDP) and not gathered when they were saved. Gather them and save again."

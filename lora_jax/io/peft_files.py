@@ -4,7 +4,7 @@ Neither a model nor a JAX program is involved. Names are those of PyTorch module
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax.errors import CheckpointError
 from lora_jax.io import peft_config
 from lora_jax.io.peft_delta import Module, delta, owners
+from lora_jax.io.peft_kinds import mask_of
 
 # Layers that `save_embedding_layers` writes although no config names them.
 EMBEDDINGS = (
@@ -47,17 +48,35 @@ class PeftFiles:
         """The rank of a module: that of its arrays, which is per weight where a parameter stacks several."""
         return self.modules[module].a.shape[0] // experts
 
+    def whole(self, module: str) -> Module:
+        """A module with the terms that AdaLoRA pruned back in their places, as zeros.
+
+        Example:
+          >>> config = {"peft_type": "ADALORA", "init_r": 3, "rank_pattern": {"q.lora_E": [False, True, True]}}
+          >>> kept = Module("linear", np.ones((2, 4)), np.ones((5, 2)), values=np.ones(2))
+          >>> PeftFiles(config, {"q": kept}).whole("q").values.tolist()
+          [0.0, 1.0, 1.0]
+        """
+        found, mask = self.modules[module], mask_of(self.config, module)
+        if mask is None or found.values is None:
+            return found
+        rank, kept = len(mask), np.array(mask)
+        a, values = (np.zeros((rank, *each.shape[1:]), each.dtype) for each in (found.a, found.values))
+        b = np.zeros((len(found.b), rank), found.b.dtype)
+        a[kept], b[:, kept], values[kept] = found.a, found.b, found.values
+        return replace(found, a=a, b=b, values=values)
+
     def alpha(self, module: str, parameter: str | None = None) -> float:
-        """Alpha of a module: the first `alpha_pattern` key that matches, else `lora_alpha`, else PEFT's 8.
+        """Alpha of a module: the first `alpha_pattern` key that matches, else `lora_alpha`, else PEFT's 8; VeRA's is r.
 
         Args:
           module: its name.
           parameter: full name of the adapted parameter, for kind `parameter`: PEFT looks that up in its patterns.
         """
-        return peft_config.alpha_of(self.config, parameter or module)
+        return peft_config.alpha_of(self.config, parameter or module, self.rank(module))
 
     def scale(self, module: str, parameter: str | None = None, experts: int = 1) -> float:
-        """`alpha / rank` of a module, or `alpha / sqrt(rank)` under `use_rslora`; arguments as above."""
+        """`alpha / rank` of a module, or what its kind has instead; arguments as above."""
         return peft_config.scale_of(self.config, parameter or module, self.rank(module, experts))
 
     def delta(

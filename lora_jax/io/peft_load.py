@@ -1,6 +1,8 @@
 """Reading a PEFT adapter into a JAX model: every tensor finds its place, or is listed."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
 from os import PathLike
 from typing import Any, Literal, NamedTuple, overload
 
@@ -14,6 +16,7 @@ from lora_jax.io.known_names import find_names
 from lora_jax.io.names import Names
 from lora_jax.io.peft_delta import Module
 from lora_jax.io.peft_files import PeftFiles
+from lora_jax.io.peft_kinds import kind_of
 from lora_jax.io.peft_match import saves, targets
 from lora_jax.io.peft_read import read_peft
 from lora_jax.io.peft_update import Found, UpdateMaker
@@ -84,11 +87,11 @@ def load(
       strict: raise if anything is left over. If False, return what was left out instead.
 
     Returns:
-      The adapter: a `LowRank` per adapted parameter (`Dora` where the file has magnitudes), a `Shift` for each bias on
-      B, a `Replace` per parameter stored whole and `Rows` for trained tokens; without `strict` also an `Unmatched`.
-      Layers of a stack that the file leaves out, or that have lower ranks, are padded with zeros, which changes
-      nothing. Of a module that PyTorch fuses, each parameter has a copy of A and its outputs of B, without the terms
-      that are zero for it and not for others.
+      The adapter: a `LowRank` per adapted parameter (`Dora` where the file has magnitudes, `AdaLora` or `Vera` if its
+      `peft_type` says so), a `Shift` for each bias on B, a `Replace` per parameter stored whole and `Rows` for trained
+      tokens; without `strict` also an `Unmatched`. Layers of a stack that the file leaves out, or that have lower
+      ranks, are padded with zeros, which changes nothing. Of a module that PyTorch fuses, each parameter has a copy of
+      A and its outputs of B, without the terms that are zero for it and not for others.
 
     Raises:
       CheckpointError: the file is damaged, does not fit the model, or holds what cannot be represented.
@@ -125,7 +128,9 @@ class _Reader:
     def __init__(self, files: PeftFiles, leaves: Mapping[str, Any], sites: Sites, names: Names):
         self.files, self.leaves, self.sites, self.names = files, leaves, sites, names
         self.twin: Twin = twin(names, sites)
-        self.maker = UpdateMaker(files.where, leaves, float(files.config.get("lora_dropout") or 0.0))
+        config = files.config
+        dropout, seed = config.get(kind_of(config).dropout) or 0.0, config.get("projection_prng_key") or 0
+        self.maker = UpdateMaker(files.where, leaves, float(dropout), seed)
         self.unexpected: list[str] = []
         self.mismatched: list[str] = []
 
@@ -134,9 +139,10 @@ class _Reader:
         found: dict[str, list[Found]] = {}
         placed = self._placed()
         for name, (places, owner) in placed.items():
-            for place in places if self._fits(name, places, owner) else ():
-                module, experts = self.files.modules[owner], _experts(place)
-                each = self.maker.find(name, place, module, self.files.scale(owner, name, experts))
+            module = _shaped(self.files.whole(owner), places[0])
+            for place in places if self._fits(name, places, module) else ():
+                scale = self.files.scale(owner, name, _experts(place))
+                each = self.maker.find(name, place, module, scale)
                 found.setdefault(place.site.path, []).extend([] if each is None else [each])
         found = {path: each for path, each in found.items() if each}
         updates: dict[str, Update] = {path: self.maker.update(self.sites[path], each) for path, each in found.items()}
@@ -207,9 +213,9 @@ class _Reader:
             heads.add(head)
         return heads
 
-    def _fits(self, name: str, places: tuple[Place, ...], owner: str) -> bool:
+    def _fits(self, name: str, places: tuple[Place, ...], module: Module) -> bool:
         """Whether a module has the shapes that its parameters need; if not, that is noted."""
-        module, (site, target) = self.files.modules[owner], places[0]
+        site, target = places[0]
         wanted = layouts.shapes(site, target, len(module.a) // _experts(places[0]))
         if (module.a.shape, module.b.shape) != wanted:
             given = f"A {module.a.shape} and B {module.b.shape}"
@@ -245,3 +251,12 @@ class _Reader:
 
 def _experts(place: Place) -> int:
     return place.site.batch_shape[-1] if place.target.parameter else 1
+
+
+def _shaped(module: Module, place: Place) -> Module:
+    """The module with LoRA's shapes: its own part of VeRA's projections, and a window where AdaLoRA is flat."""
+    a, b = layouts.shapes(place.site, place.target, len(module.a))
+    cut = module.cut(a[1])
+    if cut.form != "adalora" or (cut.a.size, cut.b.size) != (prod(a), prod(b)):
+        return cut
+    return replace(cut, a=cut.a.reshape(a), b=cut.b.reshape(b))

@@ -15,25 +15,32 @@ from lora_jax.io.join import Piece, join
 from lora_jax.io.peft_delta import Module, ModuleKind
 from lora_jax.io.targets import Target
 from lora_jax.io.twin import Twin
-from lora_jax.methods import Dora, Shift
+from lora_jax.methods import AdaLora, Dora, Shift
 from lora_jax.methods.norms import squares
 from lora_jax.paths import bias_beside
 from lora_jax.updates import LowRank
 
 
 class Own(NamedTuple):
-    """An update, its arrays as NumPy, and the part of a module that its parameter has."""
+    """An update, its arrays as NumPy, and the part of a module that its parameter has.
+
+    Attributes:
+      update: its factors; of VeRA, the projections, with `d` for AdaLoRA's values.
+      target: the module, and the part of it.
+      outputs: `[*batch, *out]`, what the outputs of VeRA are multiplied by.
+    """
 
     update: LowRank
     target: Target
+    outputs: np.ndarray | None = None
 
 
 class Made(NamedTuple):
-    """A module, with the rank and the alpha that PEFT's config has for it."""
+    """A module, with the rank of a weight and the scale of its product."""
 
     module: Module
     rank: int
-    alpha: float
+    scale: np.float32
 
 
 class ModuleMaker:
@@ -44,20 +51,20 @@ class ModuleMaker:
 
     def make(self, owned: Sequence[Own]) -> Made | None:
         """A module, from the updates of some or all of its parameters; None where a stack holds nothing."""
-        pieces = [piece for own in owned if (piece := _piece(*own)) is not None]
+        pieces = [piece for own in owned if (piece := _piece(own)) is not None]
         if not pieces:
             return None
         site, target = owned[0].update.site, owned[0].target
         span, stacked = target.part.span, target.parameter
-        a, b, scale = join(pieces, (span.groups, span.size), stacked=stacked)
+        a, b, scale, values = join(pieces, (span.groups, span.size), stacked=stacked)
         a, b = layouts.packed(a, b.reshape(*b.shape[:-2], span.total), stacked=stacked)
         if site.groups > 1:
             a, b = grouped(a, b, site.groups)
         rank = len(a) // (site.batch_shape[-1] if stacked else 1)
         kinds: dict[str, ModuleKind] = {"conv": "conv", "embedding": "embedding"}
         kind = "parameter" if stacked else kinds.get(site.kind, "linear")
-        made = Module(kind, a, b, self._magnitude(owned, b), self._bias(owned, float(scale)))
-        return Made(made, rank, _alpha(np.float32(scale), rank))
+        vectors = self._magnitude(owned, b), self._bias(owned, float(scale)), values, _outputs(owned)
+        return Made(Module(kind, a, b, *vectors), rank, np.float32(scale))
 
     def _magnitude(self, owned: Sequence[Own], b: np.ndarray) -> np.ndarray | None:
         """DoRA's magnitudes. Outputs without an update keep the norms that they have in the base."""
@@ -107,9 +114,11 @@ class ModuleMaker:
         return Column(site, target.part, value if ratio == 1 else value * ratio)
 
 
-def _piece(update: LowRank, target: Target) -> Piece | None:
+def _piece(own: Own) -> Piece | None:
     """Factors of one parameter of a module, in PyTorch's order, or None where a stack holds nothing."""
-    site, span = update.site, target.part.span
+    if isinstance(own.update, AdaLora):
+        return _valued(own, own.update)
+    update, target = own.update, own.target
     a, b, scale = (np.asarray(each[target.index], np.float32) for each in (update.a, update.b, update.scale))
     scale = scale / np.float32(target.part.gain)
     if target.parameter:
@@ -117,14 +126,46 @@ def _piece(update: LowRank, target: Target) -> Piece | None:
         first = scale[np.flatnonzero(scale)[0]] if scale.any() else scale[0]
         ratio = np.where(scale == first, np.float32(1), scale / (first or np.float32(1)))
         b, scale = b * ratio.reshape(-1, *(1,) * (b.ndim - 1)), first
-    elif site.batch_axes and not isinstance(update, Dora):
+    elif update.site.batch_axes and not isinstance(update, Dora):
         used = [bool(a[term].any() or b[term].any()) for term in range(len(a))]
         if not any(used) and not scale:
             return None
         kept = max((term + 1 for term, any_used in enumerate(used) if any_used), default=1)
         a, b = a[:kept], b[:kept]
-    own = span.spread(layouts.b_to_torch(site, target.part, b))
-    return Piece(layouts.a_to_torch(site, a), own, float(scale), span.where)
+    return _laid_out(own, a, b, float(scale))
+
+
+def _valued(own: Own, update: AdaLora) -> Piece | None:
+    """The same of factors with values between them: a pruned term stays where it is, with a value of zero."""
+    index, gain = own.target.index, np.float32(own.target.part.gain)
+    a, b, scale, values = (
+        np.asarray(each[index], np.float32) for each in (update.a, update.b, update.scale, update.values)
+    )
+    if own.outputs is None:
+        if update.site.batch_axes and not (scale or a.any() or b.any()):
+            return None
+        return _laid_out(own, a, b, float(scale / gain), values)
+    if update.site.batch_axes and not (values.any() or own.outputs[index].any()):
+        return None
+    piece = _laid_out(own, a, b, float(scale), values)
+    # Several modules in one parameter: the terms of each are zero for the others.
+    kept = piece.b.any((1, 2))
+    return piece._replace(a=piece.a[kept], b=piece.b[kept], values=values[kept])
+
+
+def _laid_out(own: Own, a: np.ndarray, b: np.ndarray, scale: float, values: np.ndarray | None = None) -> Piece:
+    site, part = own.update.site, own.target.part
+    spread = part.span.spread(layouts.b_to_torch(site, part, b))
+    return Piece(layouts.a_to_torch(site, a), spread, scale, part.span.where, values)
+
+
+def _outputs(owned: Sequence[Own]) -> np.ndarray | None:
+    """What VeRA multiplies the outputs by."""
+    found = [
+        Column(own.update.site, own.target.part, own.outputs[own.target.index] / np.float32(own.target.part.gain))
+        for own in owned if own.outputs is not None
+    ]  # fmt: skip
+    return columns.to_torch(found) if found else None
 
 
 def _magnitudes(update: Dora, target: Target) -> Column:
@@ -135,9 +176,3 @@ def _magnitudes(update: Dora, target: Target) -> Column:
         raise CheckpointError(f"{update.site.path!r}: {why}. Leave it out, or merge it.")
     own = np.asarray(update.magnitude[target.index], np.float32)
     return Column(update.site, target.part, own / np.float32(target.part.gain))
-
-
-def _alpha(scale: np.float32, rank: int) -> float:
-    """The shortest number that PEFT turns into the same scale when it divides by the rank."""
-    alphas = (float(f"{float(scale) * rank:.{digits}g}") for digits in range(1, 18))
-    return next((alpha for alpha in alphas if np.float32(alpha / rank) == scale), float(scale) * rank)

@@ -1,6 +1,7 @@
 """Reading a PEFT adapter directory: every tensor means something, or is refused."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lora_jax.io.peft_delta import Module, ModuleKind
 from lora_jax.io.peft_disk import CONFIG, locate, read_arrays, read_config
 from lora_jax.io.peft_files import EMBEDDINGS, PeftFiles
 from lora_jax.io.peft_keys import parse, unparse
+from lora_jax.io.peft_kinds import ADALORA, LORA, Kind, kind_of
 from lora_jax.io.peft_match import saves, targets
 
 _MAX_RANK = 1 << 16
@@ -48,17 +50,17 @@ def read_peft(path: str | PathLike[str], subfolder: str | None = None) -> PeftFi
     config = read_config(config_path)
     if config is not None:
         peft_config.check(str(config_path), config)
-    return _assemble(str(weights), config, read_arrays(weights))
+    return _assemble(str(weights), config, read_arrays(weights, pruned=kind_of(config or {}) is ADALORA))
 
 
 def _assemble(where: str, config: dict[str, Any] | None, arrays: Mapping[str, np.ndarray]) -> PeftFiles:
-    found = _Found(where, arrays)
+    found = _Found(where, kind_of(config or {}), arrays)
     if config is None:
         ranks = {name: each["a"].shape[0] for name, each in found.parts.items() if "a" in each and each["a"].ndim}
         config = peft_config.inferred(ranks, sorted({name.rpartition(".")[0] for name in found.whole}))
     _refuse_unknown(where, [*found.unknown, *(n for n in found.whole if not _belongs(n, config, found.parts))])
     modules = {
-        name: _module(where, name, each, name in found.embeddings, config)
+        name: _module(where, name, found.shared | each, name in found.embeddings, config)
         for name, each in sorted(found.parts.items())
     }  # fmt: skip
     if not modules and not found.whole:
@@ -69,8 +71,11 @@ def _assemble(where: str, config: dict[str, Any] | None, arrays: Mapping[str, np
 class _Found:
     """The tensors of a file, sorted by what their keys say they are."""
 
-    def __init__(self, where: str, arrays: Mapping[str, np.ndarray]):
+    def __init__(self, where: str, kind: Kind, arrays: Mapping[str, np.ndarray]):
+        self.kind = kind
         self.parts: dict[str, dict[str, np.ndarray]] = {}
+        # Projections that all modules share.
+        self.shared: dict[str, np.ndarray] = {}
         self.embeddings: set[str] = set()
         self.whole: dict[str, np.ndarray] = {}
         self.unknown: list[str] = []
@@ -87,8 +92,13 @@ class _Found:
         elif key.part == "unknown":
             self.unknown.append(raw)
         elif key.part != "unused":
-            _put(where, self.parts.setdefault(key.name, {}), key.part, array, raw)
-            self.embeddings |= {key.name} if key.embedding else set()
+            if key.form not in self.kind.forms:
+                raise CheckpointError(
+                    f"{where}: {raw} is no key of an adapter of peft_type={self.kind.name!r}, which {CONFIG} says (or "
+                    "LORA, if it is missing). One of the two files belongs to another adapter, or is lost."
+                )
+            _put(where, self.parts.setdefault(key.name, {}) if key.name else self.shared, key.part, array, raw)
+            self.embeddings |= {key.name} if key.form == "embedding" else set()
 
 
 def _put(where: str, group: dict[str, np.ndarray], name: str, array: np.ndarray, raw: str) -> None:
@@ -123,19 +133,42 @@ def _refuse_unknown(where: str, keys: list[str]) -> None:
 def _module(
     where: str, name: str, found: Mapping[str, np.ndarray], embedding: bool, config: Mapping[str, Any]
 ) -> Module:
-    missing = [part for part in ("a", "b") if part not in found]
+    adapter = kind_of(config)
+    missing = [part for part in adapter.parts if part not in found]
+    key = unparse(name, missing[0] if missing else "a", "embedding" if embedding else adapter.forms[0])
+    if missing and key.startswith("base_model.vera_"):
+        raise CheckpointError(
+            f"{where}: {key} is missing (save_projection=False): PyTorch draws it again from projection_prng_key, and "
+            "JAX cannot. Save the adapter in PEFT with save_projection=True; docs/from-peft.md has the lines."
+        )
     if missing:
-        key = unparse(name, missing[0], embedding=embedding)
         raise CheckpointError(f"{where}: {key} is missing, although the module's other tensors are there")
     kind = _kind(name, found["a"], embedding, config)
     module = Module(kind, **found)
     _check_rank(where, name, module, peft_config.rank_of(config, name) if kind != "parameter" else None)
+    if module.form == "adalora" and module.values is not None and module.values.shape[1:] == (1,):
+        # PEFT's lora_E has a second axis.
+        module = replace(module, values=module.values[:, 0])
+    _check_vectors(where, name, module)
     return module
+
+
+def _check_vectors(where: str, name: str, module: Module) -> None:
+    """Refuse vectors that do not fit the factors they multiply."""
+    rank, most = len(module.a), len(module.b)
+    if module.values is not None and module.values.shape != (rank,):
+        key = unparse(name, "values", module.form)
+        raise CheckpointError(f"{where}: {key} of shape {module.values.shape} does not fit rank {rank}")
+    if module.outputs is not None and (module.outputs.ndim != 1 or not 0 < module.outputs.size <= most):
+        key = unparse(name, "outputs", module.form)
+        raise CheckpointError(f"{where}: {key} of shape {module.outputs.shape} does not fit vera_B with {most} rows")
 
 
 def _kind(name: str, a: np.ndarray, embedding: bool, config: Mapping[str, Any]) -> ModuleKind:
     if embedding:
         return "embedding"
+    if kind_of(config) is not LORA:
+        return "linear"
     if name.endswith(".base_layer") or (
         config.get("target_parameters") and not targets(config.get("target_modules"), name)
     ):
@@ -145,16 +178,16 @@ def _kind(name: str, a: np.ndarray, embedding: bool, config: Mapping[str, Any]) 
 
 def _check_rank(where: str, name: str, module: Module, wanted: int | None) -> None:
     a, b = module.a.shape, module.b.shape
-    key = f"{unparse(name, 'a', embedding=module.kind == 'embedding')} of shape {a}"
+    key, other = f"{unparse(name, 'a', module.form)} of shape {a}", "vera_B" if module.form == "vera" else "lora_B"
     flat = module.kind != "conv"
     if len(a) != len(b) or len(a) < 2 or (flat and (len(a) > 2 or a[0] != b[1])) or a[0] % max(b[1], 1):
-        raise CheckpointError(f"{where}: {key} does not fit lora_B of shape {b}: they must share the rank")
+        raise CheckpointError(f"{where}: {key} does not fit {other} of shape {b}: they must share the rank")
     if a[0] > _MAX_RANK and module.kind != "parameter":
         raise CheckpointError(f"{where}: {key} has rank {a[0]}, more than the {_MAX_RANK} that is believable")
     if wanted is not None and wanted != a[0]:
         raise CheckpointError(
-            f"{where}: {key} has rank {a[0]}, but {CONFIG} says {wanted} (r and rank_pattern). One of the two files "
-            "belongs to another adapter."
+            f"{where}: {key} has rank {a[0]}, but {CONFIG} says {wanted} (r or init_r, and rank_pattern). One of the "
+            "two files belongs to another adapter."
         )
 
 
@@ -162,7 +195,7 @@ def _completed(config: Mapping[str, Any], modules: Mapping[str, Module]) -> dict
     """The config with the fields it lacks, from the arrays."""
     ranks = {name: len(module.a) for name, module in modules.items() if module.kind != "parameter"}
     guess = peft_config.inferred(ranks, [])
-    lacking = {"r", "rank_pattern"} if config.get("r") is None and ranks else set()
+    lacking = {"r", "rank_pattern"} if config.get("r") is None and ranks and kind_of(config) is LORA else set()
     if not config.get("target_modules") and not config.get("target_parameters") and ranks:
         lacking.add("target_modules")
     return {**config, **{name: guess[name] for name in lacking}}

@@ -1,9 +1,7 @@
 """Writing an adapter as PyTorch PEFT would have written it, so that PEFT computes the same."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from os import PathLike
 from typing import Any, Literal, NamedTuple
 
@@ -16,16 +14,19 @@ from lora_jax.fit import fit
 from lora_jax.io.known_names import find_names
 from lora_jax.io.names import Names
 from lora_jax.io.peft_delta import Module
+from lora_jax.io.peft_export import check_alike, exported, kinds_for, no_adalora
 from lora_jax.io.peft_files import PeftFiles
-from lora_jax.io.peft_match import exact_key, shortest, targets
-from lora_jax.io.peft_module import ModuleMaker, Own
+from lora_jax.io.peft_kinds import ADALORA, LORA, VERA, Kind
+from lora_jax.io.peft_match import shortest, targets
+from lora_jax.io.peft_module import Made, ModuleMaker, Own
+from lora_jax.io.peft_strength import Settled, settle_adalora, settle_lora, settle_vera
 from lora_jax.io.peft_tables import WholeWriter, untied
 from lora_jax.io.peft_write import write_peft
 from lora_jax.io.twin import is_tied, twin
-from lora_jax.methods import Dora, Rows, Shift
+from lora_jax.methods import Dora, Rows, Shift, Vera
 from lora_jax.paths import bias_beside, named_leaves
 from lora_jax.site import Site, Sites
-from lora_jax.updates import LowRank, Replace, Update
+from lora_jax.updates import Replace
 
 
 def save(
@@ -44,6 +45,11 @@ def save(
 
     Nothing of the base is written unless asked for: the file is as large as the adapter. PEFT writes the whole table
     when it adapts `embed_tokens` or `lm_head`.
+
+    The file has the method's own type where PEFT has one. AdaLoRA becomes `ADALORA`, without pruned terms;
+    `lora_jax.methods.trim` makes plain factors, for all that reads LoRA only. VeRA becomes `VERA` if all projections
+    are slices of one pair, as PEFT has it: those that were read from such a file, and those that a seed draws for
+    linear layers of one shape. Everything else is `LORA`, VeRA's projections included.
 
     Scales become `lora_alpha / r` per module, so that PEFT's scale is the same number. A stack of layers becomes a
     module per layer, a fused kernel one per part, each with its own copy of A. Parameters that PyTorch fuses become one
@@ -83,8 +89,8 @@ def save(
     leaves = {} if params is None else named_leaves(params)[0]
     if leaves:
         fit(adapter, leaves)
-    writer = _Writer(adapter, find_names(names), sites, leaves)
-    files = writer.files()
+    writers = (_Writer(adapter, find_names(names), sites, leaves, kind) for kind in kinds_for(adapter))
+    writer, files = next((writer, files) for writer in writers if (files := writer.files()) is not None)
     if save_embedding_layers is True or (save_embedding_layers == "auto" and writer.whole.resized(base_model)):
         files = PeftFiles(files.config, files.modules, {**writer.whole.tables(writer.twin), **files.saved})
     extra = {"base_model_name_or_path": base_model, "task_type": task_type}
@@ -92,19 +98,22 @@ def save(
 
 
 class _Writer:
-    """One adapter on its way out."""
+    """One adapter on its way out, into a file of one kind."""
 
-    def __init__(self, adapter: Adapter, names: Names, sites: Sites | None, leaves: Mapping[str, Any]):
-        self.names = names
-        plain = {path: _plain(each) for path, each in adapter.items()}
-        self.low_rank = {path: each for path, each in plain.items() if each is not None}
+    def __init__(self, adapter: Adapter, names: Names, sites: Sites | None, leaves: Mapping[str, Any], kind: Kind):
+        self.names, self.kind = names, kind
+        plain = {path: exported(each, kind) for path, each in adapter.items()}
+        self.low_rank = {path: each.factors for path, each in plain.items() if each is not None}
+        self.outputs = {path: each.outputs for path, each in plain.items() if each is not None}
+        self.seed = min((each.seed for each in adapter.values() if isinstance(each, Vera)), default=0)
         self.shifts = {path: each for path, each in adapter.items() if isinstance(each, Shift)}
         whole = {path: each for path, each in adapter.items() if isinstance(each, (Replace, Rows))}
         others = sorted(adapter.keys() - self.low_rank.keys() - self.shifts.keys() - whole.keys())
         if others:
-            kind = type(adapter[others[0]]).__name__
-            raise CheckpointError(f"PEFT's files have no place for {others[0]!r}, which is a {kind}")
-        self._check_alike()
+            held = type(adapter[others[0]]).__name__
+            raise CheckpointError(f"PEFT's files have no place for {others[0]!r}, which is a {held}")
+        check_alike(adapter, self.low_rank, kind)
+        self._check_biases()
         own = [update.site for update in adapter.values()]
         self.sites = sites or Sites([site for site in own if site.kind != "full"], tuple(adapter))
         self.targets = names.resolve((update.site for update in self.low_rank.values()), self.sites)
@@ -113,19 +122,22 @@ class _Writer:
         self.complete = sites is not None and not self.twin.unnamed
         self.whole = WholeWriter(whole, names, self.sites, leaves)
         self.maker = ModuleMaker(self.shifts, self.twin, leaves)
-        # Rank and alpha by the name that PEFT's patterns go by.
-        self.scales: dict[str, tuple[int, float]] = {}
+        # By the name that PEFT's patterns go by.
+        self.made: dict[str, Made] = {}
         self.ties = False
 
-    def files(self) -> PeftFiles:
-        """Everything to write, in PEFT's layout."""
+    def files(self) -> PeftFiles | None:
+        """Everything to write, in PEFT's layout; None if a file of this kind cannot hold it."""
         modules: dict[str, Module] = {}
         stacks: dict[str, list[_Stacked]] = {}
-        for name, (order, owned) in self._owned().items():
+        all_owned = self._owned()
+        if self.kind is not LORA and not self._fits([own for _, owned in all_owned.values() for own in owned]):
+            return None
+        for name, (order, owned) in all_owned.items():
             made = self.maker.make(owned)
             if made is None:
                 continue
-            self.scales[name] = (made.rank, made.alpha)
+            self.made[name] = made
             if owned[0].target.parameter:
                 stacks.setdefault(name.rpartition(".")[0], []).append(_Stacked(order, name, made.module))
             else:
@@ -135,16 +147,33 @@ class _Writer:
         for owner, stacked in stacks.items():
             modules |= self._nested(owner, stacked)
         parameters = sorted(each.name for stacked in stacks.values() for each in stacked)
-        return PeftFiles(self._config(plain, parameters), modules, self.whole.saved)
+        settled = self._settled()
+        if settled is None:
+            return None
+        config = self._config(plain, parameters) | settled.fields
+        return PeftFiles(config, modules | settled.modules, self.whole.saved)
+
+    def _fits(self, owned: list[Own]) -> bool:
+        """Whether a kind other than LoRA has a place for everything: for stacks of experts none has."""
+        experts = next((own.update.site.path for own in owned if own.target.parameter), None)
+        if experts is not None and self.kind is ADALORA:
+            raise no_adalora(experts, "a stack of experts")
+        # VeRA's config has no ensure_weight_tying.
+        return experts is None and not (self.kind is VERA and self.whole.ties)
+
+    def _settled(self) -> Settled | None:
+        if self.kind is VERA:
+            return settle_vera(self.made, self.seed)
+        return settle_adalora(self.made) if self.kind is ADALORA else settle_lora(self.made)
 
     def _owned(self) -> dict[str, tuple[tuple[int, int], list[Own]]]:
         """For each module its place in the map, and the updates that it is made of."""
         found: dict[str, tuple[tuple[int, int], list[Own]]] = {}
         for path, named in self.targets.items():
-            update = jax.tree.map(np.asarray, self.low_rank[path])
+            update, outputs = jax.tree.map(np.asarray, (self.low_rank[path], self.outputs[path]))
             for place, target in enumerate(named):
                 _, owned = found.setdefault(target.name, ((self.names.order(path), place), []))
-                owned.append(Own(update, target))
+                owned.append(Own(update, target, outputs))
         return found
 
     def _tie(self, site: Site, name: str, module: Module, modules: dict[str, Module]) -> None:
@@ -155,7 +184,7 @@ class _Writer:
         if head is None:
             raise untied(site, name)
         self.ties = True
-        self.scales[head] = self.scales[name]
+        self.made[head] = self.made[name]
         modules[head] = Module("linear", module.b.T, module.a.T)
 
     def _nested(self, owner: str, stacked: list["_Stacked"]) -> dict[str, Module]:
@@ -170,24 +199,20 @@ class _Writer:
         return {owner + ".base_layer" * (depth - 1 - place): module for place, module in enumerate(ordered)}
 
     def _config(self, plain: set[str], parameters: list[str]) -> dict[str, Any]:
+        """What a config says beside ranks and scales."""
         modules_to_save, bias = self.whole.config(self.twin, plain)
-        ranks = Counter(rank for rank, _ in self.scales.values())
-        alphas = Counter(alpha for _, alpha in self.scales.values())
-        rank = ranks.most_common(1)[0][0] if ranks else 8
-        alpha = alphas.most_common(1)[0][0] if alphas else 8.0
-        own = {exact_key(name): each for name, each in sorted(self.scales.items())}
-        return {
-            "peft_type": "LORA",
-            "r": rank,
-            "lora_alpha": _number(alpha),
-            "rank_pattern": {key: each for key, (each, _) in own.items() if each != rank},
-            "alpha_pattern": {key: _number(each) for key, (_, each) in own.items() if each != alpha},
+        common = {
+            "peft_type": self.kind.name,
             "target_modules": self._wanted(plain, modules_to_save),
-            "target_parameters": parameters or None,
             "modules_to_save": modules_to_save or None,
-            "bias": bias,
-            "lora_dropout": 0.0 if parameters else self._dropout(),
+            "bias": self.kind.only if bias == "lora_only" else bias,
+            self.kind.dropout: 0.0 if parameters else self._dropout(),
             "fan_in_fan_out": self._fan_in_fan_out(plain, parameters),
+        }
+        if self.kind is VERA:
+            return common
+        return common | {
+            "target_parameters": parameters or None,
             "init_lora_weights": True,
             "use_rslora": False,
             "use_dora": any(isinstance(update, Dora) for update in self.low_rank.values()),
@@ -204,14 +229,8 @@ class _Writer:
             )
         return self.names.fan_in_fan_out and not parameters
 
-    def _check_alike(self) -> None:
-        """PEFT has one switch for DoRA, and no bias on B without factors."""
-        plain = [path for path, update in self.low_rank.items() if not isinstance(update, Dora)]
-        if plain and len(plain) < len(self.low_rank):
-            raise CheckpointError(
-                f"Some updates are DoRA and others ({plain[0]!r}) are not, and PEFT has one use_dora for all. Save "
-                "them apart: adapter.without(...)"
-            )
+    def _check_biases(self) -> None:
+        """PEFT has no bias on B without factors."""
         owners = {bias_beside(path, self.shifts) for path in self.low_rank}
         alone = sorted(self.shifts.keys() - owners)
         if alone:
@@ -238,21 +257,9 @@ class _Writer:
         return chosen
 
 
-def _plain(update: Update) -> LowRank | None:
-    """The update as PEFT has it: plain factors, with the magnitude if it is DoRA; None if there are none."""
-    factors = update.low_rank()
-    if factors is None or not isinstance(update, Dora):
-        return factors
-    return replace(update, a=factors.a, b=factors.b, a_start=None, b_start=None)
-
-
 class _Stacked(NamedTuple):
     """A parameter that PEFT adapts by itself, and where the map has it: position of the rule, and within it."""
 
     order: tuple[int, int]
     name: str
     module: Module
-
-
-def _number(value: float) -> int | float:
-    return int(value) if float(value).is_integer() else float(value)

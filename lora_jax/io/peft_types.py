@@ -10,8 +10,13 @@ from lora_jax.errors import CheckpointError
 _FLOAT32_MAX = 3.4e38
 
 
-def check_types(where: str, config: Mapping[str, Any]) -> None:
+def check_types(where: str, config: Mapping[str, Any], *, masks: bool = False) -> None:
     """Refuse fields that are not what PEFT writes there; absent ones and null are fine.
+
+    Args:
+      where: the file, for error messages.
+      config: what it says.
+      masks: whether `rank_pattern` has lists of booleans and not ranks, as AdaLoRA has.
 
     Raises:
       CheckpointError: a field has another type, is out of range, or is no regex where one belongs.
@@ -20,7 +25,7 @@ def check_types(where: str, config: Mapping[str, Any]) -> None:
         value = config.get(field)
         if value is not None and not holds(value):
             raise CheckpointError(f"{where}: {field}={_shown(value)} must be {needs}")
-    for field, (needs, holds) in _PATTERNS.items():
+    for field, (needs, holds) in (_PATTERNS | ({"rank_pattern": _MASK} if masks else {})).items():
         for key, value in (config.get(field) or {}).items():
             if not _is_regex(f"({key})"):
                 raise CheckpointError(
@@ -82,6 +87,10 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, bool) for each in value)
+
+
 def _are_targets(value: Any) -> bool:
     return _are_names(value) or (isinstance(value, str) and _is_regex(value))
 
@@ -91,23 +100,30 @@ def _is_a(*types: type) -> Callable[[Any], bool]:
 
 
 _RANK = "a positive integer", _is_rank
+_MASK = "a list of true and false", _is_mask
 _NUMBER = "a finite number", _is_number
 _NAMES = "a list of names", _are_names
 _TARGETS = "a list of names, or one regular expression that cannot take for ever", _are_targets
 _BOOL = "true or false", _is_a(bool)
 
+_PROBABILITY = "a probability below 1", lambda value: _is_number(value) and 0 <= value < 1
+
 _PATTERNS = {"rank_pattern": _RANK, "alpha_pattern": _NUMBER}
+_BIASES = ("none", "all", "lora_only", "vera_only")
 _FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "r": _RANK,
     "lora_alpha": _NUMBER,
-    "lora_dropout": ("a probability below 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "init_r": _RANK,
+    "lora_dropout": _PROBABILITY,
+    "vera_dropout": _PROBABILITY,
+    "projection_prng_key": ("an integer", _is_a(int)),
     "rank_pattern": ("an object", _is_a(dict)),
     "alpha_pattern": ("an object", _is_a(dict)),
     "target_modules": _TARGETS,
     "exclude_modules": _TARGETS,
     "target_parameters": _NAMES,
     "modules_to_save": _NAMES,
-    "bias": ("one of none, all, lora_only", lambda value: value in ("none", "all", "lora_only")),
+    "bias": ("one of none, all, lora_only, vera_only", lambda value: value in _BIASES),
     "use_rslora": _BOOL,
     "use_dora": _BOOL,
     "fan_in_fan_out": _BOOL,

@@ -12,11 +12,11 @@ from lora_jax.errors import CheckpointError
 from lora_jax.io import columns, layouts
 from lora_jax.io.columns import Share
 from lora_jax.io.groups import ungrouped
-from lora_jax.io.join import Piece, join, stack
+from lora_jax.io.join import Joined, Piece, Stacked, join, stack
 from lora_jax.io.peft_delta import Module
 from lora_jax.io.targets import Target
 from lora_jax.io.twin import Place
-from lora_jax.methods import Dora, Shift
+from lora_jax.methods import AdaLora, Dora, Shift, Vera
 from lora_jax.paths import bias_beside
 from lora_jax.site import Site, full_site
 from lora_jax.updates import LowRank
@@ -29,13 +29,14 @@ class Found(NamedTuple):
     piece: Piece
     magnitude: Share | None
     bias: Share | None
+    outputs: Share | None
 
 
 class UpdateMaker:
-    """What the updates of one adapter are made with: the base's parameters, and the adapter's dropout."""
+    """What the updates of one adapter are made with: the base's parameters, the adapter's dropout, and VeRA's seed."""
 
-    def __init__(self, where: str, leaves: Mapping[str, Any], dropout: float):
-        self.where, self.leaves, self.dropout = where, leaves, dropout
+    def __init__(self, where: str, leaves: Mapping[str, Any], dropout: float, seed: int):
+        self.where, self.leaves, self.dropout, self.seed = where, leaves, dropout, seed
 
     def find(self, name: str, place: Place, module: Module, scale: float) -> Found | None:
         """A parameter's own of a module's factors; None if the module has nothing but zeros for it."""
@@ -43,15 +44,21 @@ class UpdateMaker:
         a, b = (array.astype(np.float32) for array in (module.a, module.b))
         a, b = ungrouped(f"{self.where}: {name}", a, b, site.groups) if site.groups > 1 else (a, b)
         a, b = layouts.unpacked(a, b, experts=experts)
-        magnitude, bias = (self._columns(name, place, each) for each in (module.magnitude, module.b_bias))
-        if magnitude is None and not target.part.span.whole:
+        values = None if module.values is None else module.values.astype(np.float32)
+        vectors = (module.magnitude, module.b_bias, module.outputs)
+        magnitude, bias, outputs = (self._columns(name, place, each) for each in vectors)
+        if magnitude is None and outputs is None and not target.part.span.whole:
             used = _used(target, b)
             if not used.any() and (bias is None or not bias.value.any()):
                 return None
             kept = used if used.any() else slice(None)
             a, b = (np.moveaxis(np.moveaxis(each, -2, 0)[kept], 0, -2) for each in (a, b))
+            values = None if values is None else values[kept]
         a, b = layouts.a_from_torch(site, a), layouts.b_from_torch(site, target.part, target.part.span.picked(b))
-        return Found(target, Piece(a, b, scale * target.part.gain, columns.where(site, target.part)), magnitude, bias)
+        # VeRA's projections stay as they are: what the parameter is multiplied by goes into the outputs' numbers.
+        scale = scale if outputs is not None else scale * target.part.gain
+        piece = Piece(a, b, scale, columns.where(site, target.part), values)
+        return Found(target, piece, magnitude, bias, outputs)
 
     def _columns(self, name: str, place: Place, vector: np.ndarray | None) -> Share | None:
         """The place's share of a vector with a number for each output."""
@@ -60,20 +67,25 @@ class UpdateMaker:
         site, target = place
         if target.parameter or vector.size != target.part.span.total:
             raise CheckpointError(
-                f"{self.where}: {name} has a vector of {vector.size} numbers for its outputs (DoRA magnitudes or "
-                f"a bias on B), which does not fit {site.path!r} with {target.part.span.total}"
+                f"{self.where}: {name} has a vector of {vector.size} numbers for its outputs (DoRA magnitudes, a bias "
+                f"on B or VeRA's), which does not fit {site.path!r} with {target.part.span.total}"
             )
         return columns.from_torch(site, target, vector)
 
-    def update(self, site: Site, found: Sequence[Found]) -> LowRank:
-        """Low-rank factors, or DoRA, of everything that was found for a parameter."""
+    def update(self, site: Site, found: Sequence[Found]) -> LowRank | Vera:
+        """Low-rank factors, or what the file's kind has instead, of everything that was found for a parameter."""
         by_index: dict[tuple[int, ...], list[Piece]] = {}
         for each in found:
             by_index.setdefault(each.target.index, []).append(each.piece)
         out, stacked = site.sizes(site.out_axes), found[0].target.parameter
         joined = {index: join(pieces, out, stacked=stacked) for index, pieces in by_index.items()}
-        a, b, scale = stack(site, joined)
-        factors = LowRank(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale), site, self.dropout)
+        whole = stack(site, joined)
+        if found[0].outputs is not None:
+            return self._vera(site, found, joined, whole)
+        a, b, scale = (jnp.asarray(each) for each in (whole.a, whole.b, whole.scale))
+        if whole.values is not None:
+            return AdaLora(a, b, scale, site, self.dropout, values=jnp.asarray(whole.values))
+        factors = LowRank(a, b, scale, site, self.dropout)
         shares = [each.magnitude for each in found if each.magnitude is not None]
         if not shares:
             return factors
@@ -95,6 +107,22 @@ class UpdateMaker:
         magnitude = np.array(update.magnitude)
         columns.fill(magnitude, site, [Share(to, value * np.float32(to.part.gain)) for to, value in shares])
         return replace(update, magnitude=jnp.asarray(magnitude))
+
+    def _vera(
+        self, site: Site, found: Sequence[Found], joined: Mapping[tuple[int, ...], Joined], whole: Stacked
+    ) -> Vera:
+        """Weights that the file leaves out have vectors of zeros."""
+        first, *others = joined.values()
+        if not all(np.array_equal(first.a, each.a) and np.array_equal(first.b, each.b) for each in others):
+            raise CheckpointError(
+                f"{self.where} adapts other parts of some layers of {site.path!r} than of others, and all layers of a "
+                "stack have the same projections here: leave the layers unstacked"
+            )
+        b = np.zeros(site.batch_shape + site.sizes(site.out_axes), np.float32)
+        shares = [each.outputs for each in found if each.outputs is not None]
+        columns.fill(b, site, [Share(to, value * np.float32(to.part.gain)) for to, value in shares])
+        d, b, scale, *pair = (jnp.asarray(each) for each in (whole.values, b, whole.scale, first.a, first.b))
+        return Vera(d, b, scale, site, self.seed, self.dropout, *pair)
 
     def shift(self, site: Site, found: Sequence[Found]) -> list[Shift]:
         """What biases on B add to the bias beside a site; where there is none, they must be zero."""

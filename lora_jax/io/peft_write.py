@@ -70,7 +70,7 @@ def _write(where: Path, arrays: dict[str, np.ndarray], text: str) -> None:
 def _tensors(files: PeftFiles) -> dict[str, np.ndarray]:
     """Arrays by key. Contiguous: safetensors 0.8.0 writes wrong values for strided ones without a word."""
     keyed = {
-        unparse(name, part, embedding=module.kind == "embedding"): array
+        unparse(name, part, module.form): array[:, None] if (module.form, part) == ("adalora", "values") else array
         for name, module in files.modules.items()
         for part, array in module.arrays().items()
     }

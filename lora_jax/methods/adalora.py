@@ -78,6 +78,8 @@ class AdaLora(LowRank):
 def trim(adapter: Adapter) -> Adapter:
     """Leave out what AdaLoRA pruned: plain low-rank factors, of the rank each site came to.
 
+    `lora_jax.peft.save` writes the result as LoRA, which more programs read than PEFT's own type for AdaLoRA.
+
     Layers and experts of a stack keep as many terms as the one that has most of them.
 
     Args:

@@ -23,7 +23,8 @@ class Vera(Update):
 
     A and B are drawn from the seed wherever they are used, so that an adapter holds two vectors per weight. Sites of
     one shape have the same, and so have the layers of a stack, and XLA draws them once. PEFT slices both out of a pair
-    of the largest sizes, which PyTorch draws, and has no scale: `alpha=rank` is its own.
+    of the largest sizes, which PyTorch draws, and has no scale: `alpha=rank` is its own. As nothing else draws what
+    PyTorch does, an adapter that is read from PEFT's file holds its A and B, one pair per site.
 
     Attributes:
       d: `[*batch, rank]`, trained, 0.1 at the start; PEFT's `vera_lambda_d`.
@@ -32,6 +33,7 @@ class Vera(Update):
       site: where the update belongs; static.
       seed: of A and B; static.
       dropout: probability of dropping an element of the input of A; static.
+      given_a, given_b: `[rank, *in]` and `[rank, *out]`, not trained: A and B, or None where the seed draws them.
 
     Example:
       >>> import lora_jax as lora
@@ -51,6 +53,8 @@ class Vera(Update):
     site: Site
     seed: int
     dropout: float = 0.0
+    given_a: Array | None = None
+    given_b: Array | None = None
     notes: ClassVar[tuple[str, ...]] = ("scale",)
 
     @classmethod
@@ -70,16 +74,19 @@ class Vera(Update):
 
     def trains(self) -> Self:
         """True on both vectors."""
-        return replace(self, d=True, b=True, scale=False)
+        return replace(jax.tree.map(lambda leaf: False, self), d=True, b=True)
 
     def axes(self) -> Self:
         """The site's axes along each array."""
-        batch = self.site.batch_axes
-        return replace(self, d=(*batch, None), b=(*batch, *self.site.out_axes), scale=batch)
+        site, batch = self.site, self.site.batch_axes
+        known: dict[str, Any] = {"d": (*batch, None), "b": (*batch, *site.out_axes), "scale": batch}
+        if self.given_a is not None:
+            known |= {"given_a": (None, *site.in_axes), "given_b": (None, *site.out_axes)}
+        return replace(self, **known)
 
     def change(self, weight: Array) -> Change:
         """The parameter plus the projections, with the vectors in B."""
-        first, second = (self._projection(i) for i in range(2))
+        first, second = self.projections()
         batch, rank = self.site.batch_shape, len(self.site.batch_axes)
         a = jnp.broadcast_to(first, (*batch, *first.shape))
         b = jnp.broadcast_to(second, (*batch, *second.shape)) * jnp.expand_dims(self.b, rank)
@@ -95,7 +102,13 @@ class Vera(Update):
         """The same vectors with `scale * factor`."""
         return replace(self, scale=self.scale * jnp.asarray(factor, self.scale.dtype))
 
-    def _projection(self, which: int) -> Array:
+    def projections(self) -> tuple[Array, Array]:
+        """A and B, `[rank, *in]` and `[rank, *out]`, which all weights of the site share."""
+        if self.given_a is None or self.given_b is None:
+            return self._drawn(0), self._drawn(1)
+        return self.given_a, self.given_b
+
+    def _drawn(self, which: int) -> Array:
         """`[rank, *in]` or `[rank, *out]`, uniform with PEFT's bounds (Kaiming's for the fan of each)."""
         site, rank = self.site, self.rank
         axes, fan = ((site.in_axes, site.fan_in), (site.out_axes, rank))[which]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -75,6 +75,8 @@ class Wrapped(nn.Module):
         return self.layer(x)
 
 
+STEPS = 5
+ADALORA = {"config": AdaLoraConfig, "total_step": STEPS}
 TOKENS = torch.tensor([[1, 7, 3, 10], [0, 2, 2, 9]])
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor], dict[str, Any]]] = {
     "linear": (Net, lambda: TOKENS, {"r": 3, "lora_alpha": 5, "target_modules": ["q", "v", "up"]}),
@@ -114,6 +116,30 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor], dict
     ),
     "dora_conv2": (lambda: Wrapped(nn.Conv2d(4, 6, (3, 2))), lambda: torch.randn(2, 4, 8, 7), {"r": 3, "use_dora": True, "target_modules": ["layer"]}),  # noqa: E501
     "lora_bias": (Net, lambda: TOKENS, {"r": 2, "lora_alpha": 6, "lora_bias": True, "target_modules": ["q", "up"]}),
+    "adalora": (Net, lambda: TOKENS, {**ADALORA, "init_r": 4, "lora_alpha": 6, "target_modules": ["q", "v", "up"]}),
+    "adalora_pruned": (
+        Net, lambda: TOKENS,
+        {**ADALORA, "init_r": 3, "target_r": 1, "lora_alpha": 9,
+         "target_modules": ["q", "v", "up"], "modules_to_save": ["head"]},
+    ),
+    "adalora_conv1d_hf": (
+        lambda: Wrapped(Conv1D(9, 5)), lambda: torch.randn(2, 5),
+        {**ADALORA, "init_r": 3, "target_r": 2, "target_modules": ["layer"], "fan_in_fan_out": True},
+    ),
+    "adalora_conv2": (lambda: Wrapped(nn.Conv2d(4, 6, (3, 2))), lambda: torch.randn(2, 4, 8, 7), {**ADALORA, "init_r": 3, "target_modules": ["layer"]}),  # noqa: E501
+    "vera": (
+        Net, lambda: TOKENS,
+        {"config": VeraConfig, "r": 4, "target_modules": ["q", "v", "up"], "projection_prng_key": 3},
+    ),
+    "vera_bias": (
+        Net, lambda: TOKENS,
+        {"config": VeraConfig, "r": 3, "target_modules": ["q", "up"], "vera_dropout": 0.25,
+         "bias": "vera_only", "modules_to_save": ["head"]},
+    ),
+    "vera_conv1d_hf": (
+        lambda: Wrapped(Conv1D(9, 5)), lambda: torch.randn(2, 5),
+        {"config": VeraConfig, "r": 3, "target_modules": ["layer"], "fan_in_fan_out": True},
+    ),
     "tokens": (Net, lambda: TOKENS, {"r": 2, "target_modules": ["q"], "trainable_token_indices": {"embed": [1, 9]}}),
 }  # fmt: skip
 
@@ -124,11 +150,17 @@ def make(name: str) -> None:
     torch.manual_seed(len(name))
     base, x = build(), example()
     state = {f"base.{key}": value.clone() for key, value in base.state_dict().items()}
-    model = get_peft_model(base, LoraConfig(**options))
+    kind = options.get("config", LoraConfig)
+    model = get_peft_model(base, kind(**{field: value for field, value in options.items() if field != "config"}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape) / 3)
+    if "target_r" in options:
+        model(x).square().sum().backward()
+        for step in range(1, STEPS + 1):
+            model.base_model.update_and_allocate(step)
+        model.zero_grad()
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
     model.eval().save_pretrained(folder)

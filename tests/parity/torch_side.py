@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 from torch import nn
 
 
-def adapted(base: nn.Module, name: str = "default", **options: Any) -> PeftModel:
+def adapted(base: nn.Module, name: str = "default", config: Any = LoraConfig, **options: Any) -> PeftModel:
     """The model with random numbers wherever PEFT trains, so that B is not zero."""
-    model = get_peft_model(base, LoraConfig(**options), adapter_name=name)
+    model = get_peft_model(base, config(**options), adapter_name=name)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 
 import numpy as np
 
@@ -130,6 +131,9 @@ class _Adapter:
         where = f"{self.files.where}: {name}"
         left, right, last = matrices(where, module, tensor.shape, self._transposed(name, module, tensor))
         part = Part(self.weight * scale, left, right)
+        if not len(module.a):
+            # AdaLoRA has pruned every term.
+            return Change()
         if module.magnitude is None:
             return Change(parts=(part,))
         if self.weight != 1:
@@ -138,7 +142,8 @@ class _Adapter:
 
     def _transposed(self, name: str, module: Module, tensor: Tensor) -> bool | None:
         """Whether a square weight has its outputs last; the shape tells of all others."""
-        if tensor.shape[-1:] != tensor.shape[-2:-1] or module.kind in ("conv", "embedding"):
+        conv = module.kind == "conv" or (module.kind == "linear" and len(tensor.shape) != 2)
+        if tensor.shape[-1:] != tensor.shape[-2:-1] or conv or module.kind == "embedding":
             return None
         if module.kind == "parameter":
             return len(tensor.shape) == 3 and self.model in _EXPERTS_IN_FIRST
@@ -159,8 +164,10 @@ class _Adapter:
         found = set()
         for name, module in self.files.modules.items():
             tensor = self.tensors.get(self.place(f"{name}.weight"))
-            shape = (len(module.b), module.a.shape[1])
-            if module.kind == "linear" and tensor and shape[0] != shape[1] and not is_head(tensor.name):
+            if module.kind != "linear" or tensor is None or len(tensor.shape) != 2 or is_head(tensor.name):
+                continue
+            shape = module.features(prod(tensor.shape))
+            if shape[0] != shape[1]:
                 found.add(tensor.shape == shape[::-1])
         return found
 
