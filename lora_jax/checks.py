@@ -50,6 +50,13 @@ def seed(field: str, value: Any) -> int:
     return _number(field, value, operator.index, lambda number: 0 <= number < 1 << 32, "an integer from 0 to 2**32 - 1")
 
 
+def sequence(field: str, value: Any) -> tuple[int, ...]:
+    """The value as numbers of tokens, in order."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ConfigError(f"{field}={value!r} must be a sequence of token numbers")
+    return tuple(_number(field, each, operator.index, lambda number: number >= 0, "token numbers") for each in value)
+
+
 def positive(field: str, value: Any) -> float:
     """The value as a positive, finite float."""
     return _number(field, value, float, lambda number: 0 < number < math.inf, "a positive number")

@@ -49,6 +49,8 @@ class LoraConfig:
       trainable_tokens: rows of look-up tables trained in full (PEFT `trainable_token_indices`): their numbers, where
         the model has one table, or `{name: numbers}`. Output heads that are tied to the table see them too.
       seed: of the frozen random projections of `method="vera"` (PEFT `projection_prng_key`).
+      invocation_tokens: of `method="alora"`: the sequence of tokens after which the adapter acts (PEFT
+        `alora_invocation_tokens`).
       param_dtype: dtype of what trains, float32 by default even under a bfloat16 model.
 
     Raises:
@@ -83,6 +85,7 @@ class LoraConfig:
     lora_bias: bool = False
     trainable_tokens: checks.Tokens = ()
     seed: int = 0
+    invocation_tokens: Collection[int] = ()
     param_dtype: Any = "float32"
 
     def __post_init__(self) -> None:
@@ -99,6 +102,7 @@ class LoraConfig:
         self._set("train", checks.names("train", self.train))
         self._set("trainable_tokens", checks.tokens("trainable_tokens", self.trainable_tokens))
         self._set("seed", checks.seed("seed", self.seed))
+        self._set("invocation_tokens", checks.sequence("invocation_tokens", self.invocation_tokens))
         self._set("param_dtype", checks.float_dtype("param_dtype", self.param_dtype))
         for switch in ("rslora", "lora_bias"):
             if not isinstance(getattr(self, switch), bool):
@@ -127,6 +131,11 @@ class LoraConfig:
 
     def _check_method(self, method: registry.Method) -> None:
         """Refuse what a method does not combine with; `docs/methods.md` has the table."""
+        if bool(self.invocation_tokens) != (self.method == "alora"):
+            raise ConfigError(
+                f'invocation_tokens={self.invocation_tokens!r} beside method={self.method!r}: method="alora" needs the '
+                "tokens after which it acts, and no other method has any"
+            )
         if not method.draws and self.init != "default":
             raise ConfigError(
                 f"method={self.method!r} has its own start, so init={self.init!r} has no effect: leave it"

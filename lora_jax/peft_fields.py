@@ -23,6 +23,7 @@ _SAME = {
     "bias": "bias",
     "lora_bias": "lora_bias",
     "trainable_token_indices": "trainable_tokens",
+    "alora_invocation_tokens": "invocation_tokens",
 }
 _INITS = {"default": True} | {name: name for name in ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")}
 # Fields that do not change the arithmetic here: bookkeeping; the layout of a kernel, which the traced program
@@ -59,7 +60,7 @@ def read(fields: Mapping[str, Any]) -> dict[str, Any]:
             "target_modules is not set, and PEFT then goes by the type of a Transformers model; name the modules"
         )
     given = {_SAME[name]: value for name, value in fields.items() if name in _SAME and not _unset(value)}
-    method = "dora" if fields.get("use_dora") else "lora"
+    method = "dora" if fields.get("use_dora") else "alora" if fields.get("alora_invocation_tokens") else "lora"
     return {"alpha": 8, "method": method, "init": _init(fields.get("init_lora_weights", True)), **given}
 
 
@@ -67,8 +68,8 @@ def write(ours: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of PEFT's `LoraConfig` for the fields of ours; see `LoraConfig.to_peft`."""
     if _numbered(ours["init"]) not in _INITS:
         raise ConfigError(f"PEFT has no init={ours['init']!r}; it has {', '.join(_INITS)}")
-    if ours["method"] not in ("lora", "dora"):
-        raise ConfigError(f"PEFT's LoraConfig has no method={ours['method']!r}; it has lora and dora")
+    if ours["method"] not in ("lora", "dora", "alora"):
+        raise ConfigError(f"PEFT's LoraConfig has no method={ours['method']!r}; it has lora, dora and alora")
     if ours["layers"] is not None and isinstance(ours["targets"], str):
         raise ConfigError('PEFT refuses layers_to_transform with "all-linear": give targets as names')
     ranks, alphas = dict(pairs(ours["rank_pattern"])), dict(pairs(ours["alpha_pattern"]))

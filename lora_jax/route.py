@@ -57,8 +57,8 @@ def route(
       >>> params = {"w": jnp.arange(12.0).reshape(4, 3)}
       >>> fn, x = lambda params, x: jnp.tanh(x @ params["w"]), jnp.ones((3, 4)) / 9
       >>> sites = lora.find_sites(fn, params, x)
-      >>> config = lora.LoraConfig(rank=2, targets="w", init="orthogonal")
-      >>> adapters = [lora.init(jax.random.key(i), config, params, sites) for i in range(2)]
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
+      >>> adapters = [jax.tree.map(lambda leaf: leaf + i, adapter) for i in (0, 1)]
       >>> routed = jax.jit(lora.route(fn))
       >>> out = routed(params, adapters, jnp.array([2, 0, 1]), x)
       >>> bool(jnp.allclose(out[0], lora.adapt(fn)(params, adapters[1], x)[0]))
@@ -74,7 +74,7 @@ def route(
 
     @wraps(fn)
     def routed(params: Any, bank: AdapterBank | Sequence[Adapter], ids: Any, *args: Any, **kwargs: Any) -> Any:
-        held = bank if isinstance(bank, AdapterBank) else AdapterBank.of(adapter_list(bank))
+        held = bank if isinstance(bank, AdapterBank) else AdapterBank.of(_runnable(bank, token_axes))
         known = jnp.asarray(ids)
         chosen, sizes = _checked(known, held.slots, token_axes is not None)
         leaves, tree = jax.tree.flatten(args)
@@ -90,6 +90,16 @@ def route(
         return _run(call, given, held, Context(Log(), routing=Routing(chosen, sizes, held.slots - 1, flow, strategy)))
 
     return routed
+
+
+def _runnable(adapters: Adapter | Sequence[Adapter], token_axes: Any) -> list[Adapter]:
+    """The adapters, none of which may need ids of tokens where there are none."""
+    given = adapter_list(adapters)
+    for slot, adapter in enumerate(given, 1):
+        waiting = next((update for update in adapter.values() if update.waits), None)
+        if token_axes is None and waiting is not None:
+            raise ParameterError(f"The adapter of slot {slot} has {waiting.waits}")
+    return given
 
 
 def _run(call: Call, given: Sequence[Any], bank: AdapterBank, ctx: Context) -> Any:

@@ -25,6 +25,12 @@ class Slots:
       b: `[*batch, slots, rank, *out]`, with every scale folded in.
       gain: `[*batch, slots, *out]` float32, what the base is multiplied by; None in a bank without gains.
       site: the parameter; static.
+
+    Example:
+      >>> site = Site(path="w", shape=(4, 3), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
+      >>> held = empty(site, 8, 2, False, jnp.float32)
+      >>> held.count, held.rank, held.a.shape
+      (8, 2, (7, 2, 4))
     """
 
     a: Any

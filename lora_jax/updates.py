@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 
+from lora_jax.errors import ParameterError
 from lora_jax.registry import register_method
 from lora_jax.site import Site
 
@@ -53,12 +54,14 @@ class Update(ABC):
       dropout: probability of dropping an element of the input of the first factor; static.
       notes: names of fields that are no parameters: scales, and what is computed from the base.
       reads_base: whether the change depends on the parameter's value, which another update must not have replaced.
+      waits: why it does not act on every input, and what makes it act, for messages; empty if it does.
     """
 
     site: Site
     dropout: float = 0.0
     notes: ClassVar[tuple[str, ...]] = ()
     reads_base: ClassVar[bool] = False
+    waits: ClassVar[str] = ""
 
     @abstractmethod
     def change(self, weight: Array) -> Change:
@@ -101,6 +104,7 @@ class Start:
       dtype: of what trains.
       key: of this site.
       seed: of frozen random numbers that are drawn again wherever they are used.
+      invocation_tokens: after which the update acts.
       factors: draws `a`, `b` from the config's initialiser, and two more or None, those to take off again.
       weight: gives the frozen parameter; raises a `ParameterError` where it has no value.
     """
@@ -112,6 +116,7 @@ class Start:
     dtype: str
     key: Array
     seed: int
+    invocation_tokens: tuple[int, ...]
     factors: Callable[[], tuple[Array, Array, Array | None, Array | None]]
     weight: Callable[[], Array]
 
@@ -267,7 +272,13 @@ def combined(weight: Array, updates: Sequence[Update]) -> tuple[Array, Array | N
 
     Returns:
       The base, the gain on it (None for one), and the change that each update makes.
+
+    Raises:
+      ParameterError: an update does not act on every input, so that no parameter can express it.
     """
+    for update in updates:
+        if update.waits:
+            raise ParameterError(f"{update.site.path} has {update.waits}")
     changes: dict[int, Change] = {}
     for i, update in sorted(enumerate(updates), key=lambda item: not isinstance(item[1], Replace)):
         changes[i] = update.change(weight)

@@ -23,9 +23,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors", "site"],
     ["paths", "checks", "registry", "peft_fields", "config", "selection"],
-    ["updates", "adapter", "fit", "svd", "methods"],
+    ["updates", "adapter", "fit", "svd", "methods", "slots", "bank"],
     ["engine"],
-    ["apply", "sites", "capture"],
+    ["apply", "sites", "capture", "route"],
     ["init", "merge", "merge_report", "optim", "summary", "sharding", "io", "nnx"],
     ["models", "train"],
     ["cli", "__main__"],

@@ -109,7 +109,8 @@ def _start(
 
     given = Start(
         site=site, rank=rank, scale=scale, dropout=config.dropout, dtype=config.param_dtype,
-        key=jax.random.fold_in(key, name), seed=config.seed, factors=factors, weight=weight,
+        key=jax.random.fold_in(key, name), seed=config.seed,
+        invocation_tokens=tuple(config.invocation_tokens), factors=factors, weight=weight,
     )  # fmt: skip
     try:
         return METHODS.find(config.method).update.start(given)

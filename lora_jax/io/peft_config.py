@@ -15,6 +15,7 @@ _DEFAULTS = {"lora_alpha": 8, "init_r": 12, "use_rslora": False, "fan_in_fan_out
 
 # Fields that the arrays do not depend on: bookkeeping, training, and how the modules were chosen.
 _NEUTRAL = {
+    "alora_invocation_tokens",
     "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
@@ -51,7 +52,6 @@ _NEUTRAL = {
 }
 
 _VARIANTS = {
-    "alora_invocation_tokens": "Activated LoRA acts only after its invocation tokens, which no weight can express",
     "arrow_config": "Arrow routes every token to other adapters, which no weight can express",
     "kasa_config": "KaSA truncates the base's weights and has a diagonal between the factors",
     "layer_replication": "the model repeats layers that share weights, and each repetition has factors of its own",
@@ -93,6 +93,10 @@ def check(where: str, config: Mapping[str, Any]) -> None:
             f"{where}: {', '.join(f'{field}={config[field]!r}' for field in unknown)} is nothing this version knows, "
             "and it may change what the arrays mean. Remove the field if you know that it does not."
         )
+    if config.get("alora_invocation_tokens") and (
+        kind is not LORA or config.get("use_dora") or config.get("lora_bias")
+    ):
+        raise CheckpointError(f"{where}: alora_invocation_tokens go with plain LoRA only, without DoRA and biases on B")
     _check_init(where, config.get("init_lora_weights", True))
     check_types(where, config, masks=kind is ADALORA)
     if kind is ADALORA:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lora_jax.adapter import Adapter
 from lora_jax.errors import CheckpointError
 from lora_jax.io.peft_kinds import ADALORA, LORA, VERA, Kind
-from lora_jax.methods import AdaLora, Dora, Shift, Vera
+from lora_jax.methods import AdaLora, ALora, Dora, Shift, Vera
 from lora_jax.updates import Array, LowRank, Replace, Update, times
 
 
@@ -39,7 +39,7 @@ def exported(update: Update, kind: Kind) -> Exported | None:
     if kind is VERA and isinstance(update, Vera):
         return _vera(update)
     factors = update.low_rank()
-    if factors is None or not isinstance(update, Dora):
+    if factors is None or not isinstance(update, (Dora, ALora)):
         return None if factors is None else Exported(factors)
     return Exported(replace(update, a=factors.a, b=factors.b, a_start=None, b_start=None))
 
@@ -53,23 +53,32 @@ def _vera(update: Vera) -> Exported:
 
 
 def check_alike(adapter: Adapter, low_rank: Mapping[str, LowRank], kind: Kind) -> None:
-    """Refuse updates that are not for one file: its kind is one for all, and so is DoRA's switch.
+    """Refuse updates that are not for one file: its kind is one for all, and so are the switches of DoRA and aLoRA.
 
     Raises:
       CheckpointError: updates are of several methods, or AdaLoRA is where PEFT has none.
     """
-    method, name = (AdaLora, "AdaLoRA") if kind is ADALORA else (Dora, "DoRA")
-    plain = [path for path, update in low_rank.items() if not isinstance(update, method)]
-    if plain and len(plain) < len(low_rank) and kind is not VERA:
-        hint = " To have plain factors everywhere: lora.methods.trim(adapter)." if kind is ADALORA else ""
-        raise CheckpointError(
-            f"Some updates are {name} and others ({plain[0]!r}) are not, and PEFT has one switch for all. Save them "
-            f"apart: adapter.without(...).{hint}"
-        )
+    switches = {ADALORA: {AdaLora: "AdaLoRA"}, LORA: {Dora: "DoRA", ALora: "aLoRA"}, VERA: {}}[kind]
+    for method, name in switches.items():
+        plain = [path for path, update in low_rank.items() if not isinstance(update, method)]
+        if plain and len(plain) < len(low_rank):
+            hint = " To have plain factors everywhere: lora.methods.trim(adapter)." if kind is ADALORA else ""
+            raise CheckpointError(
+                f"Some updates are {name} and others ({plain[0]!r}) are not, and PEFT has one switch for all. Save "
+                f"them apart: adapter.without(...).{hint}"
+            )
+    if len(sequences := {update.invocation_tokens for update in low_rank.values() if isinstance(update, ALora)}) > 1:
+        raise CheckpointError(f"Updates have different invocation tokens, {sorted(sequences)}: save them apart")
     for path, update in adapter.items() if kind is ADALORA else ():
         reason = _not_in_adalora(update)
         if reason is not None:
             raise no_adalora(path, reason)
+
+
+def invocation(low_rank: Mapping[str, LowRank]) -> list[int] | None:
+    """The sequence after which the factors act, or None if they always do."""
+    found = (list(update.invocation_tokens) for update in low_rank.values() if isinstance(update, ALora))
+    return next(found, None)
 
 
 def _not_in_adalora(update: Update) -> str | None:

@@ -104,6 +104,8 @@ class PeftFiles:
           (9, 4)
         """
         found = self.modules[module]
+        if self.config.get("alora_invocation_tokens"):
+            raise CheckpointError(f"{self.where}: aLoRA acts only after its invocation tokens, as no delta can")
         if found.magnitude is not None:
             raise CheckpointError(
                 f"{self.where}: {module} uses DoRA, which rescales the weight itself, so it has no delta to add. "

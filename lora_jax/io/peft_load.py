@@ -22,9 +22,9 @@ from lora_jax.io.peft_read import read_peft
 from lora_jax.io.peft_update import Found, UpdateMaker
 from lora_jax.io.peft_whole import WholeReader
 from lora_jax.io.twin import Place, Twin, is_tied, twin
+from lora_jax.methods import ALora
 from lora_jax.paths import named_leaves
 from lora_jax.site import Sites
-from lora_jax.updates import Update
 
 
 class Unmatched(NamedTuple):
@@ -87,11 +87,12 @@ def load(
       strict: raise if anything is left over. If False, return what was left out instead.
 
     Returns:
-      The adapter: a `LowRank` per adapted parameter (`Dora` where the file has magnitudes, `AdaLora` or `Vera` if its
-      `peft_type` says so), a `Shift` for each bias on B, a `Replace` per parameter stored whole and `Rows` for trained
-      tokens; without `strict` also an `Unmatched`. Layers of a stack that the file leaves out, or that have lower
-      ranks, are padded with zeros, which changes nothing. Of a module that PyTorch fuses, each parameter has a copy of
-      A and its outputs of B, without the terms that are zero for it and not for others.
+      The adapter: a `LowRank` per adapted parameter (`Dora` where the file has magnitudes, `ALora` where it has
+      invocation tokens, `AdaLora` or `Vera` if its `peft_type` says so), a `Shift` for each bias on B, a `Replace` per
+      parameter stored whole and `Rows` for trained tokens; without `strict` also an `Unmatched`. Layers of a stack that
+      the file leaves out, or that have lower ranks, are padded with zeros, which changes nothing. Of a module that
+      PyTorch fuses, each parameter has a copy of A and its outputs of B, without the terms that are zero for it and not
+      for others.
 
     Raises:
       CheckpointError: the file is damaged, does not fit the model, or holds what cannot be represented.
@@ -145,8 +146,10 @@ class _Reader:
                 each = self.maker.find(name, place, module, scale)
                 found.setdefault(place.site.path, []).extend([] if each is None else [each])
         found = {path: each for path, each in found.items() if each}
-        updates: dict[str, Update] = {path: self.maker.update(self.sites[path], each) for path, each in found.items()}
+        updates: dict[str, Any] = {path: self.maker.update(self.sites[path], each) for path, each in found.items()}
         shifts = [shift for path, each in found.items() for shift in self.maker.shift(self.sites[path], each)]
+        if sequence := self.files.config.get("alora_invocation_tokens"):
+            updates = {path: ALora.after(update, sequence) for path, update in updates.items()}
         updates |= {shift.site.path: shift for shift in shifts}
         whole = WholeReader(self.files, self.leaves, self.sites, self.names, self.twin)
         updates |= whole.updates(updates.keys())

@@ -14,7 +14,7 @@ from lora_jax.fit import fit
 from lora_jax.io.known_names import find_names
 from lora_jax.io.names import Names
 from lora_jax.io.peft_delta import Module
-from lora_jax.io.peft_export import check_alike, exported, kinds_for, no_adalora
+from lora_jax.io.peft_export import check_alike, exported, invocation, kinds_for, no_adalora
 from lora_jax.io.peft_files import PeftFiles
 from lora_jax.io.peft_kinds import ADALORA, LORA, VERA, Kind
 from lora_jax.io.peft_match import shortest, targets
@@ -217,6 +217,7 @@ class _Writer:
             "use_rslora": False,
             "use_dora": any(isinstance(update, Dora) for update in self.low_rank.values()),
             "lora_bias": bool(self.shifts),
+            "alora_invocation_tokens": invocation(self.low_rank),
             "trainable_token_indices": self.whole.tokens or None,
             "ensure_weight_tying": self.ties or self.whole.ties,
         }

@@ -91,6 +91,10 @@ def _is_mask(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(each, bool) for each in value)
 
 
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, int) and not isinstance(each, bool) for each in value)
+
+
 def _are_targets(value: Any) -> bool:
     return _are_names(value) or (isinstance(value, str) and _is_regex(value))
 
@@ -129,4 +133,5 @@ _FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "fan_in_fan_out": _BOOL,
     "lora_bias": _BOOL,
     "ensure_weight_tying": _BOOL,
+    "alora_invocation_tokens": ("a list of token numbers", _are_tokens),
 }

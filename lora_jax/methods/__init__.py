@@ -1,6 +1,7 @@
 """One module per variant of LoRA: what an adapter holds at a parameter, and what that makes of the parameter."""
 
 from lora_jax.methods.adalora import AdaLora, trim
+from lora_jax.methods.alora import ALora, invoked
 from lora_jax.methods.dora import Dora, Gained, precompute
 from lora_jax.methods.lora_fa import FrozenA
 from lora_jax.methods.lora_xs import LoraXS
@@ -11,6 +12,6 @@ from lora_jax.registry import method_names as names
 from lora_jax.registry import register_method
 
 __all__ = [
-    "AdaLora", "Dora", "FrozenA", "Gained", "LoraXS", "Rows", "Shift", "Vera", "names", "precompute", "register_method",
-    "trim",
+    "ALora", "AdaLora", "Dora", "FrozenA", "Gained", "LoraXS", "Rows", "Shift", "Vera", "invoked", "names",
+    "precompute", "register_method", "trim",
 ]  # fmt: skip

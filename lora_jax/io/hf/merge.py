@@ -138,6 +138,8 @@ def _read(path: str | PathLike[str]) -> PeftFiles:
             f"{files.where} has no {ADAPTER_CONFIG} beside it, so what its update is multiplied by is unknown. Copy "
             "the whole directory of the adapter."
         )
+    if files.config.get("alora_invocation_tokens"):
+        raise CheckpointError(f"{files.where} is aLoRA: it acts only after its invocation tokens, as no weight can")
     return files
 
 
