@@ -25,6 +25,11 @@ from lora_jax.apply import adapt as adapt
 from lora_jax.capture import Captured as Captured
 from lora_jax.capture import capture as capture
 from lora_jax.capture import redistribute as redistribute
+
+# Several adapters as one.
+from lora_jax.compose import canonical as canonical
+from lora_jax.compose import compose as compose
+from lora_jax.compose import compose_report as compose_report
 from lora_jax.config import LoraConfig as LoraConfig
 
 # Errors.

@@ -26,7 +26,7 @@ LAYERS = [
     ["updates", "adapter", "fit", "svd", "methods"],
     ["engine"],
     ["apply", "sites", "capture"],
-    ["init", "merge", "merge_report", "optim", "summary", "sharding", "io", "nnx"],
+    ["init", "merge", "merge_report", "compose", "optim", "summary", "sharding", "io", "nnx"],
     ["models", "train"],
     ["cli", "__main__"],
 ]
