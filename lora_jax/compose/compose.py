@@ -132,7 +132,7 @@ def composed(
     """What `compose` makes, by path, with what it is made of."""
     given = adapter_list(adapters)
     options = checked(method, rank, density, majority_sign, key)
-    counted = weighed(given, weights, METHODS.find(method))
+    counted = weighed(len(given), weights, METHODS.find(method))
     leaves = {} if params is None else named_leaves(params)[0]
     for adapter in given if leaves else ():
         fit(adapter, leaves)

@@ -93,7 +93,7 @@ def merged(tensors: Sequence[Array], weights: Array, rule: Rule, options: Option
 def majority(stacked: Array, how: str) -> Array:
     """Which entries of `[tensors, ...]` have the sign of the sum (`total`), or of most tensors (`frequency`)."""
     signs = jnp.sign(stacked)
-    elected = (stacked if how == "total" else signs).sum(0)
+    elected = (stacked if how == "total" else signs).sum(0, keepdims=True)
     return signs == jnp.where(elected >= 0, 1, -1)
 
 

@@ -1,7 +1,9 @@
 """What a composition keeps and loses at every parameter."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from lora_jax.adapter import Adapter
 from lora_jax.compose.compose import Composed, composed, plain_factors
 from lora_jax.compose.fuse import stacked
 from lora_jax.compose.terms import Part, joined, triplets
+from lora_jax.errors import listed
 from lora_jax.site import render
 from lora_jax.updates import Array
 
@@ -57,6 +60,19 @@ class ComposeReport:
         """The row that lost most of its energy; None if nothing has factors."""
         known = [row for row in self.rows if row.lost is not None]
         return max(known, key=lambda row: row.lost or 0.0, default=None)
+
+    def summary(self) -> Table:
+        """A shorter table: parameters whose paths differ in numbers only, such as those of all layers, in one line."""
+        groups: dict[str, list[ComposeRow]] = {}
+        for row in self.rows:
+            groups.setdefault(re.sub(r"\d+", "*", row.path), []).append(row)
+        table = Table("path", "update", "parameters", "ranks", "rank", "energy lost", "at most", "off the sum")
+        table.columns[0].overflow = "fold"
+        for column in table.columns[2:]:
+            column.justify = "right"
+        for pattern, rows in groups.items():
+            table.add_row(Text(pattern), rows[0].update, str(len(rows)), *_averages(rows))
+        return table
 
     def __rich__(self) -> Table:
         table = Table("path", "update", "ranks", "rank", "|Δ|", "energy lost", "off the sum")
@@ -139,6 +155,16 @@ def _sizes(new: Part, parts: tuple[Part, ...]) -> tuple[Array, ...]:
         return tuple(jnp.sum(jnp.square(triplets(*joined(each)).values)) for each in ([new], parts, [new, *gone]))
 
     return jax.vmap(one)(new, parts)
+
+
+def _averages(rows: Sequence[ComposeRow]) -> list[str]:
+    known = [row for row in rows if row.ranks is not None]
+    if not known:
+        return [""] * 5
+    ranks = sorted({" + ".join(map(str, row.ranks or ())) for row in known})
+    lost, off = ([getattr(row, name) or 0.0 for row in known] for name in ("lost", "deviation"))
+    sizes = "/".join(sorted({str(row.rank) for row in known}))
+    return [listed(ranks, "/", 2), sizes, f"{mean(lost):.2%}", f"{max(lost):.2%}", f"{mean(off):.2e}"]
 
 
 def _numbers(row: ComposeRow) -> list[str]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax.adapter import Adapter
 from lora_jax.compose.methods import METHODS, Method
 from lora_jax.compose.terms import Options
 from lora_jax.errors import ConfigError
@@ -42,24 +41,24 @@ def checked(
     return Options(rank, 1.0 if density is None else float(density), majority_sign or "total")
 
 
-def weighed(adapters: Sequence[Adapter], weights: Any, method: Method) -> list[tuple[Array, float | None]]:
+def weighed(count: int, weights: Any, method: Method) -> list[tuple[Array, float | None]]:
     """A weight for every adapter, as an array and as the number that it is, if that is known.
 
     Raises:
       ConfigError: they are not one for each, or not what the method needs.
     """
-    if not adapters:
+    if not count:
         raise ConfigError("There is nothing to compose: pass at least one adapter")
-    default = 1 / len(adapters) if method.shared else 1.0
-    given = [default] * len(adapters) if weights is None else list(weights)
-    if len(given) != len(adapters):
-        raise ConfigError(f"{len(given)} weights were given for {len(adapters)} adapters: pass one for each")
+    default = 1 / count if method.shared else 1.0
+    given = [default] * count if weights is None else list(weights)
+    if len(given) != count:
+        raise ConfigError(f"{len(given)} weights were given for {count} adapters: pass one for each")
     known = [None if is_traced(weight) else float(weight) for weight in given]
     numbers = [number for number in known if number is not None]
     if not all(map(math.isfinite, numbers)):
         raise ConfigError(f"weights={numbers} must be finite")
     if method.shared:
-        _check_two(len(adapters), numbers)
+        _check_two(count, numbers)
     return [(jnp.asarray(weight, jnp.float32), number) for weight, number in zip(given, known, strict=True)]
 
 
