@@ -1,12 +1,12 @@
-"""What composing adapters costs: a singular value decomposition of the factors beside one of the whole update, and PEFT.
+"""What composing adapters costs: a decomposition of the factors, beside one of the whole update, and beside PEFT.
 
 Run from the root of the repository: `python -m benchmarks.compose`. PEFT is compared with if torch and peft are
 installed. Errors are norms of the difference to the product in float64, over the norm of that.
 """
 
 import argparse
-import importlib.util
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -52,7 +52,6 @@ def peft_composition(given: list[lora.Adapter], rank: int) -> Callable[[], Any]:
     import peft
     import torch
 
-    torch.set_num_threads(jax.local_device_count() and len_cores())
     layers, _, width = given[0]["w"].a.shape
     base = torch.nn.Sequential(*[torch.nn.Linear(width, width, bias=False) for _ in range(layers)])
     own = given[0]["w"].a.shape[1]
@@ -78,11 +77,6 @@ def peft_composition(given: list[lora.Adapter], rank: int) -> Callable[[], Any]:
         return model.base_model.model[0].get_delta_weight("made").detach().numpy()
 
     return run
-
-
-def len_cores() -> int:
-    """Cores that this process may use."""
-    return int(machine()["cores"])
 
 
 def best(given: list[lora.Adapter], rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +126,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     given = parser.parse_args()
-    peft = importlib.util.find_spec("peft") is not None and importlib.util.find_spec("torch") is not None
+    peft = find_spec("peft") is not None and find_spec("torch") is not None
     report = Report(machine())
     rows = [
         row

@@ -5,10 +5,9 @@ from dataclasses import replace
 import jax.numpy as jnp
 
 from lora_jax.adapter import Adapter
-from lora_jax.compose.compose import plain_factors
-from lora_jax.compose.fuse import decomposed, placed, stacked
+from lora_jax.compose.fuse import decomposed, has_factors
 from lora_jax.methods import AdaLora, Dora, Gained
-from lora_jax.updates import Update
+from lora_jax.updates import Update, over
 
 
 def canonical(adapter: Adapter) -> Adapter:
@@ -40,13 +39,11 @@ def canonical(adapter: Adapter) -> Adapter:
 
 
 def _canonical(update: Update) -> Update:
-    if isinstance(update, Gained) or update.low_rank() is None:
+    if isinstance(update, Gained) or not has_factors(update):
         return update
-    factors = plain_factors(update)
-    part = stacked(factors, jnp.ones(()))
-    found, site = decomposed(part.a, part.scale[:, None, None] * part.b), update.site
+    found, site = decomposed(update), update.site
+    one = jnp.ones(site.batch_shape, jnp.float32)
     if isinstance(update, Dora):
-        fields = placed(site, found.left, found.values[..., None] * found.right)
-        return replace(update, **fields, a_start=None, b_start=None)
-    values = found.values.reshape(*site.batch_shape, -1)
-    return AdaLora(**placed(site, found.left, found.right), dropout=factors.dropout, values=values)
+        b = found.right * over(found.values, found.right)
+        return replace(update, a=found.left, b=b, scale=one, a_start=None, b_start=None)
+    return AdaLora(found.left, found.right, one, site, update.dropout, values=found.values)

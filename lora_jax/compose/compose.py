@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapter import Adapter
 from lora_jax.compose import whole
-from lora_jax.compose.fuse import fused, placed, stacked
+from lora_jax.compose.fuse import fused, has_factors
 from lora_jax.compose.methods import METHODS
 from lora_jax.compose.settings import checked, weighed
 from lora_jax.compose.terms import Fused, Options
@@ -18,6 +18,7 @@ from lora_jax.errors import ConfigError, ParameterError
 from lora_jax.fit import adapter_list, fit
 from lora_jax.methods import Dora, Gained, Rows, Shift
 from lora_jax.paths import named_leaves
+from lora_jax.site import Site
 from lora_jax.updates import Array, LowRank, Replace, Update, times, widened
 
 
@@ -27,7 +28,7 @@ class Composed(NamedTuple):
     Attributes:
       update: what the new adapter holds.
       given: the updates it is made of, with their weights.
-      fused: the factors as stacks, and the energy that was lost; None where there are no factors.
+      fused: its factors, and the energy that was lost; None where there are no factors.
     """
 
     update: Update
@@ -169,55 +170,51 @@ class _Composer:
         makers = {Shift: whole.shift, Replace: whole.replace, Rows: whole.rows}
         return Composed(makers[kind](path, held, blend), held, None)
 
-    def _fused(self, path: str, factors: Sequence[LowRank], weights: Sequence[Array], key: Array | None) -> Fused:
-        parts = [stacked(each, weight) for each, weight in zip(factors, weights, strict=True)]
+    def _fused(self, path: str, held: Sequence[Weighted], key: Array | None) -> Fused:
         try:
-            return fused(self.name, self.options, tuple(parts), key)
+            return fused(self.name, self.options, [each.update for each in held], [effect(each) for each in held], key)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
     def _factors(self, path: str, held: Sequence[Weighted], blend: Blend) -> Composed:
-        factors = [plain_factors(each.update) for each in held]
-        found = self._fused(path, factors, [each.weight for each in held], blend.key)
-        fields = placed(factors[0].site, found.a, found.b)
+        found, site = self._fused(path, held, blend.key), held[0].update.site
         gains = [each.update.gain - 1 for each in held if isinstance(each.update, Gained)]
         if not gains:
-            return Composed(LowRank(**fields, dropout=self.dropout), held, found)
+            return Composed(LowRank(found.a, found.b, _ones(site), site, self.dropout), held, found)
         none = jnp.zeros_like(gains[0])
         given = [each.update.gain - 1 if isinstance(each.update, Gained) else none for each in held]
-        gain = 1 + blend.changes(given, held, fields["site"].batch_shape)
-        return Composed(Gained(fields["a"], fields["b"], gain, fields["site"], self.dropout), held, found)
+        gain = 1 + blend.changes(given, held, site.batch_shape)
+        return Composed(Gained(found.a, found.b, gain, site, self.dropout), held, found)
 
     def _dora(self, path: str, held: Sequence[Weighted], blend: Blend) -> Composed:
         """Factors and magnitudes, each by their own differences: with weights of zero, the base."""
         updates: list[Dora] = [each.update for each in held]
-        strengths = [each.weight * update.strength for each, update in zip(held, updates, strict=True)]
-        factors = [plain_factors(update) for update in updates]
-        found = self._fused(path, factors, strengths, blend.key)
-        size = jnp.sqrt(updates[0].base_squares)
+        found, site = self._fused(path, held, blend.key), updates[0].site
+        squares = updates[0].base_squares
+        size = jnp.sqrt(squares)
         given = [times(update.strength, widened(update.magnitude) - size) for update in updates]
-        fields = placed(updates[0].site, found.a, found.b)
+        magnitude = size + blend.changes(given, held, site.batch_shape)
         new = Dora(
-            **fields, dropout=self.dropout, magnitude=size + blend.changes(given, held, updates[0].site.batch_shape),
-            base_squares=updates[0].base_squares, strength=jnp.ones_like(fields["scale"]),
+            found.a, found.b, _ones(site), site, self.dropout,
+            magnitude=magnitude, base_squares=squares, strength=_ones(site),
         )  # fmt: skip
         return Composed(new, held, found)
 
 
-def plain_factors(update: Update) -> LowRank:
-    """The factors of an update that has some: of DoRA those inside of its norm."""
-    if isinstance(update, Gained):
-        return LowRank(update.a, update.b, jnp.ones(update.site.batch_shape, jnp.float32), update.site, update.dropout)
-    factors = update.low_rank()
-    assert factors is not None
-    return factors
+def effect(held: Weighted) -> Array:
+    """The weight of an update's factors: of DoRA times its strength, which is what `lora_jax.scale` multiplies."""
+    return held.weight * held.update.strength if isinstance(held.update, Dora) else held.weight
+
+
+def _ones(site: Site) -> Array:
+    return jnp.ones(site.batch_shape, jnp.float32)
 
 
 def _kind(path: str, update: Update) -> type[Update]:
     for kind in (Dora, Gained, Shift, Replace, Rows):
         if isinstance(update, kind):
             return kind
-    if update.low_rank() is None:
+    if not has_factors(update):
         raise ParameterError(
             f"{path!r} has a {type(update).__name__}, which has no low-rank factors to compose. Leave it out with "
             f"adapter.without({path!r}), or give the class a low_rank()."

@@ -7,17 +7,15 @@ from statistics import mean
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.table import Table
 from rich.text import Text
 
 from lora_jax.adapter import Adapter
-from lora_jax.compose.compose import Composed, composed, plain_factors
-from lora_jax.compose.fuse import stacked
-from lora_jax.compose.terms import Part, joined, triplets
+from lora_jax.compose.compose import Composed, composed, effect
+from lora_jax.compose.fuse import plain_factors, sizes
 from lora_jax.errors import listed
 from lora_jax.site import render
-from lora_jax.updates import Array
+from lora_jax.updates import Array, Update
 
 
 @dataclass(frozen=True)
@@ -131,30 +129,17 @@ def _row(path: str, made: Composed) -> ComposeRow:
     kind = type(made.update).__name__
     if made.fused is None:
         return ComposeRow(path, kind)
-    factors = [plain_factors(each.update) for each in made.given]
-    strengths = [each.weight * getattr(each.update, "strength", 1.0) for each in made.given]
-    parts = [stacked(each, weight) for each, weight in zip(factors, strengths, strict=True)]
-    new = stacked(plain_factors(made.update), jnp.ones(()))
-    whole, lost = (float(each.sum()) for each in (made.fused.whole, made.fused.lost))
-    norm, total, off = (float(jnp.sqrt(each.sum())) for each in _sizes(new, tuple(parts)))
+    updates = [each.update for each in made.given]
+    norm, total, off = map(float, sizes(made.update, updates, [effect(each) for each in made.given]))
+    whole, lost = float(made.fused.whole), float(made.fused.lost)
     return ComposeRow(
-        path, kind, tuple(part.a.shape[1] for part in parts), new.a.shape[1], norm,
+        path, kind, tuple(_rank(update) for update in updates), _rank(made.update), norm,
         lost / whole if whole else 0.0, off / total if total else 0.0,
     )  # fmt: skip
 
 
-@jax.jit
-def _sizes(new: Part, parts: tuple[Part, ...]) -> tuple[Array, ...]:
-    """Squared norms, over a stack, of what was made, of the weighted sum, and of their difference.
-
-    From singular values: in Gram matrices a small difference of large products would be rounded away.
-    """
-
-    def one(new: Part, parts: tuple[Part, ...]) -> tuple[Array, ...]:
-        gone = [part._replace(weight=-part.weight) for part in parts]
-        return tuple(jnp.sum(jnp.square(triplets(*joined(each)).values)) for each in ([new], parts, [new, *gone]))
-
-    return jax.vmap(one)(new, parts)
+def _rank(update: Update) -> int:
+    return jax.eval_shape(plain_factors, update).rank
 
 
 def _averages(rows: Sequence[ComposeRow]) -> list[str]:
@@ -163,8 +148,8 @@ def _averages(rows: Sequence[ComposeRow]) -> list[str]:
         return [""] * 5
     ranks = sorted({" + ".join(map(str, row.ranks or ())) for row in known})
     lost, off = ([getattr(row, name) or 0.0 for row in known] for name in ("lost", "deviation"))
-    sizes = "/".join(sorted({str(row.rank) for row in known}))
-    return [listed(ranks, "/", 2), sizes, f"{mean(lost):.2%}", f"{max(lost):.2%}", f"{mean(off):.2e}"]
+    rank = "/".join(sorted({str(row.rank) for row in known}))
+    return [listed(ranks, "/", 2), rank, f"{mean(lost):.2%}", f"{max(lost):.2%}", f"{mean(off):.2e}"]
 
 
 def _numbers(row: ComposeRow) -> list[str]:

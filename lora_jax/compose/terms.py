@@ -42,7 +42,7 @@ class Fused(NamedTuple):
 
     Attributes:
       a: `[rank, fan_in]`.
-      b: `[rank, fan_out]`, with every scale and weight in it.
+      b: `[rank, fan_out]`, with every scale and weight in it (of whole sites both are in the site's layout).
       whole: squared Frobenius norm of what was to be represented.
       lost: squared norm of what is missing of it.
     """
