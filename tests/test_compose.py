@@ -11,6 +11,7 @@ import pytest
 from helpers import assert_close, assert_same, merged, random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax as lora
 from lora_jax.compose.elementwise import kept, majority
@@ -218,6 +219,27 @@ def test_the_sum_is_what_the_model_with_both_computes() -> None:
     adapters = made(sites=list(lora.find_sites(fn, params, x).values()))
     adapted = lora.adapt(fn)
     assert_close(adapted(params, lora.compose(adapters), x), adapted(params, tuple(adapters), x))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_factors(kind: AxisType) -> None:
+    site = Site(path="w", shape=(3, 16, 8), dtype="float32", kind="dense", in_axes=(1,), out_axes=(2,), batch_axes=(0,))
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+    adapters = [random_adapter([site], seed, 2 + seed) for seed in range(2)]
+
+    def spread(adapter: lora.Adapter) -> lora.Adapter:
+        update, place = (
+            adapter["w"],
+            lambda leaf, *axes: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*axes))),
+        )
+        a, b = place(update.a, None, None, "x"), place(update.b, None, None, ("x", "y"))
+        return lora.Adapter({"w": replace(update, a=a, b=b, scale=place(update.scale))})
+
+    sharded = [spread(adapter) for adapter in adapters]
+    for method in ("cat", "svd", "ties"):
+        on_one = jax.device_put(compose(sharded, method), jax.devices()[0])
+        near(delta(on_one, "w"), delta(compose(adapters, method), "w"), 1e-5)
+    near(lora.canonical(sharded[0])["w"].values, lora.canonical(adapters[0])["w"].values, 1e-5)
 
 
 # The defects of PEFT's add_weighted_adapter, one by one.

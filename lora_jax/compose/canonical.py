@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 
 from lora_jax.adapter import Adapter
-from lora_jax.compose.fuse import decomposed, has_factors
+from lora_jax.compose.fuse import decomposed, gathered, has_factors
 from lora_jax.methods import AdaLora, Dora, Gained
 from lora_jax.updates import Update, over
 
@@ -35,7 +35,7 @@ def canonical(adapter: Adapter) -> Adapter:
       >>> bool(jnp.allclose(update.delta(), adapter["w"].delta(), atol=1e-5))
       True
     """
-    return Adapter({path: _canonical(update) for path, update in adapter.items()})
+    return Adapter({path: _canonical(update) for path, update in gathered(adapter).items()})
 
 
 def _canonical(update: Update) -> Update:

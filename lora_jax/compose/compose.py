@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapter import Adapter
 from lora_jax.compose import whole
-from lora_jax.compose.fuse import fused, has_factors
+from lora_jax.compose.fuse import fused, gathered, has_factors
 from lora_jax.compose.methods import METHODS
 from lora_jax.compose.settings import checked, weighed
 from lora_jax.compose.terms import Fused, Options
@@ -90,7 +90,7 @@ def compose(
 
     Returns:
       A new adapter with factors in float32 and scales of one. Its dropout rate is that of all given factors, or zero if
-      they differ.
+      they differ. On a mesh with explicit axes it is whole on every device.
 
     Raises:
       ConfigError: the method, its settings or the weights cannot be used.
@@ -140,7 +140,7 @@ def composed(
     composer = _Composer(method, options, leaves, _dropout(given))
     found: dict[str, list[Weighted]] = {}
     for adapter, (weight, known) in zip(given, counted, strict=True):
-        for path, update in adapter.items():
+        for path, update in gathered(adapter).items():
             found.setdefault(path, []).append(Weighted(update, weight, known))
     return {
         path: composer.compose(path, held, None if key is None else jax.random.fold_in(key, crc32(path.encode())))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax.compose.methods import METHODS
 from lora_jax.compose.terms import Fused, Options, Part, joined, triplets
@@ -15,6 +16,17 @@ from lora_jax.methods import Gained
 from lora_jax.site import Site
 from lora_jax.svd import Triplets
 from lora_jax.updates import Array, LowRank, Update, widened
+
+
+def gathered(tree: Any) -> Any:
+    """Arrays on a mesh with explicit axes, whole on every device of it; decompositions are not spread over devices."""
+
+    def whole(leaf: Any) -> Any:
+        mesh = jax.typeof(leaf).sharding.mesh
+        explicit = AxisType.Explicit in mesh.axis_types
+        return jax.sharding.reshard(leaf, NamedSharding(mesh, PartitionSpec())) if explicit else leaf
+
+    return jax.tree.map(whole, tree)
 
 
 def fused(name: str, options: Options, updates: Sequence[Any], weights: Sequence[Array], key: Array | None) -> Fused:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lora_jax.compose.fuse import gathered
 from lora_jax.compose.methods import Method
 from lora_jax.compose.terms import Options
 from lora_jax.errors import ParameterError
@@ -69,7 +70,7 @@ def shift(path: str, held: Sequence[Weighted], blend: Blend) -> Shift:
 
 def replace(path: str, held: Sequence[Weighted], blend: Blend) -> Replace:
     """Parameters trained in full, composed: by their differences to the base's, or by shares of one."""
-    base = widened(blend.base[path]) if path in blend.base else None
+    base = gathered(widened(blend.base[path])) if path in blend.base else None
     given = [widened(each.update.value) for each in held]
     return Replace(blend.values(path, given, held, base), held[0].update.site)
 
@@ -80,7 +81,7 @@ def rows(path: str, held: Sequence[Weighted], blend: Blend) -> Rows:
     trained = [each.update.rows for each in held]
     numbers = tuple(sorted(set().union(*trained)))
     if path in blend.base:
-        base = widened(rows_of(site, blend.base[path], numbers))
+        base = widened(rows_of(site, gathered(blend.base[path]), numbers))
         given = [base.at[_places(each.update, numbers)].set(widened(each.update.value)) for each in held]
         return Rows(blend.values(path, given, held, base), site, numbers)
     for number in numbers:
