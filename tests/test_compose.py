@@ -20,6 +20,7 @@ from lora_jax.compose.terms import triplets
 from lora_jax.methods import AdaLora, Dora, Gained, Rows, Shift, precompute
 from lora_jax.paths import named_leaves
 from lora_jax.site import Site
+from lora_jax.updates import pytree
 
 SEARCH = settings(max_examples=25, deadline=None, derandomize=True)
 EXPERTS: dict[str, Any] = {"in_axes": (2,), "out_axes": (3,), "batch_axes": (0, 1)}
@@ -567,12 +568,14 @@ def test_adapters_of_other_models_are_refused() -> None:
 
 
 def test_an_update_without_factors_is_refused() -> None:
+    @pytree("site")
     class Mine(lora.Replace):
         pass
 
     site = SITES[0]
     assert set(lora.compose([lora.Adapter({"dense": Mine(jnp.ones(site.shape), site)})])) == {"dense"}
 
+    @pytree("site", "dropout")
     class Other(lora.LowRank):
         def low_rank(self) -> None:
             return None
