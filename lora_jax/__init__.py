@@ -28,6 +28,11 @@ from lora_jax.bank import AdapterBank as AdapterBank
 from lora_jax.capture import Captured as Captured
 from lora_jax.capture import capture as capture
 from lora_jax.capture import redistribute as redistribute
+
+# Several adapters as one.
+from lora_jax.compose import canonical as canonical
+from lora_jax.compose import compose as compose
+from lora_jax.compose import compose_report as compose_report
 from lora_jax.config import LoraConfig as LoraConfig
 
 # Errors.
@@ -58,7 +63,6 @@ from lora_jax.site import Sites as Sites
 from lora_jax.sites import Explanation as Explanation
 from lora_jax.sites import explain as explain
 from lora_jax.sites import find_sites as find_sites
-from lora_jax.slots import Slots as Slots
 from lora_jax.summary import summary as summary
 from lora_jax.summary import trainable_line as trainable_line
 from lora_jax.updates import LowRank as LowRank

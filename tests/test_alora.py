@@ -79,7 +79,7 @@ def test_it_trains_where_it_acts() -> None:
             lambda leaf, grad, t: leaf - grad if t else leaf, adapter, grads, lora.trainable(adapter)
         )
         losses.append(float(value))
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.2
 
 
 def test_files(tmp_path: Path) -> None:

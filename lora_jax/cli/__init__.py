@@ -4,6 +4,7 @@
 cli/parse.py      arguments -> a job, or one line on what is wrong with them
 cli/finetune.py   the verb `finetune`; every verb is a file with a dataclass of options
 cli/merge.py      `merge`: PEFT adapters into a Hugging Face checkpoint
+cli/compose.py    `compose`: several adapters into one
 cli/convert.py    `convert`: adapters between Orbax and PEFT
 cli/inspect.py    `inspect`: what an adapter holds
 cli/stop.py       SIGTERM as an exception

@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self
 
 import tyro
 
+from lora_jax.cli.compose import Compose
 from lora_jax.cli.convert import Convert
 from lora_jax.cli.finetune import Finetune
 from lora_jax.cli.inspect import Inspect
@@ -47,7 +48,13 @@ class Verb(Protocol):
         ...
 
 
-VERBS: dict[str, type[Verb]] = {"finetune": Finetune, "merge": Merge, "convert": Convert, "inspect": Inspect}
+VERBS: dict[str, type[Verb]] = {
+    "finetune": Finetune,
+    "merge": Merge,
+    "compose": Compose,
+    "convert": Convert,
+    "inspect": Inspect,
+}
 
 
 def prepare(args: Sequence[str]) -> Job:

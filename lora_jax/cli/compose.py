@@ -1,0 +1,114 @@
+"""The verb `compose`: several adapters on disk made into one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+
+from lora_jax.compose import compose_report
+from lora_jax.compose.methods import METHODS
+from lora_jax.compose.report import ComposeReport
+from lora_jax.compose.settings import checked, weighed
+from lora_jax.errors import ParameterError
+from lora_jax.io import orbax
+from lora_jax.io.contents import Format, detect
+from lora_jax.io.peft import read_peft, write_peft
+from lora_jax.io.peft_compose import compose_files
+from lora_jax.train.options import OptionError, require
+from lora_jax.train.report import make_console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compose:
+    """Make one adapter out of several: lora-jax compose ADAPTER [ADAPTER ...] --out OUT.
+
+    All of them in PEFT's format or all in lora_jax's own, and so is the result. The base is not needed; what is trained
+    in full (whole modules, rows, DoRA's magnitudes in PEFT's files) needs weights that add up to 1.
+
+    Methods: cat is the exact sum, and ranks add up. svd and linear are the nearest factors to the sum, slerp those of
+    two adapters along a circle. rank_one keeps the strongest rank-one terms, block the strongest adapters. ties,
+    dare_linear, dare_ties and magnitude_prune go entry by entry, over the factors as in PEFT, or with _svd over the
+    updates. knots is ties in a shared basis, peft_linear PEFT's linear with its cross terms.
+    """
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """The adapters."""
+    out: Path
+    """The directory to create."""
+    weights: tuple[float, ...] | None = None
+    """A factor for the effect of each, given after the paths; negative ones subtract. 1 by default, 0.5 for slerp."""
+    method: str = "cat"
+    """What to do, as above."""
+    rank: int | None = None
+    """Of the result; by default the largest given, and half of the sum for rank_one and block."""
+    density: float | None = None
+    """Share of entries that ties, dare, magnitude_prune and knots keep."""
+    majority_sign: Literal["total", "frequency"] | None = None
+    """How ties, dare_ties and knots elect signs: that of the sum (total, the default), or that of most."""
+    seed: int = 0
+    """For dare."""
+
+    def saved(self) -> "Compose | None":
+        """Nothing is resumed."""
+        return None
+
+    def prepare(self, saved: "Compose | None") -> "ComposeJob":
+        """Read the adapters and compose them, as only that tells whether they go together. Nothing is written.
+
+        Raises:
+          LoraError: an adapter cannot be read, or they cannot be composed as asked for.
+        """
+        settings = self._settings()
+        weighed(len(self.paths), self.weights, METHODS.find(self.method))
+        if self.out.exists():
+            raise OptionError(f"{self.out} exists already: choose another directory for --out")
+        found: dict[Path, Format] = {path: detect(path) for path in self.paths}
+        if len(set(found.values())) > 1:
+            given = ", ".join(f"{path} ({name})" for path, name in found.items())
+            raise OptionError(f"Adapters of different formats: {given}. Bring them to one with lora-jax convert")
+        make = _peft if found[self.paths[0]] == "peft" else _orbax
+        try:
+            return make(self.paths, self.out, self.weights, settings)
+        except ParameterError as error:
+            raise OptionError(f"{error} This command has no base; lora_jax.compose in Python takes one.") from error
+
+    def _settings(self) -> dict[str, Any]:
+        require("seed", self.seed, least=0)
+        key = jax.random.key(self.seed) if METHODS.find(self.method).random else None
+        checked(self.method, self.rank, self.density, self.majority_sign, key)
+        settings = {"method": self.method, "rank": self.rank, "density": self.density, "key": key}
+        return settings | {"majority_sign": self.majority_sign}
+
+
+class ComposeJob:
+    """A composition that is to be written."""
+
+    resume = None
+
+    def __init__(self, out: Path, report: ComposeReport, write: Callable[[], None]):
+        self._out, self._report, self._write = out, report, write
+
+    def run(self) -> None:
+        """Write it, and show what was lost."""
+        self._write()
+        console, worst = make_console(), self._report.worst
+        console.print(self._report.summary())
+        lost = "" if worst is None else f", energy lost at most {worst.lost:.2%} ({worst.path})"
+        console.print(f"{self._out}: {len(self._report.rows)} parameters{lost}", markup=False)
+
+
+def _peft(paths: Sequence[Path], out: Path, weights: Any, settings: dict[str, Any]) -> ComposeJob:
+    files, report = compose_files([read_peft(path) for path in paths], weights, **settings)
+    return ComposeJob(out, report, lambda: write_peft(out, files))
+
+
+def _orbax(paths: Sequence[Path], out: Path, weights: Any, settings: dict[str, Any]) -> ComposeJob:
+    bases = {path: base for path in paths if (base := orbax.load_base(path)) is not None}
+    base = next(iter(bases.values()), None)
+    if other := [path for path, each in bases.items() if each != base]:
+        raise OptionError(f"{other[0]} was saved for another base than {next(iter(bases))}")
+    report = compose_report([orbax.load(path) for path in paths], weights, **settings)
+    return ComposeJob(out, report, lambda: orbax.save(out, report.adapter, params=base))

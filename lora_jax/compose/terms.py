@@ -1,0 +1,130 @@
+"""Sums of low-rank factors as matrices: joining them, their singular triplets without a full-size matrix, their size.
+
+Everything here is one linear map: `a` is `[rank, fan_in]` and `b` is `[rank, fan_out]`. Stacks are mapped over.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import svd
+from lora_jax.updates import Array
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+class Part(NamedTuple):
+    """What one adapter adds to one linear map: `weight · scale · Σ_r a[r] ⊗ b[r]`, in float32.
+
+    Attributes:
+      a: `[rank, fan_in]`.
+      b: `[rank, fan_out]`.
+      scale: of the adapter.
+      weight: of the adapter in the composition.
+    """
+
+    a: Array
+    b: Array
+    scale: Array
+    weight: Array
+
+    @property
+    def rank(self) -> int:
+        """Number of rank-one terms."""
+        return self.a.shape[0]
+
+
+class Fused(NamedTuple):
+    """Factors that stand for several adapters, and what was lost on the way.
+
+    Attributes:
+      a: `[rank, fan_in]`.
+      b: `[rank, fan_out]`, with every scale and weight in it (of whole sites both are in the site's layout).
+      whole: squared Frobenius norm of what was to be represented.
+      lost: squared norm of what is missing of it.
+    """
+
+    a: Array
+    b: Array
+    whole: Array
+    lost: Array
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a composition that decide shapes or code; static under `jit`.
+
+    Attributes:
+      rank: the rank to keep at most; None for what the method keeps by default.
+      density: share of entries that are kept.
+      majority_sign: how signs are elected.
+    """
+
+    rank: int | None = None
+    density: float = 1.0
+    majority_sign: str = "total"
+
+
+def product(left: Array, right: Array) -> Array:
+    """A matrix product at full precision."""
+    return jnp.dot(left, right, precision=_EXACT)
+
+
+def joined(parts: Sequence[Part]) -> tuple[Array, Array]:
+    """All parts as one pair of factors: the weighted sum, exactly."""
+    a = jnp.concatenate([part.a for part in parts])
+    return a, jnp.concatenate([part.weight * part.scale * part.b for part in parts])
+
+
+def triplets(a: Array, b: Array) -> svd.Triplets:
+    """Singular triplets of `Σ_r a[r] ⊗ b[r]`, from a QR of each factor and an SVD of the rank's size.
+
+    Example:
+      >>> found = triplets(jnp.float32([[3, 0, 0], [0, 1, 0]]), jnp.float32([[0, 1], [2, 0]]))
+      >>> [round(float(value), 5) for value in found.values]
+      [3.0, 2.0]
+    """
+    (inputs, core_a), (outputs, core_b) = jnp.linalg.qr(a.T), jnp.linalg.qr(b.T)
+    core = product(core_a, core_b.T)
+    inner = svd.exact(core, min(core.shape))
+    return svd.Triplets(product(inner.left, inputs.T), inner.values, product(inner.right, outputs.T))
+
+
+def energy(a: Array, b: Array) -> Array:
+    """Squared Frobenius norm of `Σ_r a[r] ⊗ b[r]`, from two Gram matrices."""
+    return jnp.maximum(inner_product((a, b), (a, b)), 0)
+
+
+def inner_product(one: tuple[Array, Array], other: tuple[Array, Array]) -> Array:
+    """`⟨Σ_r a[r] ⊗ b[r], Σ_s a[s] ⊗ b[s]⟩` of two pairs of factors."""
+    grams = [product(mine, theirs.T) for mine, theirs in zip(one, other, strict=True)]
+    return jnp.sum(grams[0] * grams[1])
+
+
+def balanced(found: svd.Triplets, rank: int) -> Fused:
+    """The first triplets as factors of equal size, and the energy of the others."""
+    size = jnp.square(found.values)
+    root = jnp.sqrt(found.values[:rank, None])
+    return Fused(root * found.left[:rank], root * found.right[:rank], jnp.sum(size), jnp.sum(size[rank:]))
+
+
+def compressed(a: Array, b: Array, rank: int) -> Fused:
+    """The best approximation of `Σ_r a[r] ⊗ b[r]` of a rank; nothing is lost if it has no more terms.
+
+    References:
+      Eckart and Young, 1936: no other matrix of that rank is nearer.
+    """
+    return balanced(triplets(a, b), rank)
+
+
+def exactly(a: Array, b: Array) -> Fused:
+    """Factors of which nothing is lost."""
+    return Fused(a, b, energy(a, b), jnp.zeros((), a.dtype))
+
+
+def largest(parts: Sequence[Part], options: Options) -> int:
+    """The rank asked for, or that of the largest part."""
+    return max(part.rank for part in parts) if options.rank is None else options.rank
