@@ -112,6 +112,8 @@ def test_refusals(tmp_path: Path) -> None:
         lora.LoraConfig(invocation_tokens=(1,))
     with pytest.raises(lora.ConfigError, match="token numbers"):
         lora.LoraConfig(method="alora", invocation_tokens="ab")
+    with pytest.raises(lora.ParameterError, match="cannot be composed: it has an aLoRA update"):
+        lora.compose([ADAPTER, ADAPTER])
     path, update = next(iter(ADAPTER.items()))
     mixed = lora.Adapter({**ADAPTER, path: update.low_rank()})
     with pytest.raises(lora.CheckpointError, match="Some updates are aLoRA and others"):

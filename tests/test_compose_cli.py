@@ -157,6 +157,8 @@ REFUSED = {
     "compose tokens tokens --out out": "This command has no base; lora_jax.compose in Python takes one",
     "compose dora one-peft --out out": "layers.0.up is DoRA in one adapter and not in another",
     "compose experts experts --out out": "lora-jax convert",
+    "compose adalora adalora --out out": "is AdaLoRA, no plain LoRA",
+    "compose activated activated --out out": "is aLoRA: adapters that act on different tokens",
     "compose tied tied --out out": "ensure_weight_tying stores the factors of a table twice",
     "compose transposed one-peft --out out": "fan_in_fan_out differs",
 }
@@ -164,13 +166,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("args", REFUSED)
 def test_refusals_are_one_line_and_write_nothing(args: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("tokens", "experts"):
+    for name in ("tokens", "experts", "adalora"):
         if name in args:
             (folder / name).symlink_to(GOLDEN / name)
     up = Module("linear", np.ones((2, 5), np.float32), np.ones((6, 2), np.float32), np.ones(6, np.float32))
     config = {"r": 2, "target_modules": ["up"]}
     write_peft("dora", PeftFiles({**config, "use_dora": True}, {"layers.0.up": up}))
     plain = {"layers.0.up": Module("linear", up.a, up.b)}
+    write_peft("activated", PeftFiles({**config, "alora_invocation_tokens": [1]}, plain))
     write_peft("tied", PeftFiles({**config, "ensure_weight_tying": True}, plain))
     write_peft("transposed", PeftFiles({**config, "fan_in_fan_out": True}, plain))
     before = sorted(folder.rglob("*"))

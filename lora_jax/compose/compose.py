@@ -211,6 +211,8 @@ def _ones(site: Site) -> Array:
 
 
 def _kind(path: str, update: Update) -> type[Update]:
+    if update.waits:
+        raise ParameterError(f"{path!r} cannot be composed: it has {update.waits}")
     for kind in (Dora, Gained, Shift, Replace, Rows):
         if isinstance(update, kind):
             return kind

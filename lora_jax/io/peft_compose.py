@@ -17,6 +17,7 @@ from lora_jax.errors import CheckpointError
 from lora_jax.io import peft_config
 from lora_jax.io.peft_delta import Module, ModuleKind
 from lora_jax.io.peft_files import PeftFiles
+from lora_jax.io.peft_kinds import LORA, kind_of
 from lora_jax.io.peft_tokens import SUFFIX, token_indices, tokens_by_module, whole_tensors
 from lora_jax.methods import Rows, Shift
 from lora_jax.site import Kind, Site
@@ -172,6 +173,10 @@ def _check_alike(files: Sequence[PeftFiles]) -> None:
     if len({bool(each.config.get("fan_in_fan_out")) for each in files}) > 1:
         raise CheckpointError("fan_in_fan_out differs between the adapters: they are not of the same model")
     for each in files:
+        if kind_of(each.config) is not LORA:
+            raise CheckpointError(f"{each.where} is {kind_of(each.config).label}, no plain LoRA. {_CONVERT}")
+        if each.config.get("alora_invocation_tokens"):
+            raise CheckpointError(f"{each.where} is aLoRA: adapters that act on different tokens cannot become one")
         if each.config.get("ensure_weight_tying"):
             raise CheckpointError(f"{each.where}: ensure_weight_tying stores the factors of a table twice. {_CONVERT}")
     for name in sorted({name for each in files for name in each.modules}):

@@ -1,0 +1,176 @@
+"""AdapterBank: slots that are filled and emptied in place, without compiling anything."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, assert_same, random_adapter
+
+import lora_jax as lora
+
+
+def fn(params: Any, tokens: Any) -> Any:
+    x = params["embed"][tokens]
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
+    return x @ params["head"]
+
+
+def _params(*sizes: tuple[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+    draw = np.random.default_rng(0)
+    return {name: jnp.asarray(draw.normal(size=shape), jnp.float32) for name, shape in sizes}
+
+
+PARAMS = _params(("embed", (9, 4)), ("layers", (3, 4, 4)), ("head", (4, 5)))
+TOKENS = jnp.asarray([[1, 2], [3, 4], [8, 0], [5, 5]])
+SITES = lora.find_sites(fn, PARAMS, TOKENS)
+
+
+def adapter(seed: int, rank: int = 2, *without: str) -> lora.Adapter:
+    return random_adapter(SITES, seed=seed, rank=rank).without(*without)
+
+
+@pytest.fixture
+def bank() -> lora.AdapterBank:
+    return lora.AdapterBank.empty(SITES, slots=4, rank=3)
+
+
+def alone(given: Any, row: int) -> Any:
+    return lora.adapt(fn)(PARAMS, given, TOKENS[row : row + 1])[0]
+
+
+routed = jax.jit(lora.route(fn))
+
+
+def test_different_ranks_and_targets_in_one_bank(bank: lora.AdapterBank) -> None:
+    given = [adapter(0), adapter(1, 3, "head"), adapter(2, 1, "embed", "layers")]
+    for slot, each in enumerate(given, 1):
+        bank = bank.put(slot, each)
+    found = routed(PARAMS, bank, jnp.asarray([3, 1, 0, 2]), TOKENS)
+    expected = [alone(given[2], 0), alone(given[0], 1), alone([], 2), alone(given[1], 3)]
+    assert_close(found, jnp.stack(expected))
+    assert_close(routed(PARAMS, lora.AdapterBank.of(given), jnp.asarray([3, 1, 0, 2]), TOKENS), found)
+
+
+def test_what_was_evicted_is_the_base_and_others_stay(bank: lora.AdapterBank) -> None:
+    bank = bank.put(1, adapter(0)).put(2, adapter(1, 3)).evict(1)
+    found = routed(PARAMS, bank, jnp.asarray([1, 2, 1, 2]), TOKENS)
+    assert_close(found[0], alone([], 0))
+    assert_close(found[1], alone(adapter(1, 3), 1))
+    assert_same(jax.tree.leaves(bank.put(2, lora.Adapter({}))), jax.tree.leaves(lora.AdapterBank.empty(SITES, 4, 3)))
+
+
+def test_get_gives_what_was_put(bank: lora.AdapterBank) -> None:
+    bank = bank.put(3, adapter(0))
+    held = bank.get(3)
+    assert_close(alone(held, 1), alone(adapter(0), 1))
+    assert held["head"].rank == 3
+    again = bank.put(2, held).get(2)
+    assert_close(alone(again, 1), alone(adapter(0), 1))
+
+
+def test_a_thousand_loads_and_evictions_compile_nothing(bank: lora.AdapterBank) -> None:
+    """Counted by JAX itself: every compilation logs an event."""
+    given = [adapter(0), adapter(1, 3, "head"), adapter(2, 1, "embed"), lora.scale(adapter(3), 0.5)]
+    ids = [jnp.asarray(each) for each in ([0, 1, 2, 3], [3, 3, 1, 0])]
+    bank = bank.put(1, given[0])
+    routed(PARAMS, bank, ids[0], TOKENS).block_until_ready()
+    compiled: list[str] = []
+
+    def heard(event: str, seconds: float, **facts: Any) -> None:
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    jax.jit(lambda x: x * 3.25)(jnp.float32(1))
+    assert compiled, "the listener hears compilations"
+    compiled.clear()
+    for i in range(500):
+        bank = bank.put(1 + i % 3, given[i % 4])
+        bank = bank.evict(1 + (i + 1) % 3)
+        if i % 50 == 0:
+            routed(PARAMS, bank, ids[i % 2], TOKENS)
+    assert not compiled
+    expected = alone(given[499 % 4], 1)
+    assert_close(routed(PARAMS, bank, jnp.asarray([0, 1 + 499 % 3, 0, 0]), TOKENS)[1], expected)
+
+
+def test_slots_are_written_in_place(bank: lora.AdapterBank) -> None:
+    before = bank["head"].a
+    bank = bank.put(1, adapter(0))
+    assert before.is_deleted()
+    assert bank["head"].a.shape == (3, 3, 4)
+
+
+def test_methods_without_a_scale_of_their_own() -> None:
+    """PiSSA's start, VeRA and the like are plain factors in a bank."""
+    given = []
+    for options in ({"init": "pissa"}, {"method": "vera", "rank": 4}, {"method": "lora-fa"}):
+        config = lora.LoraConfig(**{"rank": 2, "targets": ("head", "layers"), **options})
+        start = lora.init(jax.random.key(0), config, PARAMS, SITES)
+        given.append(jax.tree.map(lambda leaf, train: leaf + 0.3 if train else leaf, start, lora.trainable(start)))
+    bank = lora.AdapterBank.empty(SITES, slots=4, rank=4)
+    for slot, each in enumerate(given, 1):
+        bank = bank.put(slot, each)
+    found = routed(PARAMS, bank, jnp.asarray([1, 2, 3, 0]), TOKENS)
+    assert_close(found[:3], jnp.stack([alone(each, i) for i, each in enumerate(given)]))
+
+
+def test_gains_need_room() -> None:
+    config = lora.LoraConfig(method="dora", rank=2, targets="head")
+    start = lora.init(jax.random.key(0), config, PARAMS, SITES)
+    trained = jax.tree.map(lambda leaf, train: leaf + 0.2 if train else leaf, start, lora.trainable(start))
+    with pytest.raises(lora.ParameterError, match=r"depends on the base: give the bank lora.methods.precompute"):
+        lora.AdapterBank.of([trained])
+    fixed = lora.methods.precompute(PARAMS, trained)
+    with pytest.raises(lora.ParameterError, match="gains=True"):
+        lora.AdapterBank.empty(SITES, 3, 2).put(1, fixed)
+    bank = lora.AdapterBank.empty(SITES, 3, 2, gains=True).put(1, fixed).put(2, adapter(0))
+    found = routed(PARAMS, bank, jnp.asarray([1, 2, 0, 1]), TOKENS)
+    assert_close(found[:3], jnp.stack([alone(trained, 0), alone(adapter(0), 1), alone([], 2)]))
+    with pytest.raises(lora.ParameterError, match="Slot 1 has a gain at head"):
+        bank.get(1)
+
+
+def test_refusals(bank: lora.AdapterBank) -> None:
+    with pytest.raises(lora.ParameterError, match=r"slot=0, but this bank has slots 1 to 3; slot 0 is the base"):
+        bank.put(0, adapter(0))
+    with pytest.raises(lora.ParameterError, match="slot=4"):
+        bank.get(4)
+    with pytest.raises(lora.ParameterError, match=r"has rank 4, the bank has room for 3"):
+        bank.put(1, adapter(0, 4))
+    with pytest.raises(lora.ParameterError, match="no room at 'embed'; nearest: layers"):
+        lora.AdapterBank.empty([SITES["layers"]], 3, 2).put(1, adapter(0))
+    other = random_adapter([replace(SITES["head"], shape=(4, 6))])
+    with pytest.raises(lora.ParameterError, match="they are for different models"):
+        bank.put(1, other)
+    with pytest.raises(lora.ParameterError, match="they are for different bases"):
+        lora.AdapterBank.of([adapter(0), other])
+    whole = lora.Adapter({"head": lora.Replace(PARAMS["head"], SITES["head"])})
+    with pytest.raises(lora.ParameterError, match="has a Replace, which is no low-rank change: leave it out"):
+        bank.put(1, whole)
+    with pytest.raises(lora.ConfigError, match="at least 2 slots"):
+        lora.AdapterBank.empty(SITES, 1, 2)
+    with pytest.raises(lora.ConfigError, match="2 adapters of ranks up to 2 do not fit into slots=2"):
+        lora.AdapterBank.of([adapter(0), adapter(1)], slots=2)
+    with pytest.raises(KeyError, match="nearest: head"):
+        bank["heat"]
+
+
+def test_it_prints_as_a_table_and_is_a_tree(bank: lora.AdapterBank) -> None:
+    assert "embed" in repr(bank)
+    assert len(jax.tree.leaves(bank)) == 2 * len(bank) == 6
+    assert bank.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(bank))
+    assert (bank.slots, bank.rank, list(bank)) == (4, 3, ["embed", "head", "layers"])
+
+
+def test_a_bank_trains_too() -> None:
+    """Gradients reach the slots that were used, and no others."""
+    bank = lora.AdapterBank.of([adapter(i) for i in range(3)])
+    grads = jax.jit(jax.grad(lambda bank: jnp.square(routed(PARAMS, bank, jnp.asarray([1, 0, 1, 3]), TOKENS)).sum()))(
+        bank
+    )
+    used = [bool(jnp.any(jnp.moveaxis(grads["layers"].a, 1, 0)[i])) for i in range(3)]
+    assert used == [True, False, True]
