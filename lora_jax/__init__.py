@@ -25,6 +25,7 @@ from lora_jax.apply import adapt as adapt
 
 # Many adapters.
 from lora_jax.bank import AdapterBank as AdapterBank
+from lora_jax.cache import AdapterCache as AdapterCache
 from lora_jax.capture import Captured as Captured
 from lora_jax.capture import capture as capture
 from lora_jax.capture import redistribute as redistribute

@@ -1,8 +1,7 @@
 """route: one call in which every example, or every token, meets an adapter of its own."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import wraps
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import jax
@@ -20,12 +19,13 @@ from lora_jax.engine.weight import RANK, SLOT, Labelled, Term, Weight
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.fit import adapter_list
 from lora_jax.paths import is_array
+from lora_jax.sites import Explanation
 from lora_jax.updates import is_traced
 
 
 def route(
     fn: Callable[..., Any], *, batch_axes: Any = 0, token_axes: Any = None, strategy: RouteStrategy = "auto"
-) -> Callable[..., Any]:
+) -> "RoutedFunction":
     """Make a function in which every example of a batch meets its own adapter of a bank.
 
     The result is what each example would give alone with its adapter. The base's products run once over the whole
@@ -46,7 +46,8 @@ def route(
       `routed(params, bank, ids, *args, **kwargs)`. `bank` is an `AdapterBank`, or a sequence of adapters, which then
       are slots 1, 2, and so on. `ids` are integers `[batch]` or `[batch, tokens]`: slots, 0 for the base; or
       floating-point weights of all slots on one more axis, `[batch, slots]` or `[batch, tokens, slots]`, of which that
-      of slot 0 does nothing. There is no dropout.
+      of slot 0 does nothing. There is no dropout. `routed.explain(...)` says, for the same arguments, which form each
+      use of a parameter takes and what it adds.
 
     Raises:
       ParameterError: on call: an id out of range (inside `jit`, where it cannot be seen, it is the base), a bank of
@@ -72,24 +73,60 @@ def route(
     if strategy not in get_args(RouteStrategy):
         raise ConfigError(f"strategy={strategy!r}; choose one of {', '.join(get_args(RouteStrategy))}")
 
-    @wraps(fn)
-    def routed(params: Any, bank: AdapterBank | Sequence[Adapter], ids: Any, *args: Any, **kwargs: Any) -> Any:
-        held = bank if isinstance(bank, AdapterBank) else AdapterBank.of(_runnable(bank, token_axes))
-        known = jnp.asarray(ids)
-        chosen, sizes = _checked(known, held.slots, token_axes is not None)
+    return RoutedFunction(fn, batch_axes, token_axes, strategy)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedFunction:
+    """What `route` returns: call it, compile it with `jax.jit`, or have it explain itself.
+
+    Attributes:
+      fn, batch_axes, token_axes, strategy: as given to `route`.
+    """
+
+    fn: Callable[..., Any]
+    batch_axes: Any
+    token_axes: Any
+    strategy: RouteStrategy
+
+    def __call__(self, params: Any, bank: AdapterBank | Sequence[Adapter], ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """The function's result, with each example's own adapter."""
+        return self._run(Log(), params, bank, ids, *args, **kwargs)
+
+    def explain(
+        self, params: Any, bank: AdapterBank | Sequence[Adapter], ids: Any, *args: Any, **kwargs: Any
+    ) -> Explanation:
+        """How each parameter of the bank is used by a call, in which form, and what that adds; nothing is computed.
+
+        Arguments are those of a call; arrays may be `jax.ShapeDtypeStruct`.
+        """
+        log = Log()
+        leaves, tree = jax.tree.flatten((params, bank, ids, args, kwargs))
+        arrays = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+
+        def run(given: list[Any]) -> None:
+            known = dict(zip(arrays, given, strict=True))
+            call = jax.tree.unflatten(tree, [known.get(i, leaf) for i, leaf in enumerate(leaves)])
+            self._run(log, *call[:3], *call[3], **call[4])
+
+        jax.eval_shape(run, [leaves[i] for i in arrays])
+        return Explanation(tuple(log.uses.values()))
+
+    def _run(self, log: Log, params: Any, bank: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
+        held = bank if isinstance(bank, AdapterBank) else AdapterBank.of(_runnable(bank, self.token_axes))
+        chosen, sizes = _checked(jnp.asarray(ids), held.slots, self.token_axes is not None)
         leaves, tree = jax.tree.flatten(args)
-        labelled = [
-            _axes(leaf, each, sizes) for leaf, each in zip(leaves, _places(args, batch_axes, token_axes), strict=True)
-        ]
-        given = [leaf for leaf, axes in zip(leaves, labelled, strict=True) if axes is not None]
-        opened = [leaf if axes is None else _abstract(leaf) for leaf, axes in zip(leaves, labelled, strict=True)]
-        call = trace_call(fn, params, jax.tree.unflatten(tree, opened), kwargs)
+        places = _places(args, self.batch_axes, self.token_axes)
+        labelled = [_axes(leaf, each, sizes) for leaf, each in zip(leaves, places, strict=True)]
+        pairs = list(zip(leaves, labelled, strict=True))
+        opened = [leaf if axes is None else _abstract(leaf) for leaf, axes in pairs]
+        call = trace_call(self.fn, params, jax.tree.unflatten(tree, opened), kwargs)
         flow = Flow()
         unlabelled = [tuple(map(plain, np.shape(leaf))) for leaf in call.arrays.values()]
         flow.follow(call.program, [*unlabelled, *(axes for axes in labelled if axes is not None)])
-        return _run(call, given, held, Context(Log(), routing=Routing(chosen, sizes, held.slots - 1, flow, strategy)))
-
-    return routed
+        routing = Routing(chosen, sizes, held.slots - 1, flow, self.strategy)
+        given = [leaf for leaf, axes in pairs if axes is not None]
+        return _evaluated(call, given, held, Context(log, routing=routing))
 
 
 def _runnable(adapters: Adapter | Sequence[Adapter], token_axes: Any) -> list[Adapter]:
@@ -102,7 +139,7 @@ def _runnable(adapters: Adapter | Sequence[Adapter], token_axes: Any) -> list[Ad
     return given
 
 
-def _run(call: Call, given: Sequence[Any], bank: AdapterBank, ctx: Context) -> Any:
+def _evaluated(call: Call, given: Sequence[Any], bank: AdapterBank, ctx: Context) -> Any:
     """Evaluate a traced call with the parameters of the bank symbolic."""
     for path, held in bank.items():
         if path not in call.arrays or np.shape(call.arrays[path]) != held.site.shape:

@@ -10,6 +10,7 @@ import pytest
 from helpers import assert_close, assert_same, random_adapter
 
 import lora_jax as lora
+from benchmarks.harness import compilations
 
 
 def fn(params: Any, tokens: Any) -> Any:
@@ -72,26 +73,16 @@ def test_get_gives_what_was_put(bank: lora.AdapterBank) -> None:
 
 
 def test_a_thousand_loads_and_evictions_compile_nothing(bank: lora.AdapterBank) -> None:
-    """Counted by JAX itself: every compilation logs an event."""
     given = [adapter(0), adapter(1, 3, "head"), adapter(2, 1, "embed"), lora.scale(adapter(3), 0.5)]
     ids = [jnp.asarray(each) for each in ([0, 1, 2, 3], [3, 3, 1, 0])]
     bank = bank.put(1, given[0])
     routed(PARAMS, bank, ids[0], TOKENS).block_until_ready()
-    compiled: list[str] = []
-
-    def heard(event: str, seconds: float, **facts: Any) -> None:
-        if "backend_compile" in event:
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(heard)
-    jax.jit(lambda x: x * 3.25)(jnp.float32(1))
-    assert compiled, "the listener hears compilations"
-    compiled.clear()
-    for i in range(500):
-        bank = bank.put(1 + i % 3, given[i % 4])
-        bank = bank.evict(1 + (i + 1) % 3)
-        if i % 50 == 0:
-            routed(PARAMS, bank, ids[i % 2], TOKENS)
+    with compilations() as compiled:
+        for i in range(500):
+            bank = bank.put(1 + i % 3, given[i % 4])
+            bank = bank.evict(1 + (i + 1) % 3)
+            if i % 50 == 0:
+                routed(PARAMS, bank, ids[i % 2], TOKENS)
     assert not compiled
     expected = alone(given[499 % 4], 1)
     assert_close(routed(PARAMS, bank, jnp.asarray([0, 1 + 499 % 3, 0, 0]), TOKENS)[1], expected)
@@ -174,3 +165,65 @@ def test_a_bank_trains_too() -> None:
     )
     used = [bool(jnp.any(jnp.moveaxis(grads["layers"].a, 1, 0)[i])) for i in range(3)]
     assert used == [True, False, True]
+
+
+# AdapterCache.
+
+SHELF = {name: adapter(i, 1 + i % 3) for i, name in enumerate("abcdef")}
+
+
+def cached(**options: Any) -> lora.AdapterCache:
+    return lora.AdapterCache(lora.AdapterBank.empty(SITES, slots=4, rank=3), SHELF.get, **options)
+
+
+def test_a_cache_serves_more_adapters_than_slots() -> None:
+    cache = cached()
+    for batch in (["a", "b", "c", None], ["d", "a", "a", "b"], ["e", "f", None, "a"], ["c", "c", "c", "c"]):
+        ids = jnp.asarray(cache.ids(batch))
+        found = routed(PARAMS, cache.bank, ids, TOKENS)
+        expected = [alone(SHELF[name] if name else [], i) for i, name in enumerate(batch)]
+        assert_close(found, jnp.stack(expected))
+    assert (cache.hits, cache.misses) == (3, 7)
+
+
+@pytest.mark.parametrize(("policy", "left"), [("lru", {"a", "c", "d"}), ("fifo", {"b", "c", "d"})])
+def test_policies(policy: Any, left: set[str]) -> None:
+    cache = cached(policy=policy)
+    cache.ids(["a", "b", "c"])
+    cache.ids(["a"])
+    cache.ids(["d"])
+    assert {*cache.names} == left
+
+
+def test_pinned_adapters_stay_and_others_can_be_evicted() -> None:
+    cache = cached(pinned=["a"])
+    for batch in (["a", "b", "c"], ["d", "e"], ["f", "b"]):
+        cache.ids(batch)
+    assert cache.names[0] == "a" and {*cache.names} == {"a", "f", "b"}
+    cache.evict("f")
+    assert {*cache.names} == {"a", "b"}
+    with pytest.raises(lora.ParameterError, match="'f' is not in the bank, which has a, b"):
+        cache.evict("f")
+    with pytest.raises(lora.ConfigError, match=r"4 adapters are needed or pinned at once \(a, c, d, e\)"):
+        cache.ids(["c", "d", "e"])
+
+
+def test_prefetched_adapters_are_loaded_once() -> None:
+    loads: list[str] = []
+
+    def load(name: str) -> lora.Adapter | None:
+        loads.append(name)
+        return SHELF.get(name)
+
+    cache = lora.AdapterCache(lora.AdapterBank.empty(SITES, slots=4, rank=3), load)
+    cache.prefetch(["a", "b", "a"])
+    cache.prefetch(["b", "nobody"])
+    ids = cache.ids(["b", "a", None, "b"])
+    assert sorted(loads)[:2] == ["a", "b"] and loads.count("a") == loads.count("b") == 1
+    assert_close(routed(PARAMS, cache.bank, jnp.asarray(ids), TOKENS)[1], alone(SHELF["a"], 1))
+    with pytest.raises(lora.ParameterError, match="There is no adapter 'nobody'"):
+        cache.ids(["nobody"])
+    with pytest.raises(lora.ConfigError, match="policy='random'; choose one of lru, fifo"):
+        cached(policy="random")
+    with pytest.raises(lora.ConfigError, match="4 adapters are needed or pinned"):
+        cached(pinned="abcd")

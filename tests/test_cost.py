@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import assert_close, random_adapter
 
 import lora_jax as lora
 from benchmarks.harness import compilations
@@ -96,3 +97,20 @@ def test_the_measured_model_is_the_one_meant() -> None:
     ours = jax.jit(lora.adapt(model.apply))(params, adapter, tokens)
     theirs = jax.jit(model.apply)(lora.merge(params, adapter), tokens)
     assert jnp.abs(ours - theirs).max() <= 1e-5 * jnp.abs(theirs).max()
+
+
+def test_adapters_side_by_side_are_one_pair_of_thin_products() -> None:
+    """Of any ranks and with any scales, where nothing is differentiated."""
+    params, x = {"w": jnp.ones((64, 32))}, jnp.ones((4, 64))
+    fn = lambda params, x: jnp.tanh(x @ params["w"])  # noqa: E731
+    sites = lora.find_sites(fn, params, x)
+    adapters = [lora.scale(random_adapter(sites, seed=i, rank=i + 1), 0.5) for i in range(3)]
+    adapted = lora.adapt(fn, strategy="factored")
+    products = lambda *given: str(jax.make_jaxpr(adapted)(params, *given)).count("dot_general")  # noqa: E731
+    assert products(adapters, x) == products(adapters[:1], x) == 3
+    separate = sum(adapted_delta(params, adapter, x) for adapter in adapters)
+    assert_close(jnp.arctanh(adapted(params, adapters, x * 1e-3)), x @ params["w"] * 1e-3 + 1e-3 * separate)
+
+
+def adapted_delta(params: Any, adapter: lora.Adapter, x: jax.Array) -> jax.Array:
+    return x @ adapter["w"].delta()

@@ -288,6 +288,20 @@ def test_where_examples_cannot_be_told_apart() -> None:
         lora.route(lambda params, x: x @ params["v"])(other, ADAPTERS, [0, 1, 2, 3], X)
 
 
+def test_explain_says_the_form_and_what_it_adds() -> None:
+    abstract = jax.ShapeDtypeStruct((4, 30, 6), jnp.float32)
+    (use,) = lora.route(dense).explain(PARAMS, ADAPTERS, jax.ShapeDtypeStruct((4,), jnp.int32), abstract).uses
+    assert (use.path, use.primitive, use.route, use.flops) == ("w", "dot_general", "rows", 2 * 120 * 4 * (6 + 5))
+    (use,) = lora.route(dense).explain(PARAMS, ADAPTERS, [0, 1, 2, 3], X[:, :1]).uses
+    assert (use.route, use.flops) == ("mask", 3 * 2 * 4 * 4 * (6 + 5))
+    many = [*ADAPTERS, *ADAPTERS]
+    tokens = lora.route(dense, token_axes=1).explain(PARAMS, many, jnp.zeros((20, 20), int), jnp.zeros((20, 20, 6)))
+    assert tokens.uses[0].route == "blocks"
+    assert (
+        lora.route(dense, token_axes=1, strategy="rows").explain(PARAMS, many, [[1]], X[:1, :1]).uses[0].route == "rows"
+    )
+
+
 def test_nothing_is_compiled_for_other_ids_or_another_bank() -> None:
     count = 0
 

@@ -25,7 +25,7 @@ from lora_jax.engine import contract
 from lora_jax.engine.placement import follow
 from lora_jax.engine.planner import Plan
 from lora_jax.engine.recompute import Recipe
-from lora_jax.engine.weight import Labelled, Term, Weight
+from lora_jax.engine.weight import RANK, Labelled, Term, Weight
 
 
 class Operands(NamedTuple):
@@ -107,7 +107,7 @@ class _Product:
         """The product."""
         if self.planned.call:
             return self.formed(of)
-        y = self.plain(of)
+        y, of = self.plain(of), side_by_side(of)
         return self.summed(of, y, self.inner(of.x, of, y))
 
     def tangent(self, primals: tuple[Operands], tangents: tuple[Operands]) -> tuple[Any, Any]:
@@ -196,6 +196,25 @@ class _Product:
         if set(gain.axes) <= set(second.axes):
             return self.mixed(inner, Labelled(times(second.array, second.axes, gain), second.axes), like)
         return times(self.mixed(inner, second, like), self.out, gain)
+
+
+def side_by_side(of: Operands) -> Operands:
+    """The operands with the factors of several terms in one pair, where they have the same axes and no dropout.
+
+    Only where nothing is differentiated: side by side with factors that train, frozen ones would get a gradient.
+    """
+    if len(of.factors) < 2 or any(mask is not None for mask in of.masks):
+        return of
+    alike: dict[tuple[Any, ...], list[tuple[Labelled, Labelled]]] = {}
+    for pair in of.factors:
+        alike.setdefault(tuple((factor.axes, factor.array.dtype) for factor in pair), []).append(pair)
+    factors = [(_joined([first for first, _ in each]), _joined([last for _, last in each])) for each in alike.values()]
+    return of._replace(factors=factors, masks=[None] * len(factors))
+
+
+def _joined(factors: Sequence[Labelled]) -> Labelled:
+    first = factors[0]
+    return replace(first, array=jnp.concatenate([each.array for each in factors], first.axes.index(RANK)))
 
 
 def _moves(tangent: Labelled | None) -> bool:
