@@ -271,6 +271,54 @@ def test_ids_that_do_not_fit(options: Any, ids: Any, message: str) -> None:
         lora.route(dense, **options)(PARAMS, ADAPTERS, ids, X)
 
 
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        lambda x: jnp.roll(x, 1, axis=0),
+        lambda x: x[::-1],
+        lambda x: x[jnp.array([1, 0, 3, 2])],
+        lambda x: jnp.moveaxis(jax.lax.top_k(jnp.moveaxis(x, 0, -1), 4)[0], -1, 0),
+        lambda x: jax.lax.pad(x, jnp.float32(0), ((-1, 1, 0), (0, 0, 0), (0, 0, 0))),
+        lambda x: jnp.concatenate([x[2:], x[:2]]),
+        lambda x: jax.lax.map(lambda each: each + 1, x),
+        lambda x: x.reshape(2, 2, 3, 6).swapaxes(0, 1).reshape(4, 3, 6),
+        lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y[::-1], x),
+    ],
+)
+def test_examples_that_change_places_are_never_taken_for_others(mixed: Callable[..., Any]) -> None:
+    with pytest.raises(lora.ParameterError, match="run along none"):
+        lora.route(lambda params, x: dense(params, mixed(x)))(PARAMS, ADAPTERS, [0, 1, 2, 3], X)
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        lambda x: x.reshape(12, 6).reshape(4, 3, 6),
+        lambda x: x.transpose(1, 0, 2).reshape(12, 6).reshape(3, 4, 6).transpose(1, 0, 2),
+        lambda x: jnp.cumsum(jnp.flip(jax.nn.softmax(x), 1), 1),
+        lambda x: jnp.sort(x, axis=1),
+        lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1],
+        lambda x: jnp.where(x > 0, x, jnp.zeros_like(x)) + jax.nn.gelu(x),
+        lambda x: jax.vmap(lambda each: each @ each.T @ each)(x),
+        lambda x: jax.lax.scan(lambda y, _: (y * x, y), jnp.ones_like(x), None, length=2)[1].sum(0),
+        lambda x: jax.lax.associative_scan(jnp.add, x, axis=1),
+        lambda x: jnp.take_along_axis(x, jnp.argsort(x, axis=1), 1),
+        lambda x: jnp.repeat(x[:, None], 2, axis=1).sum(1),
+        lambda x: jnp.zeros_like(x).at[:, 1].set(x[:, 0]),
+        lambda x: jnp.einsum("bqd,bkd,bkf->bqf", x, x, x),
+        lambda x: jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x),
+        lambda x: jax.checkpoint(lambda y: jnp.tanh(y))(x),
+    ],
+)
+def test_examples_are_followed_through_what_keeps_them_apart(moved: Callable[..., Any]) -> None:
+    ids = [2, 0, 3, 1]
+    fn = lambda params, x: dense(params, moved(x))  # noqa: E731
+    found = lora.route(fn)(PARAMS, ADAPTERS, ids, X)
+    values = moved(X)
+    alone = [lora.adapt(dense)(PARAMS, ADAPTERS[i - 1 : i] if i else [], values[j]) for j, i in enumerate(ids)]
+    assert_close(found, jnp.stack(alone))
+
+
 def test_where_examples_cannot_be_told_apart() -> None:
     shuffled = lambda params, x: dense(params, jnp.sort(x, axis=0))  # noqa: E731
     with pytest.raises(lora.ParameterError, match="run along none; operations that lose them: sort"):

@@ -199,8 +199,12 @@ def _reduce(eqn: Any, operands: list[Axes]) -> list[Axes]:
 @flows("reduce_window_max", "reduce_window_min", "reduce_window_sum", "slice", "split", "dynamic_slice", "rev", "pad")
 @flows("sort", "reduce_window", "top_k")
 def _along_others(eqn: Any, operands: list[Axes]) -> list[Axes]:
-    """Axes that keep their length are untouched, but for those that a reversal or a sort runs along."""
+    """Axes that keep their length are untouched, but for those that a reversal, a sort or a shift runs along."""
     moved = {*eqn.params.get("dimensions", ()), eqn.params.get("dimension", -1)}
+    if eqn.primitive.name == "top_k":
+        moved.add(eqn.params.get("axis", len(operands[0]) - 1) % len(operands[0]))
+    if eqn.primitive.name == "pad":
+        moved |= {i for i, config in enumerate(eqn.params["padding_config"]) if any(config)}
     one = eqn.primitive.name in ("slice", "split", "dynamic_slice", "pad", "top_k")
     given = operands[:1] * len(eqn.outvars) if one else operands
     return [_kept(axes, var, moved) for axes, var in zip(given, eqn.outvars, strict=False)]
