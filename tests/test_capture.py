@@ -289,18 +289,73 @@ def test_nothing_compiles_twice():
     assert len(often) == len(once) == 1  # the step
 
 
+def compiled_step(fn, params, *batch, mask=None):
+    """The program that adds a batch to the second moments of the inputs of every parameter."""
+    sites = list(lora.find_sites(fn, params, *batch).values())
+    state = zeros("inputs", sites, dict.fromkeys(params, 1), seed=0)
+    return observing_step(fn, sites, mask).lower(state, *split((params, batch))).compile()
+
+
 def test_memory_is_that_of_the_statistics():
     """They are added to in place, even those of layers in a loop, and the program's own results are dropped."""
     layers = {"w": jnp.zeros((6, 1024, 1024))}
     fn = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0] @ jnp.ones((1024, 9999))  # noqa: E731
-    x = normal(32, 1024)
-    sites = list(lora.find_sites(fn, layers, x).values())
-    state = zeros("inputs", sites, {"w": 1}, seed=0)
-    compiled = observing_step(fn, sites, None).lower(state, *split((layers, (x,)))).compile()
-    memory = compiled.memory_analysis()
+    memory = compiled_step(fn, layers, normal(32, 1024)).memory_analysis()
     one = 4 * 1024 * 1024
     assert memory.alias_size_in_bytes >= 6 * one * 3 / 4  # the panels of a symmetric matrix
     assert memory.temp_size_in_bytes < 3 * one
+
+
+def heads(x, p):
+    """The parameters read the same."""
+    return x + jnp.stack([jnp.einsum("ti,io->to", jnp.tanh(x), each) for each in p.values()]).sum()
+
+
+def heads_apart(x, p):
+    """The parameters read values of the same shape."""
+    return x + jnp.stack([jnp.tanh(i * x) @ each for i, each in enumerate(p.values(), 1)]).sum()
+
+
+def stacked(block):
+    return lambda p, x: lax.scan(lambda x, p: (block(x, p), None), x, p)[0]
+
+
+SHARING = {
+    "scan": stacked,
+    "remat": lambda block: stacked(jax.checkpoint(block)),
+    "jit": lambda block: stacked(jax.jit(block)),
+    "layer by layer": lambda block: lambda p, x: [block(x, {name: w[i] for name, w in p.items()}) for i in range(2)],
+    "branch": lambda block: lambda p, x: lax.cond(x.sum() < 1e9, stacked(block), lambda p, x: x, p, x),
+}
+
+
+@pytest.mark.parametrize("mask", [None, lambda x: x[:, 0] > 0])
+@pytest.mark.parametrize("way", SHARING)
+def test_what_several_sites_read_is_multiplied_once(way, mask):
+    x, params = normal(256, 64), {name: normal(2, 64, 3) for name in "qkv"}
+
+    def operations(block, names):
+        chosen = {name: params[name] for name in names}
+        return compiled_step(SHARING[way](block), chosen, x, mask=mask).cost_analysis()["flops"]
+
+    assert operations(heads, "qkv") < 1.5 * operations(heads, "q")
+    assert operations(heads_apart, "qkv") > 2.5 * operations(heads_apart, "q")
+    found = everything(SHARING[way](heads), params, [x], mask=mask)
+    assert_same(found["q"], found["k"])
+    assert_same(found["q"], found["v"])
+
+
+def test_sites_that_share_one_of_their_inputs():
+    params, x = {name: normal(4, 3) for name in ("q", "k", "rounded")}, normal(6, 4)
+
+    def fn(p, x):
+        rounded = x.astype(jnp.bfloat16) @ p["rounded"].astype(jnp.bfloat16)
+        return x @ p["q"], x @ p["k"], (2 * x) @ p["k"], rounded
+
+    found = everything(fn, params, [x])
+    assert_moments(found["q"], x)
+    assert_moments(found["k"], np.concatenate([x, 2 * x]))
+    assert_moments(found["rounded"], x.astype(jnp.bfloat16))
 
 
 def test_anything_may_be_an_argument():
