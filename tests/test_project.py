@@ -23,7 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors", "site"],
     ["paths", "checks", "registry", "peft_fields", "config", "selection"],
-    ["updates", "adapter", "fit", "svd", "methods", "slots", "bank"],
+    ["updates", "lanes", "adapter", "fit", "svd", "methods", "slots", "bank"],
     ["engine"],
     ["apply", "sites", "capture", "route"],
     ["init", "merge", "merge_report", "compose", "optim", "summary", "sharding", "io", "nnx"],
