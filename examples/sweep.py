@@ -5,6 +5,7 @@ in two minutes on two CPU cores, the first minute for a base model that later ru
 lanes, their curves in sweep-out/sweep.png, and the best adapter in sweep-out/adapter. Needs the extra [cli].
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ def base_model(console: Console, steps: int) -> tuple[Transformer, Any, lora.Sit
 def main(
     steps: int = 150,
     eval_every: int = 15,
-    patience: int = 2,
+    patience: int = 3,
     rank: int = 8,
     learning_rates: tuple[float, ...] = (3e-4, 2e-3, 1e-2, 1e-1),
     seeds: tuple[int, ...] = (0, 1),
@@ -112,51 +113,70 @@ def main(
     """
     console = make_console()
     model, base, sites = base_model(console, pretrain_steps)
-    corpus = split("Python's topics", python_topics(), LENGTH)
-    held_out = jnp.asarray(windows(corpus.held_out, LENGTH, HELD_OUT))
-    adapted = lora.adapt(model.apply)
-
     lanes = [Lane(rate, seed) for rate in learning_rates for seed in seeds]
     config = lora.LoraConfig(rank=rank)
     adapters = lora.Adapter.stack([lora.init(jax.random.key(lane.seed), config, base, sites) for lane in lanes])
-    tx = lora.optim.lanes(
-        lambda peak: optax.chain(
-            optax.clip_by_global_norm(1.0),  # of each lane
-            optax.adamw(optax.cosine_decay_schedule(peak, steps, 0.1)),
-        ),
-        peak=[lane.learning_rate for lane in lanes],
-    )
+    adapted = lora.adapt(model.apply)
 
     def loss_fn(adapter: lora.Adapter, tokens: jax.Array) -> jax.Array:
         return cross_entropy(adapted(base, adapter, tokens[:, :-1]), tokens).mean()
 
-    @jax.jit
-    def step(adapters: lora.Adapter, state: Any, tokens: jax.Array, active: jax.Array) -> tuple[lora.Adapter, Any]:
-        grads = jax.vmap(jax.grad(loss_fn))(adapters, tokens)
-        updates, state = tx.update(grads, state, adapters, active=active)
-        return optax.apply_updates(adapters, updates), state
-
-    evaluate = jax.jit(jax.vmap(loss_fn, in_axes=(0, None)))
-    course, state = Course(len(lanes), patience), tx.init(adapters)
-    course.add(0, np.asarray(evaluate(adapters, held_out)))
-    reporter = Reporter(console, f"training {len(lanes)} adapters", steps)
+    course, reporter = Course(len(lanes), patience), Reporter(console, f"training {len(lanes)} adapters", steps)
     with reporter.shown():
-        for i in range(steps):
-            tokens = np.stack([batch(corpus.train, lane.seed, i, SIZE, LENGTH) for lane in lanes])
-            adapters, state = step(adapters, state, tokens, course.active)
-            if (i + 1) % eval_every == 0 or i + 1 == steps:
-                course.add(i + 1, np.asarray(evaluate(adapters, held_out)))
-            lowest = course.losses[-1][course.best]
-            reporter.update(i + 1, f"best held-out loss {lowest:.3f}, {course.active.sum()} lanes going")
-            if not course.active.any():
-                break
-
+        adapters = train(loss_fn, adapters, lanes, steps, eval_every, course, reporter)
     out.mkdir(parents=True, exist_ok=True)
     lora.save(out / "adapter", adapters.unstack()[course.best], params=base, overwrite=True)
     plot(lanes, course, out / "sweep.png")
     console.print(table(lanes, course))
     console.print(f"The best adapter is in {out / 'adapter'}, the curves are in {out / 'sweep.png'}.")
     return course
+
+
+def train(
+    loss_fn: Callable[[lora.Adapter, jax.Array], jax.Array],
+    adapters: lora.Adapter,
+    lanes: list[Lane],
+    steps: int,
+    eval_every: int,
+    course: Course,
+    reporter: Reporter,
+) -> lora.Adapter:
+    """Train a stack of adapters until the last step, or until no lane goes on."""
+    corpus = split("Python's topics", python_topics(), LENGTH)
+    held_out = jnp.asarray(windows(corpus.held_out, LENGTH, HELD_OUT))
+    evaluate = jax.jit(jax.vmap(loss_fn, in_axes=(0, None)))
+    step, state = training_step(loss_fn, adapters, lanes, steps)
+    course.add(0, np.asarray(evaluate(adapters, held_out)))
+    for done in range(1, steps + 1):
+        tokens = np.stack([batch(corpus.train, lane.seed, done, SIZE, LENGTH) for lane in lanes])
+        adapters, state = step(adapters, state, tokens, course.active)
+        if done % eval_every == 0 or done == steps:
+            course.add(done, np.asarray(evaluate(adapters, held_out)))
+        lowest = course.losses[-1][course.best]
+        reporter.update(done, f"best held-out loss {lowest:.3f}, {course.active.sum()} lanes going")
+        if not course.active.any():
+            break
+    return adapters
+
+
+def training_step(
+    loss_fn: Callable[[lora.Adapter, jax.Array], jax.Array], adapters: lora.Adapter, lanes: list[Lane], steps: int
+) -> tuple[Callable[..., tuple[lora.Adapter, Any]], Any]:
+    """One step of all lanes, each with its own learning rate, and the optimizers' first state."""
+
+    def build(peak: jax.Array) -> optax.GradientTransformation:
+        adamw = optax.adamw(optax.cosine_decay_schedule(peak, steps, 0.1))
+        return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+    tx = lora.optim.lanes(build, peak=[lane.learning_rate for lane in lanes])
+
+    @jax.jit
+    def step(adapters: lora.Adapter, state: Any, tokens: jax.Array, active: jax.Array) -> tuple[lora.Adapter, Any]:
+        gradients = jax.vmap(jax.grad(loss_fn))(adapters, tokens)
+        updates, state = tx.update(gradients, state, adapters, active=active)
+        return optax.apply_updates(adapters, updates), state
+
+    return step, tx.init(adapters)
 
 
 def table(lanes: list[Lane], course: Course) -> Table:
@@ -190,7 +210,7 @@ def plot(lanes: list[Lane], course: Course, image: Path) -> None:
             axes.plot(*end, "x", color=colours[lane.learning_rate], markersize=9, clip_on=False)
     axes.axhline(start, color="tab:gray", linewidth=1, label=f"base ({start:.3f})")
     axes.plot([], [], "x", color="tab:gray", markersize=9, label="stopped (at the top: diverged)")
-    axes.set_ylim(top=top)
+    axes.set_ylim(lowest - 0.1 * (top - lowest), top)
     axes.set(title=f"{len(lanes)} adapters in one training step", xlabel="step", ylabel="held-out loss (nats per byte)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="upper right")
