@@ -1,12 +1,14 @@
 """Adapter: the pytree of everything that trains, one update per adapted parameter."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.table import Table
 
 from lora_jax.errors import ParameterError, nearest
+from lora_jax.lanes import check_alike, lanes_of
 from lora_jax.site import render
 from lora_jax.updates import Update, map_updates
 
@@ -65,6 +67,50 @@ class Adapter(Mapping[str, Update]):
             if path not in self._updates:
                 raise ParameterError(f"{path!r} is not adapted; nearest adapted paths: {nearest(path, self)}")
         return Adapter({path: update for path, update in self.items() if path not in paths})
+
+    @classmethod
+    def stack(cls, adapters: Sequence["Adapter"]) -> "Adapter":
+        """Several adapters of one form as the lanes of one tree, to be trained in one step.
+
+        Every array gets an axis of lanes in front, for `jax.vmap`, with `lora_jax.optim.lanes` for their optimizers.
+        Values of arrays may differ from lane to lane: factors, and scales, so `alpha` too.
+
+        Args:
+          adapters: of the same paths, methods, ranks, dropout rates, shapes and dtypes.
+
+        Returns:
+          The stack; `unstack` takes it apart.
+
+        Raises:
+          ParameterError: there is no adapter, or two differ in form; the message names the first path where they do.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, lora_jax as lora
+          >>> params = {"w": jnp.ones((4, 3))}
+          >>> fn, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+          >>> sites = lora.find_sites(fn, params, x)
+          >>> config = lora.LoraConfig(rank=2, targets="w")
+          >>> seeds = [lora.init(jax.random.key(seed), config, params, sites) for seed in range(5)]
+          >>> stacked = lora.Adapter.stack(seeds)
+          >>> stacked["w"].a.shape
+          (5, 2, 4)
+          >>> jax.vmap(lora.adapt(fn), in_axes=(None, 0, None))(params, stacked, x).shape
+          (5, 2, 3)
+          >>> len(stacked.unstack())
+          5
+        """
+        check_alike(adapters)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
+
+    def unstack(self) -> list["Adapter"]:
+        """The adapters in a stack, bit for bit as they are in it.
+
+        Raises:
+          ParameterError: the adapter is not a stack.
+        """
+        lanes_of(self)
+        leaves, structure = jax.tree.flatten(self)
+        return [jax.tree.unflatten(structure, lane) for lane in zip(*map(jnp.unstack, leaves), strict=True)]
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Update]], tuple[str, ...]]:
         """The updates with their paths as keys, as JAX asks of a pytree."""

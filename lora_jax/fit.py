@@ -125,7 +125,7 @@ def _check_shapes(site: Site, made: _Shapes) -> None:
 def _misshapen(site: Site, problem: str) -> ParameterError:
     return ParameterError(
         f"The update at {site.path!r} has {problem}. "
-        "If adapters were stacked (by jax.vmap, say), take one of them: jax.tree.map(lambda leaf: leaf[0], adapter)"
+        "If adapters were stacked, run them under jax.vmap, or take one of them: adapter.unstack()[0]"
     )
 
 

@@ -23,7 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors", "site"],
     ["paths", "checks", "registry", "peft_fields", "config", "selection"],
-    ["updates", "adapter", "fit", "svd", "methods", "slots", "bank", "cache"],
+    ["updates", "adapter", "lanes", "fit", "svd", "methods", "slots", "bank", "cache"],
     ["engine"],
     ["apply", "sites", "capture", "route"],
     ["init", "merge", "merge_report", "compose", "optim", "summary", "sharding", "io", "nnx"],

@@ -88,8 +88,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+SMALL = {"sweep": "--steps 4 --eval-every 2 --pretrain-steps 2 --learning-rates 0.01 1e9"}
+"""Arguments that make an example small; the others take none."""
+
+
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
-def test_examples_run(example: Path) -> None:
+def test_examples_run(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.argv", [str(example), *SMALL.get(example.stem, "").split()])
     with redirect_stdout(StringIO()):
         runpy.run_path(str(example), run_name="__main__")
 

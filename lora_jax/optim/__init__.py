@@ -17,9 +17,11 @@ tx = lora.optimizer(
 
 from lora_jax.optim.adalora import adalora, orthogonality
 from lora_jax.optim.frozen import optimizer
+from lora_jax.optim.lanes import lanes
 from lora_jax.optim.precondition import lora_fa, riemannian
 from lora_jax.optim.rates import lora_plus, lora_plus_labels, rate_pattern
 
 __all__ = [
-    "adalora", "lora_fa", "lora_plus", "lora_plus_labels", "optimizer", "orthogonality", "rate_pattern", "riemannian",
+    "adalora", "lanes", "lora_fa", "lora_plus", "lora_plus_labels", "optimizer", "orthogonality", "rate_pattern",
+    "riemannian",
 ]  # fmt: skip
