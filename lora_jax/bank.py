@@ -11,7 +11,7 @@ from rich.table import Table
 from lora_jax.adapter import Adapter
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.site import Site, Sites, render
-from lora_jax.slots import Slots, empty, factors, padded, stacked, taken
+from lora_jax.slots import Slots, check_fits, empty, factors, padded, stacked, taken
 from lora_jax.updates import Array, is_traced
 
 
@@ -111,11 +111,12 @@ class AdapterBank:
         The arrays are written in place: the bank that this is called on cannot be used any more.
 
         Args:
-          slot: 1 or higher.
-          adapter: of any targets and rank that the bank has room for. Dropout plays no part in a bank.
+          slot: 1 or higher. Traced, a slot that there is not is left alone.
+          adapter: of any targets and rank that the bank has room for. Dropout plays no part in a bank, and aLoRA's
+            invocation tokens none either: give `lora_jax.route` the ids of `lora_jax.methods.invoked`.
 
         Raises:
-          ParameterError: there is no such slot, or the bank has no room for what the adapter holds.
+          ParameterError: there is no such slot, the bank has no room for what the adapter holds, or that is not finite.
         """
         self._check_slot(slot)
         for path in adapter:
@@ -193,11 +194,7 @@ def _sites(adapters: Sequence[Adapter]) -> dict[str, Site]:
     sites: dict[str, Site] = {}
     for adapter in adapters:
         for path, update in adapter.items():
-            if sites.setdefault(path, update.site).shape != update.site.shape:
-                raise ParameterError(
-                    f"{path} has shape {sites[path].shape} in one adapter and {update.site.shape} in another: they are "
-                    "for different bases"
-                )
+            check_fits(sites.setdefault(path, update.site), update.site)
     return sites
 
 
@@ -205,8 +202,9 @@ def _sites(adapters: Sequence[Adapter]) -> dict[str, Site]:
 def _write(bank: AdapterBank, slot: Array, values: Mapping[str, tuple[Any, Any, Any]]) -> AdapterBank:
     def written(held: Slots, new: tuple[Any, Any, Any]) -> Slots:
         lead = len(held.site.batch_axes)
+        place = (*[slice(None)] * lead, jnp.where(slot < 0, held.count, slot))
         a, b, gain = (
-            None if old is None else jax.lax.dynamic_update_index_in_dim(old, each.astype(old.dtype), slot, lead)
+            None if old is None else old.at[place].set(each.astype(old.dtype), mode="drop")
             for old, each in zip((held.a, held.b, held.gain), new, strict=True)
         )
         return Slots(a, b, gain, held.site)

@@ -111,12 +111,11 @@ class AdapterCache:
         coming = self._coming.pop(name, None)
         adapter = self._found(name) if coming is None else coming.result()
         free = set(range(1, self.bank.slots)) - {*self._slots.values()}
-        if free:
-            slot = min(free)
-        else:
-            given_up = next(each for each in self._slots if each not in self.pinned and each not in keep)
-            slot = self._slots.pop(given_up)
+        given_up = None if free else next(each for each in self._slots if each not in self.pinned and each not in keep)
+        slot = min(free) if given_up is None else self._slots[given_up]
         self.bank = self.bank.put(slot, adapter)
+        if given_up is not None:
+            del self._slots[given_up]
         self._slots[name] = slot
 
     def _found(self, name: str) -> Adapter:

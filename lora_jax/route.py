@@ -35,9 +35,9 @@ def route(
 
     Args:
       fn: a function `fn(params, *args, **kwargs)`, as for `lora_jax.adapt`.
-      batch_axes: where the first axis of the ids runs in each positional argument after `params`: a number for all, or
-        a tuple with a number, None (nowhere) or a tree of them per argument, as `in_axes` of `jax.vmap`. Keyword
-        arguments have no such axis.
+      batch_axes: where the first axis of the ids runs in each positional argument after `params`: a number for all
+        (that have any axes), or a tuple with a number, None (nowhere) or a tree of them per argument, as `in_axes` of
+        `jax.vmap`. Keyword arguments have no such axis.
       token_axes: the same for the second axis of the ids, if they have one.
       strategy: how thin products are carried out: `"rows"` gathers the factors of each row, `"mask"` multiplies by all
         slots and keeps each row's own, `"blocks"` brings rows of the same slot together; `"auto"` chooses by shapes.
@@ -124,6 +124,8 @@ class RoutedFunction:
         flow = Flow()
         unlabelled = [tuple(map(plain, np.shape(leaf))) for leaf in call.arrays.values()]
         flow.follow(call.program, [*unlabelled, *(axes for axes in labelled if axes is not None)])
+        if not chosen.size:
+            chosen, sizes = jnp.full((1,) * len(sizes), held.slots - 1), (1,) * len(sizes)
         routing = Routing(chosen, sizes, held.slots - 1, flow, self.strategy)
         given = [leaf for leaf, axes in pairs if axes is not None]
         return _evaluated(call, given, held, Context(log, routing=routing))
@@ -184,6 +186,9 @@ def _checked(ids: Any, slots: int, tokens: bool) -> tuple[Any, tuple[int, ...]]:
         )
     if mixes:
         return ids[..., 1:], ids.shape[:-1]
+    # In a narrow dtype, numbers of slots may not be.
+    known = jnp.clip(ids, 0, 1 << 30) if ids.dtype.itemsize >= 4 and ids.dtype.kind == "u" else ids
+    ids = known.astype(jnp.int32)
     inside = (ids >= 0) & (ids < slots)
     if not is_traced(ids) and not bool(inside.all()):
         raise ParameterError(f"ids {sorted({*np.asarray(ids[~inside]).tolist()})} are no slots of a bank of {slots}")
@@ -213,7 +218,7 @@ def _broadcast(prefix: Any, tree: Any) -> Any:
 
 def _axes(leaf: Any, places: tuple[int | None, ...], sizes: tuple[int, ...]) -> Axes | None:
     """What runs along the axes of an argument; None if nothing labelled does, or it is no array."""
-    if not is_array(leaf) or all(place is None for place in places[: len(sizes)]):
+    if not is_array(leaf) or not leaf.shape or all(place is None for place in places[: len(sizes)]):
         return None
     axes = list(map(plain, leaf.shape))
     for label, (place, size) in enumerate(zip(places, sizes, strict=False)):

@@ -116,8 +116,9 @@ def padded(held: Slots, update: Update | None) -> tuple[Any, Any, Any]:
     ones = None if held.gain is None else np.ones(held.gain.shape[:lead] + held.gain.shape[lead + 1 :], np.float32)
     if update is None:
         return np.zeros(shapes[0], held.a.dtype), np.zeros(shapes[1], held.b.dtype), ones
-    _check_fits(held, update)
+    check_fits(held.site, update.site)
     found = _on_host(update) or factors(site.path, update)
+    _check_finite(site.path, found)
     if found.gain is not None and held.gain is None:
         raise ParameterError(f"{site.path} has a gain: make the bank with AdapterBank.empty(..., gains=True)")
     if found.rank > held.rank:
@@ -138,10 +139,21 @@ def _on_host(update: Update) -> Factors | None:
     return Factors(a, wide.astype(b.dtype), None, update.rank)
 
 
-def _check_fits(held: Slots, update: Update) -> None:
-    mine, its = held.site, update.site
-    same = [getattr(mine, name) == getattr(its, name) for name in ("shape", "batch_axes", "in_axes", "out_axes")]
-    if not all(same):
+def _check_finite(path: str, found: Factors) -> None:
+    """Refuse numbers that would spoil every example: all slots meet in one product, if only to be left out of it."""
+    for leaf in (found.a, found.b, found.gain):
+        if leaf is not None and not is_traced(leaf) and not np.isfinite(np.asarray(leaf, np.float32)).all():
+            raise ParameterError(f"{path} holds numbers that are not finite: the adapter is broken, or overflowed")
+
+
+def check_fits(mine: Site, its: Site) -> None:
+    """Refuse another parameter, or another use of it, than that of a bank.
+
+    Raises:
+      ParameterError: shape or axes differ.
+    """
+    names = ("shape", "batch_axes", "in_axes", "out_axes")
+    if any(getattr(mine, name) != getattr(its, name) for name in names):
         raise ParameterError(
             f"{mine.path} has shape {mine.shape} with axes in {mine.in_axes}, out {mine.out_axes} in the bank, and "
             f"{its.shape} with {its.in_axes}, {its.out_axes} in the adapter: they are for different models"

@@ -95,6 +95,23 @@ def test_slots_are_written_in_place(bank: lora.AdapterBank) -> None:
     assert bank["head"].a.shape == (3, 3, 4)
 
 
+def test_a_slot_out_of_range_is_left_alone_inside_jit(bank: lora.AdapterBank) -> None:
+    bank = bank.put(3, adapter(0))
+    held = jax.tree.map(np.asarray, bank)
+    put = jax.jit(lambda bank, slot: bank.put(slot, adapter(1)))
+    for slot in (0, 4, 9, -1):
+        assert_same(jax.tree.leaves(put(bank, slot)), jax.tree.leaves(held))
+    assert float(jnp.abs(put(bank, 2)["head"].a[1] - held["head"].a[1]).max()) > 0
+
+
+def test_a_transposed_use_is_another_parameter() -> None:
+    square = {"w": jnp.eye(4)}
+    uses = (lambda p, x: x @ p["w"], lambda p, x: x @ p["w"].T)
+    sites = [lora.find_sites(use, square, jnp.ones((2, 4))) for use in uses]
+    with pytest.raises(lora.ParameterError, match="they are for different models"):
+        lora.AdapterBank.of([random_adapter(each) for each in sites])
+
+
 def test_methods_without_a_scale_of_their_own() -> None:
     """PiSSA's start, VeRA and the like are plain factors in a bank."""
     given = []
@@ -137,8 +154,11 @@ def test_refusals(bank: lora.AdapterBank) -> None:
     other = random_adapter([replace(SITES["head"], shape=(4, 6))])
     with pytest.raises(lora.ParameterError, match="they are for different models"):
         bank.put(1, other)
-    with pytest.raises(lora.ParameterError, match="they are for different bases"):
+    with pytest.raises(lora.ParameterError, match="they are for different models"):
         lora.AdapterBank.of([adapter(0), other])
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, adapter(0))
+    with pytest.raises(lora.ParameterError, match="embed holds numbers that are not finite"):
+        bank.put(1, broken)
     whole = lora.Adapter({"head": lora.Replace(PARAMS["head"], SITES["head"])})
     with pytest.raises(lora.ParameterError, match="has a Replace, which is no low-rank change: leave it out"):
         bank.put(1, whole)

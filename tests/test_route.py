@@ -1,6 +1,7 @@
 """Routing: every example of a batch gives what it gives alone with its own adapter."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, get_args
 
@@ -283,6 +284,12 @@ def test_ids_that_do_not_fit(options: Any, ids: Any, message: str) -> None:
         lambda x: jax.lax.map(lambda each: each + 1, x),
         lambda x: x.reshape(2, 2, 3, 6).swapaxes(0, 1).reshape(4, 3, 6),
         lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y[::-1], x),
+        lambda x: jax.lax.cond(x.sum() > 0, lambda y: y, lambda y: y[::-1], x),
+        lambda x: jnp.where(x.sum() > 0, x, x[::-1]),
+        lambda x: x.at[1:].set(x[:-1]),
+        lambda x: x.at[jnp.array([1, 0, 3, 2])].set(x),
+        lambda x: jax.lax.while_loop(lambda s: s[0] < 0, lambda s: (s[0] + 1, s[1][::-1]), (0, x))[1],
+        lambda x: jax.lax.reshape(x.reshape(2, 2, 18), (2, 2, 18), dimensions=(1, 0, 2)).reshape(4, 3, 6),
     ],
 )
 def test_examples_that_change_places_are_never_taken_for_others(mixed: Callable[..., Any]) -> None:
@@ -308,6 +315,9 @@ def test_examples_that_change_places_are_never_taken_for_others(mixed: Callable[
         lambda x: jnp.einsum("bqd,bkd,bkf->bqf", x, x, x),
         lambda x: jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x),
         lambda x: jax.checkpoint(lambda y: jnp.tanh(y))(x),
+        lambda x: jnp.tile(x, (1, 2, 1)).reshape(4, 2, 3, 6).sum(1),
+        lambda x: jnp.stack(jnp.unstack(x, axis=1), axis=1),
+        lambda x: x + x[jnp.array([1, 0, 3, 2])][jnp.array([1, 0, 3, 2])],
     ],
 )
 def test_examples_are_followed_through_what_keeps_them_apart(moved: Callable[..., Any]) -> None:
@@ -317,6 +327,64 @@ def test_examples_are_followed_through_what_keeps_them_apart(moved: Callable[...
     values = moved(X)
     alone = [lora.adapt(dense)(PARAMS, ADAPTERS[i - 1 : i] if i else [], values[j]) for j, i in enumerate(ids)]
     assert_close(found, jnp.stack(alone))
+
+
+def test_products_inside_loops_that_change_places() -> None:
+    """What the first turn sees is not what the second one does."""
+    square = {"w": jnp.asarray(np.random.default_rng(3).normal(size=(6, 6)), jnp.float32)}
+    turns = lambda params, x: jax.lax.fori_loop(0, 2, lambda i, y: dense(params, y)[::-1], x)  # noqa: E731
+    collected = lambda params, x: jax.lax.scan(  # noqa: E731
+        lambda y, _: (y[::-1], dense(params, y)), x, None, length=2
+    )[1]
+    for fn in (turns, collected):
+        adapters = [random_adapter(lora.find_sites(fn, square, X), seed=i) for i in range(3)]
+        with pytest.raises(lora.ParameterError, match="run along none"):
+            lora.route(fn)(square, adapters, [0, 1, 2, 3], X)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32"])
+def test_ids_and_tokens_of_narrow_dtypes(dtype: str) -> None:
+    """A bank with more slots than the dtype has numbers."""
+    looked_up = lambda params, t: jax.vmap(  # noqa: E731
+        lambda i: jax.lax.dynamic_index_in_dim(params["e"], i, 0, keepdims=False)
+    )(t)
+    params, tokens = {"e": PARAMS["w"]}, jnp.asarray([5, 0, 1, 2], dtype)
+    adapter = random_adapter(lora.find_sites(looked_up, params, tokens))
+    bank = lora.AdapterBank.of([adapter], slots=300)
+    for put, ids in ((1, [0, 1, 0, 120]), (120, [120, 0, 120, 1])):
+        bank = bank.evict(1).put(put, adapter)
+        expected = jnp.concatenate(
+            [lora.adapt(looked_up)(params, [adapter] if i == put else [], tokens[j : j + 1]) for j, i in enumerate(ids)]
+        )
+        assert_close(jax.jit(lora.route(looked_up))(params, bank, jnp.asarray(ids, dtype), tokens), expected)
+    assert_close(lora.route(looked_up)(params, bank, jnp.asarray([299, 0, 120, 1]), tokens)[2:3], expected[2:3])
+
+
+@pytest.mark.parametrize("strategy", get_args(Form))
+def test_a_broken_adapter_stays_with_its_own_examples(strategy: Form) -> None:
+    """Products that overflow; numbers that are not finite do not get into a bank."""
+    params = {"e": PARAMS["w"], "w": PARAMS["w"].T @ PARAMS["w"], "k": PARAMS["w"][None, :5]}
+    tokens = jnp.arange(8).reshape(4, 2) % 6
+
+    def fn(params: Any, tokens: Any) -> Any:
+        x = jnp.tanh(params["e"][tokens] @ params["w"])
+        return jax.lax.conv_general_dilated(x, params["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+    sites = lora.find_sites(fn, params, tokens)
+    good, last = (random_adapter(sites, seed=i) for i in range(2))
+    bad = lora.Adapter({path: replace(update, a=update.a * 1e38, b=update.b * 1e3) for path, update in last.items()})
+    routed = lora.route(fn, strategy=strategy)
+    found = routed(params, [good, bad], [0, 1, 2, 1], tokens)
+    assert not np.isfinite(found[2]).all()
+    expected = routed(params, [good, last], [0, 1, 2, 1], tokens)
+    assert_close(found[jnp.array([0, 1, 3])], expected[jnp.array([0, 1, 3])])
+
+
+def test_an_empty_batch_and_arguments_without_axes() -> None:
+    assert lora.route(dense)(PARAMS, ADAPTERS, jnp.zeros(0, int), X[:0]).shape == (0, 3, 5)
+    scaled = lambda params, x, by: dense(params, x) * by  # noqa: E731
+    found = lora.route(scaled)(PARAMS, ADAPTERS, [1, 2, 3, 0], X, jnp.float32(2))
+    assert_close(found, 2 * lora.route(dense)(PARAMS, ADAPTERS, [1, 2, 3, 0], X))
 
 
 def test_where_examples_cannot_be_told_apart() -> None:

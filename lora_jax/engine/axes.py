@@ -2,7 +2,8 @@
 
 A label is the number of an axis of the ids that say which adapter each example, or each token, meets. An array of
 shape `[batch · tokens, features]` has `((0, batch), (None, tokens))` along its first axis where only examples are
-labelled. Parts of length one say nothing and are left out.
+labelled. Parts of length one say nothing and are left out. A label means a position: what is there belongs to the
+example of that number, whatever else has been added to it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,9 @@ from typing import TypeAlias
 Part: TypeAlias = tuple[int | None, int]
 Axis: TypeAlias = tuple[Part, ...]
 Axes: TypeAlias = tuple[Axis, ...]
+
+LOST = -1
+"""Label of a part in which an operation has mixed, or may have mixed, what was labelled."""
 
 
 def plain(size: int) -> Axis:
@@ -26,35 +30,62 @@ def length(axis: Axis) -> int:
 
 def labels(axes: Iterable[Axis]) -> list[int]:
     """Every label, as often as it is met."""
-    return [label for axis in axes for label, _ in axis if label is not None]
+    return [label for axis in axes for label, _ in axis if label is not None and label != LOST]
+
+
+def marked(axes: Iterable[Axis]) -> bool:
+    """Whether anything labelled runs along the axes, or once did."""
+    return any(label is not None for axis in axes for label, _ in axis)
+
+
+def lost(axis: Axis) -> Axis:
+    """The axis with every label lost; what never had one is as it was."""
+    return joined([((None if label is None else LOST, size),) for label, size in axis])
+
+
+def all_lost(axes: Iterable[Axis]) -> Axes:
+    """Axes of which everything that has no label may be what an operation has mixed."""
+    return tuple(joined([((LOST if label is None else label, size),) for label, size in axis]) for axis in axes)
 
 
 def joined(axes: Iterable[Axis]) -> Axis:
-    """Several axes in one; unlabelled parts side by side become one part."""
+    """Several axes in one; parts without a label side by side become one part."""
     parts: list[Part] = []
     for label, size in (part for axis in axes for part in axis):
-        if parts and label is None and parts[-1][0] is None:
-            parts[-1] = (None, parts[-1][1] * size)
+        if parts and label in (None, LOST) and parts[-1][0] == label:
+            parts[-1] = (label, parts[-1][1] * size)
         else:
             parts.append((label, size))
     return tuple(parts)
 
 
-def both(one: Axis, other: Axis) -> Axis:
+def both(one: Axis, other: Axis, either: bool = False) -> Axis:
     """What runs along an axis of a result that two operands share, position by position.
 
-    What one of them does not label is as the other says; where they contradict each other, nothing is known.
+    What has never been labelled is as the other says. Where they contradict each other, nothing is known. A part that
+    was lost is as the other says where both are combined at every position, as in a residual stream around something
+    that was sorted and put back; it stays lost where the result is `either` of them.
     """
-    if one == other or not labels([other]):
+    if one == other or not marked([other]):
         return one
-    if not labels([one]):
+    if not marked([one]):
         return other
     cuts = sorted({*_ends(one), *_ends(other)})
     left, right = cut(one, cuts), cut(other, cuts)
     if left is None or right is None:
-        return plain(length(one))
-    found = [a if b is None or a == b else b if a is None else -1 for (a, _), (b, _) in zip(left, right, strict=True)]
-    return plain(length(one)) if -1 in found else joined([((a, n),) for a, (_, n) in zip(found, left, strict=True)])
+        return ((LOST, length(one)),)
+    parts = [(_one_of(a, b, either), size) for (a, size), (b, _) in zip(left, right, strict=True)]
+    return joined([(part,) for part in parts])
+
+
+def _one_of(one: int | None, other: int | None, either: bool) -> int | None:
+    if one is None or one == other:
+        return other
+    if other is None:
+        return one
+    if LOST in (one, other) and not either:
+        return other if one == LOST else one
+    return LOST
 
 
 def _ends(axis: Axis) -> list[int]:
@@ -73,7 +104,7 @@ def cut(axis: Axis, ends: Sequence[int]) -> Axis | None:
         end, here = at * size, at
         while rest and rest[0] <= end:
             stop = rest.pop(0)
-            if stop % here or end % stop or (label is not None and (here, stop) != (at, end)):
+            if stop % here or end % stop or (label not in (None, LOST) and (here, stop) != (at, end)):
                 return None
             parts += [(label, stop // here)]
             here = stop
@@ -96,10 +127,12 @@ def reshaped(axes: Axes, sizes: Sequence[int]) -> Axes:
                 taken.append((label, have))
                 need //= have
             elif have % need == 0:
-                taken.append((None, need))
-                parts.insert(0, (None, have // need))
+                kept = label if label is None else LOST
+                taken.append((kept, need))
+                parts.insert(0, (kept, have // need))
                 need = 1
             else:
-                return tuple(plain(each) for each in sizes)
+                mixed = plain if not marked(axes) else lambda size: ((LOST, size),) if size > 1 else ()
+                return tuple(mixed(each) for each in sizes)
         new.append(joined([tuple(taken)]))
     return tuple(new)

@@ -13,6 +13,7 @@ from lora_jax.engine.context import Context
 from lora_jax.engine.lift import dense, rule
 from lora_jax.engine.product import adapted_result
 from lora_jax.engine.routed import IMAGE, of_images
+from lora_jax.engine.routing import kept
 from lora_jax.engine.tap import tap_patches
 from lora_jax.engine.terms import inputs, split_factors
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight
@@ -33,6 +34,7 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     x = dense(ctx, eqn, image, "the kernel is adapted too")
     (y,) = jaxprs.bind(eqn, [x, kernel.base])
     keeps, gain = of_images(ctx, eqn, kernel) if kernel.routed else (None, kernel.gain)
+    mixes = ctx.routing is not None and ctx.routing.mixes
     positions, outputs = y.size // y.shape[numbers.out_spec[1]], y.shape[numbers.out_spec[1]]
     channels = sum(a.array.size // prod(a.size(axis) for axis in window) for a, _ in pairs)
     channels *= eqn.params["feature_group_count"]
@@ -44,7 +46,7 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     reads = inputs(ctx, kernel, Labelled(x, ()))
     with jax.named_scope("lora"):
         terms = [
-            _thin_convolution(eqn, read.array, _flat(a, slots), _flat(b, slots), keeps)
+            _thin_convolution(eqn, read.array, _flat(a, slots), _flat(b, slots), keeps, mixes)
             for (a, b), read in zip(pairs, reads, strict=True)
         ]
         axes = [RANK] * y.ndim
@@ -65,10 +67,11 @@ def _geometry(ctx: Context, eqn: Any, window: Sequence[int]) -> dict[str, int | 
     return {"channel_axis": min(channels) if known else None, "groups": eqn.params["feature_group_count"]}
 
 
-def _thin_convolution(eqn: Any, x: Any, a: Any, b: Any, keeps: Any = None) -> Any:
+def _thin_convolution(eqn: Any, x: Any, a: Any, b: Any, keeps: Any = None, mixes: bool = False) -> Any:
     """Convolve with `a` (rank, in, *window) once per feature group, then mix by `b` (rank, out).
 
-    Of the channels between them, each image keeps those of its own slot: `keeps` (images, slots); None for all.
+    Of the channels between them, each image keeps those of its own slot: `keeps` (images, slots); None for all. If it
+    `mixes`, these are weights.
     """
     numbers, groups, rank = eqn.params["dimension_numbers"], eqn.params["feature_group_count"], a.shape[0]
     kernel = jnp.tile(a.astype(x.dtype), (groups,) + (1,) * (a.ndim - 1))
@@ -84,7 +87,7 @@ def _thin_convolution(eqn: Any, x: Any, a: Any, b: Any, keeps: Any = None) -> An
     hidden = hidden.reshape(*hidden.shape[:-1], groups, rank)
     if keeps is not None:
         own = jnp.repeat(keeps, rank // keeps.shape[1], axis=1).astype(hidden.dtype)
-        hidden = hidden * jnp.expand_dims(own, range(1, hidden.ndim - 1))
+        hidden = kept(hidden, jnp.expand_dims(own, range(1, hidden.ndim - 1)), mixes)
     b = b.astype(x.dtype).reshape(rank, groups, -1)
     mixed = jnp.einsum("...gr,rgo->...go", hidden, b, preferred_element_type=wide)
     mixed = mixed.reshape(*mixed.shape[:-2], -1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from lora_jax.engine import jaxprs
-from lora_jax.engine.axes import Axes, both, labels, length, plain, reshaped
+from lora_jax.engine.axes import LOST, Axes, Axis, all_lost, both, joined, labels, length, lost, marked, plain, reshaped
 from lora_jax.engine.jaxprs import Program
 
 Trail: TypeAlias = tuple[int, ...]
@@ -56,8 +56,9 @@ class Flow:
 
         for position, eqn in enumerate(program.jaxpr.eqns):
             operands = [read(atom) for atom in eqn.invars]
-            if any(map(labels, operands)):
-                here = (*trail, position)
+            here = (*trail, position)
+            self.operands.pop(here, None)
+            if any(map(marked, operands)):
                 self.operands[here] = operands
                 env.update(zip(eqn.outvars, self._results(eqn, operands, here), strict=True))
         return [read(atom) for atom in program.jaxpr.outvars]
@@ -68,9 +69,10 @@ class Flow:
             return _REGIONS[name](self, eqn, operands, here)
         results = FLOWS[name](eqn, operands) if name in FLOWS else [unlabelled(var) for var in eqn.outvars]
         kept = {label for axes in results for label in labels(axes)}
-        if name not in _ENDS and {label for axes in operands for label in labels(axes)} - kept:
-            self.lost[name] = None
-        return results
+        if name in _ENDS or not {label for axes in operands for label in labels(axes)} - kept:
+            return results
+        self.lost[name] = None
+        return [all_lost(axes) for axes in results]
 
     def _inlined(self, eqn: Any, operands: list[Axes], here: Trail) -> list[Axes]:
         return self.follow(jaxprs.sub_programs(eqn)[0], operands, here)
@@ -101,7 +103,7 @@ class Flow:
     def _cond(self, eqn: Any, operands: list[Axes], here: Trail) -> list[Axes]:
         branches = map(jaxprs.program, eqn.params["branches"])
         found = [self.follow(branch, operands[1:], (*here, i)) for i, branch in enumerate(branches)]
-        return [_together(each) for each in zip(*found, strict=True)]
+        return [_together(each, either=True) for each in zip(*found, strict=True)]
 
 
 _REGIONS: dict[str, Callable[[Flow, Any, list[Axes], Trail], list[Axes]]] = {
@@ -117,29 +119,20 @@ _ENDS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", 
 
 
 def _settled(turn: Callable[[list[Axes]], list[Axes]], carries: list[Axes]) -> list[Axes]:
-    """Results of a loop's body, once what it carries has the same axes before and after each turn.
-
-    A carry that starts without labels (zeros, say) may get some; one that loses its own has none.
-    """
-    barred: set[int] = set()
+    """Results of a loop's body, once what it carries is the same before and after every turn, and without any turn."""
     while True:
         results = turn(carries)
-        after = list(carries)
-        for i, (before, now) in enumerate(zip(carries, results[: len(carries)], strict=True)):
-            if before != now and labels(before):
-                barred.add(i)
-            if i in barred or not labels(before):
-                after[i] = tuple(plain(length(axis)) for axis in now) if i in barred else now
+        after = [_together(each, either=True) for each in zip(carries, results[: len(carries)], strict=True)]
         if after == carries:
-            return results
+            return [*carries, *results[len(carries) :]]
         carries = after
 
 
-def _together(operands: Sequence[Axes]) -> Axes:
-    """What runs along the axes of a result that has those of every operand."""
+def _together(operands: Sequence[Axes], either: bool = False) -> Axes:
+    """What runs along the axes of a result that has those of every operand, or is either of them."""
     first, *rest = operands
     for other in rest:
-        first = tuple(both(mine, its) for mine, its in zip(first, other, strict=True))
+        first = tuple(both(mine, its, either) for mine, its in zip(first, other, strict=True))
     return first
 
 
@@ -151,7 +144,7 @@ _ELEMENTWISE = [
     "integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "log2", "logistic", "lt", "lt_to", "max",
     "min", "mul", "name", "ne", "neg", "nextafter", "not", "one_minus_square", "or", "polygamma",
     "population_count", "pow", "pvary", "random_gamma_grad", "real", "reduce_precision",
-    "regularized_incomplete_beta", "rem", "reshard", "round", "rsqrt", "select_n", "sharding_constraint",
+    "regularized_incomplete_beta", "rem", "reshard", "round", "rsqrt", "sharding_constraint",
     "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square",
     "stop_gradient", "sub", "tan", "tanh", "xor", "zeta",
 ]  # fmt: skip
@@ -161,6 +154,28 @@ _ELEMENTWISE = [
 def _elementwise(eqn: Any, operands: list[Axes]) -> list[Axes]:
     rank = len(eqn.outvars[0].aval.shape)
     return [_together([axes for axes in operands if len(axes) == rank])]
+
+
+@flows("select_n")
+def _select(eqn: Any, operands: list[Axes]) -> list[Axes]:
+    chosen = _together(operands[1:], either=True)
+    return [_together([chosen, operands[0]]) if len(operands[0]) == len(chosen) else chosen]
+
+
+@flows("stack")
+def _stack(eqn: Any, operands: list[Axes]) -> list[Axes]:
+    axes, place = list(_together(operands, either=True)), eqn.params["axis"]
+    return [(*axes[:place], plain(len(operands)), *axes[place:])]
+
+
+@flows("unstack")
+def _unstack(eqn: Any, operands: list[Axes]) -> list[Axes]:
+    return [tuple(axis for i, axis in enumerate(operands[0]) if i != eqn.params["axis"])] * len(eqn.outvars)
+
+
+@flows("tile")
+def _tile(eqn: Any, operands: list[Axes]) -> list[Axes]:
+    return [tuple(joined([plain(times), axis]) for times, axis in zip(eqn.params["reps"], operands[0], strict=True))]
 
 
 @flows("optimization_barrier", "device_put")
@@ -175,7 +190,9 @@ def _transpose(eqn: Any, operands: list[Axes]) -> list[Axes]:
 
 @flows("reshape")
 def _reshape(eqn: Any, operands: list[Axes]) -> list[Axes]:
-    return [reshaped(operands[0], eqn.params["new_sizes"])]
+    order = eqn.params.get("dimensions")
+    given = operands[0] if order is None else tuple(operands[0][i] for i in order)
+    return [reshaped(given, eqn.params["new_sizes"])]
 
 
 @flows("squeeze")
@@ -218,8 +235,10 @@ def _kept(axes: Axes, var: Any, moved: set[int]) -> Axes:
 @flows("concatenate")
 def _concatenate(eqn: Any, operands: list[Axes]) -> list[Axes]:
     (out,), along = eqn.outvars, eqn.params["dimension"]
-    cut = [(*axes[:along], plain(out.aval.shape[along]), *axes[along + 1 :]) for axes in operands]
-    return [_together(cut)]
+    mixed = any(marked(axes[along : along + 1]) for axes in operands)
+    whole: Axis = ((LOST, out.aval.shape[along]),) if mixed else plain(out.aval.shape[along])
+    cut = [(*axes[:along], whole, *axes[along + 1 :]) for axes in operands]
+    return [_together(cut, either=True)]
 
 
 @flows("dynamic_update_slice")
@@ -229,7 +248,11 @@ def _dynamic_update_slice(eqn: Any, operands: list[Axes]) -> list[Axes]:
 
 
 def _filled(whole: Axes, part: Axes) -> Axes:
-    return tuple(both(old, new) if length(old) == length(new) else old for old, new in zip(whole, part, strict=True))
+    """An axis of which some positions are written keeps its label only if nothing labelled is written there."""
+    return tuple(
+        both(old, new, either=True) if length(old) == length(new) else lost(old) if marked([new]) else old
+        for old, new in zip(whole, part, strict=True)
+    )
 
 
 @flows("dot_general")
@@ -284,5 +307,7 @@ def _scatter(eqn: Any, operands: list[Axes]) -> list[Axes]:
     numbers = eqn.params["dimension_numbers"]
     gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
     window = iter([updates[i] for i in numbers.update_window_dims])
-    part = tuple(plain(length(axis)) if i in gone else next(window) for i, axis in enumerate(operand))
-    return [_filled(operand, part)]
+    written = [axis for i, axis in enumerate(updates) if i not in numbers.update_window_dims]
+    kept = tuple(lost(axis) if i in gone and marked(written) else axis for i, axis in enumerate(operand))
+    part = tuple(kept[i] if i in gone else next(window) for i in range(len(operand)))
+    return [_filled(kept, part)]

@@ -65,7 +65,8 @@ def _routed(
     runs = ctx.routing.operand(ctx.trail, 1, indices.shape)[:-1]
     slots = slot_of_rows(ctx, table, runs, plan.rows)
     if slots is not None:
-        indices = jnp.concatenate([indices, slots[..., None].astype(indices.dtype)], axis=-1)
+        wide = jnp.promote_types(indices.dtype, jnp.int32)
+        indices = jnp.concatenate([indices.astype(wide), slots[..., None].astype(wide)], axis=-1)
         column = {SLOT: indices.shape[-1] - 1}
         plan = replace(
             plan, columns=plan.columns | column, sizes=plan.sizes | {SLOT: 1}, collapsed=plan.collapsed | {SLOT}

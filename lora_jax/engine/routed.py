@@ -1,6 +1,7 @@
 """Routed uses of a weight: the rules of products, convolutions and look-ups where every row has its own factors."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -121,6 +122,9 @@ def look_up(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[in
     for term in taken.terms:
         first, second = (term.a, term.b) if {*rows} & {*term.a.axes} else (term.b, term.a)
         first, second = first.astype(wide), second.astype(wide)
+        if not routing.mixes:  # The base's rows looked up some slot too.
+            own = replace(choice, array=choice.array < routing.slots).over(first.axes)
+            first = replace(first, array=jnp.where(own, first.array, 0))
         form = product.form(first, second, second)
         terms.append(product.mixed(first, second if form == "mask" else chosen(second, choice)))
     gain = taken.gain and own_gain(taken.gain, choice)
@@ -130,7 +134,7 @@ def look_up(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[in
 def slot_of_rows(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[int]) -> Any | None:
     """`[*rows]` integers: the slot that each look-up is made in; None where examples have weights of all slots.
 
-    Rows of the base look up some slot too: their second factor is zero.
+    Rows of the base look up some slot too, to no effect.
     """
     routing = _routing(ctx)
     if routing.mixes:

@@ -74,13 +74,13 @@ class Routing:
         """
         self.check(path, axes)
         rest = self.given.shape[len(self.sizes) :]
-        order = [label for axis in axes for label, _ in axis if label is not None]
+        order = labels(axes)
         array = jnp.squeeze(self.given, [i for i, size in enumerate(self.sizes) if size == 1])
         places = [self.wanted.index(label) for label in order]
         array = jnp.transpose(array, [*places, *range(len(places), array.ndim)])
         used = [(name, axis) for name, axis in zip(names, axes, strict=True) if labels([axis])]
         parts = [part for _, axis in used for part in axis]
-        spread = array.reshape(*(1 if label is None else size for label, size in parts), *rest)
+        spread = array.reshape(*(size if labels([((label, size),)]) else 1 for label, size in parts), *rest)
         spread = jnp.broadcast_to(spread, (*(size for _, size in parts), *rest))
         found = (*(name for name, _ in used), *([SLOT] if self.mixes else []))
         return Labelled(spread.reshape(*(length(axis) for _, axis in used), *rest), found)
@@ -97,7 +97,8 @@ class Routing:
             why = several if found.count(label) else f"along none; operations that lose them: {lost}"
             raise ParameterError(
                 f"Each of the {what} is to have its own adapter, but in what {path} is applied to they run {why}. Have "
-                f"batch_axes and token_axes say where they run in every argument, or leave {path!r} out of the bank"
+                f"batch_axes and token_axes say where they run in every positional argument, or leave {path!r} out of "
+                "the bank"
             )
 
 
@@ -124,6 +125,14 @@ def chosen(factor: Labelled, choice: Labelled, base: float = 0.0) -> Labelled:
         mode="fill", fill_value=base, out_sharding=placed(axes, choice, factor)
     )
     return Labelled(found, axes)
+
+
+def kept(inner: Any, by: Any, mixes: bool) -> Any:
+    """What is between the two products times its weights; where these are a choice, what is not chosen is never read.
+
+    So one broken adapter, with numbers that are not finite, stays with the examples that chose it.
+    """
+    return inner * by if mixes else jnp.where(by != 0, inner, jnp.zeros((), inner.dtype))
 
 
 def own_gain(gain: Labelled, choice: Labelled) -> Labelled:
@@ -196,7 +205,7 @@ class Routed:
         if SLOT in second.axes:
             by = gate(self.choice, self.routing.slots, inner.array.dtype)
             axes = inner.axes if SLOT in inner.axes else (*inner.axes, SLOT)
-            inner = Labelled(inner.over(axes) * by.over(axes), axes)
+            inner = Labelled(kept(inner.over(axes), by.over(axes), self.routing.mixes), axes)
         return contract.mixed(inner, second, self.out, self.precision, self.like)
 
     def in_blocks(self, x: Labelled, first: Labelled, second: Labelled) -> Any:
