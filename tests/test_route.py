@@ -286,6 +286,7 @@ def test_ids_that_do_not_fit(options: Any, ids: Any, message: str) -> None:
         lambda x: jax.lax.fori_loop(0, 3, lambda i, y: y[::-1], x),
         lambda x: jax.lax.cond(x.sum() > 0, lambda y: y, lambda y: y[::-1], x),
         lambda x: jnp.where(x.sum() > 0, x, x[::-1]),
+        lambda x: jnp.where(x.sum() > 0, x, jax.lax.map(lambda each: each + 1, x)[::-1]),
         lambda x: x.at[1:].set(x[:-1]),
         lambda x: x.at[jnp.array([1, 0, 3, 2])].set(x),
         lambda x: jax.lax.while_loop(lambda s: s[0] < 0, lambda s: (s[0] + 1, s[1][::-1]), (0, x))[1],

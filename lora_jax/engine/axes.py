@@ -33,6 +33,11 @@ def labels(axes: Iterable[Axis]) -> list[int]:
     return [label for axis in axes for label, _ in axis if label is not None and label != LOST]
 
 
+def marks(values: Iterable[Axes]) -> set[int]:
+    """What runs along the axes of several values, `LOST` included."""
+    return {label for axes in values for axis in axes for label, _ in axis if label is not None}
+
+
 def marked(axes: Iterable[Axis]) -> bool:
     """Whether anything labelled runs along the axes, or once did."""
     return any(label is not None for axis in axes for label, _ in axis)

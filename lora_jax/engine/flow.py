@@ -10,7 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from lora_jax.engine import jaxprs
-from lora_jax.engine.axes import LOST, Axes, Axis, all_lost, both, joined, labels, length, lost, marked, plain, reshaped
+from lora_jax.engine.axes import (
+    LOST,
+    Axes,
+    Axis,
+    all_lost,
+    both,
+    joined,
+    length,
+    lost,
+    marked,
+    marks,
+    plain,
+    reshaped,
+)
 from lora_jax.engine.jaxprs import Program
 
 Trail: TypeAlias = tuple[int, ...]
@@ -68,10 +81,11 @@ class Flow:
         if name in _REGIONS:
             return _REGIONS[name](self, eqn, operands, here)
         results = FLOWS[name](eqn, operands) if name in FLOWS else [unlabelled(var) for var in eqn.outvars]
-        kept = {label for axes in results for label in labels(axes)}
-        if name in _ENDS or not {label for axes in operands for label in labels(axes)} - kept:
+        before, after = marks(operands), marks(results)
+        if name in _ENDS or before <= after:
             return results
-        self.lost[name] = None
+        if before - after - {LOST}:
+            self.lost[name] = None
         return [all_lost(axes) for axes in results]
 
     def _inlined(self, eqn: Any, operands: list[Axes], here: Trail) -> list[Axes]:
@@ -81,11 +95,12 @@ class Flow:
         """What is scanned over is seen in slices; what is collected gets an axis."""
         loop = jaxprs.loop(eqn)
         consts, carries = operands[: loop.consts], operands[loop.consts : loop.consts + loop.carries]
-        slices = [axes[1:] for axes in operands[loop.consts + loop.carries :]]
-        if any(labels(axes[:1]) for axes in operands[loop.consts + loop.carries :]):
+        scanned = operands[loop.consts + loop.carries :]
+        slices, turns = [axes[1:] for axes in scanned], plain(eqn.params["length"])
+        if any(marked(axes[:1]) for axes in scanned):
             self.lost["scan"] = None
+            (turns,) = all_lost([turns])
         results = _settled(lambda carry: self.follow(loop.body, [*consts, *carry, *slices], here), carries)
-        turns = plain(eqn.params["length"])
         return [*results[: loop.carries], *((turns, *axes) for axes in results[loop.carries :])]
 
     def _while(self, eqn: Any, operands: list[Axes], here: Trail) -> list[Axes]:
