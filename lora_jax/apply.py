@@ -75,11 +75,21 @@ def run_adapted(call: Call, adapters: Sequence[Adapter], ctx: Context) -> Any:
     if not any(update.dropout for adapter in adapters for update in adapter.values()):
         ctx = ctx.with_key(None)
     updates = fit(adapters, call.arrays)
-    inputs = [
-        _weight(ctx, path, _frozen(leaf), updates[path]) if path in updates else _frozen(leaf)
-        for path, leaf in call.arrays.items()
-    ]
-    outputs = interpret(ctx, call.program, [*inputs, *call.given])
+    symbolic = lambda path, leaf: _weight(ctx, path, leaf, updates[path]) if path in updates else leaf  # noqa: E731
+    return evaluated(call, call.given, symbolic, ctx)
+
+
+def evaluated(call: Call, given: Sequence[Any], symbolic: Callable[[str, Any], Any], ctx: Context) -> Any:
+    """Evaluate a traced call.
+
+    Args:
+      call: the call.
+      given: values for its abstract arguments.
+      symbolic: makes of a frozen parameter, given its path, what the program is to see.
+      ctx: the context.
+    """
+    inputs = [symbolic(path, _frozen(leaf)) for path, leaf in call.arrays.items()]
+    outputs = interpret(ctx, call.program, [*inputs, *given])
     return call.result([dense(ctx, None, output, "returned by the function") for output in outputs])
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapter import Adapter
+from lora_jax.apply import evaluated
 from lora_jax.bank import AdapterBank, Slots
-from lora_jax.engine import Context, Log, dense, interpret
+from lora_jax.engine import Context, Log
 from lora_jax.engine.axes import Axes, plain
 from lora_jax.engine.calls import Call, trace_call
 from lora_jax.engine.flow import Flow
@@ -128,7 +129,10 @@ class RoutedFunction:
             chosen, sizes = jnp.full((1,) * len(sizes), held.slots - 1), (1,) * len(sizes)
         routing = Routing(chosen, sizes, held.slots - 1, flow, self.strategy)
         given = [leaf for leaf, axes in pairs if axes is not None]
-        return _evaluated(call, given, held, Context(log, routing=routing))
+        _check_parameters(call, held)
+        ctx = Context(log, routing=routing)
+        symbolic = lambda path, leaf: _weight(ctx, path, leaf, held[path]) if path in held else leaf  # noqa: E731
+        return evaluated(call, given, symbolic, ctx)
 
 
 def _runnable(adapters: Adapter | Sequence[Adapter], token_axes: Any) -> list[Adapter]:
@@ -141,8 +145,8 @@ def _runnable(adapters: Adapter | Sequence[Adapter], token_axes: Any) -> list[Ad
     return given
 
 
-def _evaluated(call: Call, given: Sequence[Any], bank: AdapterBank, ctx: Context) -> Any:
-    """Evaluate a traced call with the parameters of the bank symbolic."""
+def _check_parameters(call: Call, bank: AdapterBank) -> None:
+    """Refuse parameters that the bank is not for."""
     for path, held in bank.items():
         if path not in call.arrays or np.shape(call.arrays[path]) != held.site.shape:
             has = (
@@ -154,12 +158,6 @@ def _evaluated(call: Call, given: Sequence[Any], bank: AdapterBank, ctx: Context
                 f"The bank adapts {path!r} of shape {held.site.shape}; these parameters have {has}. Pass the tree that "
                 "the adapters were made for, at the same level (with or without 'params')"
             )
-    inputs = [
-        _weight(ctx, path, jax.lax.stop_gradient(leaf), bank[path]) if path in bank else jax.lax.stop_gradient(leaf)
-        for path, leaf in call.arrays.items()
-    ]
-    outputs = interpret(ctx, call.program, [*inputs, *given])
-    return call.result([dense(ctx, None, output, "returned by the function") for output in outputs])
 
 
 def _weight(ctx: Context, path: str, base: Any, held: Slots) -> Weight:

@@ -183,3 +183,13 @@ def flat(tree: Params, above: str = "") -> dict[str, Any]:
     for name, node in tree.items():
         found |= flat(node, f"{above}{name}/") if isinstance(node, dict) else {above + name: node}
     return found
+
+
+def net_params() -> Params:
+    """Parameters of `net`, different everywhere."""
+    flat: dict[str, Any] = {"embed/embedding": draw(11, 5), "head/kernel": draw(5, 4), "head/bias": draw(4)}
+    for index in range(2):
+        for name, shape in {"attn/q": (5, 7), "attn/v": (5, 7), "up": (7, 5)}.items():
+            flat[f"layers_{index}/{name}/kernel"] = draw(*shape) + index
+            flat[f"layers_{index}/{name}/bias"] = draw(shape[1]) - index
+    return nested(flat)

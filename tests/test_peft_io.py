@@ -27,6 +27,7 @@ from peft_models import (
     linear,
     nested,
     net,
+    net_params,
     replaced,
     scanned_net,
     stacked,
@@ -40,15 +41,6 @@ from lora_jax.site import Site, Sites
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 ARRAYS = FILES[1]
 TOKENS = jnp.asarray([[1, 7, 3], [0, 2, 2]])
-
-
-def net_params() -> Params:
-    flat: dict[str, Any] = {"embed/embedding": draw(11, 5), "head/kernel": draw(5, 4), "head/bias": draw(4)}
-    for index in range(2):
-        for name, shape in {"attn/q": (5, 7), "attn/v": (5, 7), "up": (7, 5)}.items():
-            flat[f"layers_{index}/{name}/kernel"] = draw(*shape) + index
-            flat[f"layers_{index}/{name}/bias"] = draw(shape[1]) - index
-    return nested(flat)
 
 
 def attention(params: Params, x: jax.Array) -> jax.Array:

@@ -12,7 +12,19 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_close, assert_same, differ, random_adapter
-from peft_models import CONV1D, SCANNED, Model, Params, conv, draw, linear, nested, net, scanned_net, stacked
+from peft_models import (
+    CONV1D,
+    SCANNED,
+    Model,
+    conv,
+    draw,
+    linear,
+    nested,
+    net,
+    net_params,
+    scanned_net,
+    stacked,
+)
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
@@ -26,15 +38,6 @@ from lora_jax.updates import LowRank
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG, ARRAYS = "adapter_config.json", "adapter_model.safetensors"
 TOKENS = jnp.asarray([[1, 7, 3], [0, 2, 2]])
-
-
-def net_params() -> Params:
-    flat: dict[str, Any] = {"embed/embedding": draw(11, 5), "head/kernel": draw(5, 4), "head/bias": draw(4)}
-    for index in range(2):
-        for name, shape in {"attn/q": (5, 7), "attn/v": (5, 7), "up": (7, 5)}.items():
-            flat[f"layers_{index}/{name}/kernel"] = draw(*shape) + index
-            flat[f"layers_{index}/{name}/bias"] = draw(shape[1]) - index
-    return nested(flat)
 
 
 NET = Model(net, net_params(), TOKENS)

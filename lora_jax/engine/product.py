@@ -109,7 +109,7 @@ class _Product:
             return self.formed(of)
         slots = {term.slot for term in self.weight.terms}
         # The terms of one adapter stay apart: at a start away from zero they cancel exactly.
-        y, of = self.plain(of), side_by_side(of) if len(slots) == len(of.factors) else of
+        y, of = self.plain(of), _side_by_side(of) if len(slots) == len(of.factors) else of
         return self.summed(of, y, self.inner(of.x, of, y))
 
     def tangent(self, primals: tuple[Operands], tangents: tuple[Operands]) -> tuple[Any, Any]:
@@ -200,7 +200,7 @@ class _Product:
         return times(self.mixed(inner, second, like), self.out, gain)
 
 
-def side_by_side(of: Operands) -> Operands:
+def _side_by_side(of: Operands) -> Operands:
     """The operands with the factors of several terms in one pair, where they have the same axes and no dropout.
 
     Only where nothing is differentiated: side by side with factors that train, frozen ones would get a gradient.
