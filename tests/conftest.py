@@ -16,6 +16,17 @@ jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+TESTS_BETWEEN_CLEARINGS = 400
+
+_ended = count(1)
+
+
+def pytest_runtest_logfinish() -> None:
+    """Forget compiled programs now and then: each holds memory maps, of which Linux gives a process 65,530."""
+    if next(_ended) % TESTS_BETWEEN_CLEARINGS == 0:
+        jax.clear_caches()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Turn warnings into errors, ours and those of the libraries our code calls."""
     config.addinivalue_line("filterwarnings", "error")
