@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, get_args
 
 import jax
@@ -11,11 +12,14 @@ import numpy as np
 from lora_jax.adapter import Adapter
 from lora_jax.apply import evaluated
 from lora_jax.bank import AdapterBank, Slots
+from lora_jax.capture.gram import add_at
 from lora_jax.engine import Context, Log
 from lora_jax.engine.axes import Axes, plain
 from lora_jax.engine.calls import Call, trace_call
 from lora_jax.engine.flow import Flow
+from lora_jax.engine.router import Router
 from lora_jax.engine.routing import RouteStrategy, Routing
+from lora_jax.engine.tap import probed
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Term, Weight
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.fit import adapter_list
@@ -47,8 +51,9 @@ def route(
       `routed(params, bank, ids, *args, **kwargs)`. `bank` is an `AdapterBank`, or a sequence of adapters, which then
       are slots 1, 2, and so on. `ids` are integers `[batch]` or `[batch, tokens]`: slots, 0 for the base; or
       floating-point weights of all slots on one more axis, `[batch, slots]` or `[batch, tokens, slots]`, of which that
-      of slot 0 does nothing. There is no dropout. `routed.explain(...)` says, for the same arguments, which form each
-      use of a parameter takes and what it adds.
+      of slot 0 does nothing; or a router (`lora_jax.routers`), which finds such weights at every use of a parameter,
+      for every row of its input. There is no dropout. `routed.explain(...)` says, for the same arguments, which form
+      each use of a parameter takes and what it adds.
 
     Raises:
       ParameterError: on call: an id out of range (inside `jit`, where it cannot be seen, it is the base), a bank of
@@ -92,7 +97,7 @@ class RoutedFunction:
 
     def __call__(self, params: Any, bank: AdapterBank | Sequence[Adapter], ids: Any, *args: Any, **kwargs: Any) -> Any:
         """The function's result, with each example's own adapter."""
-        return self._run(Log(), params, bank, ids, *args, **kwargs)
+        return self._run(Context(Log()), params, bank, ids, *args, **kwargs)
 
     def explain(
         self, params: Any, bank: AdapterBank | Sequence[Adapter], ids: Any, *args: Any, **kwargs: Any
@@ -108,14 +113,43 @@ class RoutedFunction:
         def run(given: list[Any]) -> None:
             known = dict(zip(arrays, given, strict=True))
             call = jax.tree.unflatten(tree, [known.get(i, leaf) for i, leaf in enumerate(leaves)])
-            self._run(log, *call[:3], *call[3], **call[4])
+            self._run(Context(log), *call[:3], *call[3], **call[4])
 
         jax.eval_shape(run, [leaves[i] for i in arrays])
         return Explanation(tuple(log.uses.values()))
 
-    def _run(self, log: Log, params: Any, bank: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
+    def usage(
+        self, params: Any, bank: AdapterBank | Sequence[Adapter], router: Router, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What a router chooses in a call: by path `[*batch, slots - 1]`, the mean weight of every adapter over rows.
+
+        Arguments are those of a call. An adapter that nothing needs has means near zero everywhere.
+
+        Raises:
+          ParameterError: as on a call, or what was given is no router.
+        """
+        if not isinstance(router, Router):
+            raise ParameterError(f"usage is about routers (lora_jax.routers); got {type(router).__name__}")
         held = bank if isinstance(bank, AdapterBank) else AdapterBank.of(_runnable(bank, self.token_axes))
-        chosen, sizes = _checked(jnp.asarray(ids), held.slots, self.token_axes is not None)
+        shapes = {path: (prod(each.site.batch_shape), each.count) for path, each in held.items()}
+        totals = {path: jax.new_ref(jnp.zeros(shape)) for path, shape in shapes.items()}
+
+        def observe(path: str, entry: Any, found: Any, kept: Any) -> None:
+            counted = jnp.concatenate([found, jnp.ones((*found.shape[:-1], 1))], -1)
+            add_at(totals[path], entry, counted.sum(-2))
+
+        self._run(Context(Log(), observe=observe), params, held, router, *args, **kwargs)
+        found = {path: jax.freeze(total) for path, total in totals.items()}
+        means = {path: each[:, :-1] / jnp.maximum(each[:, -1:], 1) for path, each in found.items()}
+        return {path: mean.reshape(*held[path].site.batch_shape, -1) for path, mean in means.items()}
+
+    def _run(self, ctx: Context, params: Any, bank: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
+        held = bank if isinstance(bank, AdapterBank) else AdapterBank.of(_runnable(bank, self.token_axes))
+        if isinstance(ids, Router):
+            _check_router(ids, held)
+            chosen, sizes = ids, ()
+        else:
+            chosen, sizes = _checked(jnp.asarray(ids), held.slots, self.token_axes is not None)
         leaves, tree = jax.tree.flatten(args)
         places = _places(args, self.batch_axes, self.token_axes)
         labelled = [_axes(leaf, each, sizes) for leaf, each in zip(leaves, places, strict=True)]
@@ -125,13 +159,17 @@ class RoutedFunction:
         flow = Flow()
         unlabelled = [tuple(map(plain, np.shape(leaf))) for leaf in call.arrays.values()]
         flow.follow(call.program, [*unlabelled, *(axes for axes in labelled if axes is not None)])
-        if not chosen.size:
+        if 0 in sizes:
             chosen, sizes = jnp.full((1,) * len(sizes), held.slots - 1), (1,) * len(sizes)
         routing = Routing(chosen, sizes, held.slots - 1, flow, self.strategy)
         given = [leaf for leaf, axes in pairs if axes is not None]
         _check_parameters(call, held)
-        ctx = Context(log, routing=routing)
-        symbolic = lambda path, leaf: _weight(ctx, path, leaf, held[path]) if path in held else leaf  # noqa: E731
+        ctx = replace(ctx, routing=routing)
+        keys = chosen.keys if isinstance(chosen, Router) else {}
+
+        def symbolic(path: str, leaf: Any) -> Any:
+            return _weight(ctx, path, leaf, held[path], keys.get(path)) if path in held else leaf
+
         return evaluated(call, given, symbolic, ctx)
 
 
@@ -160,12 +198,26 @@ def _check_parameters(call: Call, bank: AdapterBank) -> None:
             )
 
 
-def _weight(ctx: Context, path: str, base: Any, held: Slots) -> Weight:
+def _check_router(router: Router, bank: AdapterBank) -> None:
+    """Refuse a router that is not for the bank."""
+    for path, held in bank.items():
+        wanted = (*held.site.batch_shape, held.count - 1, *held.site.sizes(held.site.in_axes))
+        given = jnp.shape(router.keys[path]) if path in router.keys else f"none; nearest: {nearest(path, router.keys)}"
+        if given != wanted:
+            raise ParameterError(
+                f"At {path!r} the bank needs keys of shape {wanted}, and the router has {given}: make it for this bank"
+            )
+
+
+def _weight(ctx: Context, path: str, base: Any, held: Slots, keys: Any) -> Weight:
     weight, site = ctx.weight(path, base), held.site
     batch, into, out = ([weight.axes[i] for i in axes] for axes in (site.batch_axes, site.in_axes, site.out_axes))
     a = Labelled(held.a, (*batch, SLOT, RANK, *into))
     b = Labelled(held.b, (*batch, SLOT, RANK, *out))
     gain = None if held.gain is None else Labelled(held.gain, (*batch, SLOT, *out))
+    if keys is not None:
+        weight = replace(weight, keys=Labelled(keys, (*batch, SLOT, *into)))
+        weight = probed(weight, site.batch_axes, site.in_axes) if ctx.observe is not None else weight
     return replace(weight, terms=(Term(a, b, 0.0, 0),), gain=gain)
 
 

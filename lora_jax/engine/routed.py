@@ -13,6 +13,7 @@ from lora_jax.engine.axes import Axis, length
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import unroutable
 from lora_jax.engine.product import adapted_result, times
+from lora_jax.engine.router import Router
 from lora_jax.engine.routing import Routed, Routing, chosen, gate, own_gain, split
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight
 from lora_jax.errors import ParameterError
@@ -36,10 +37,14 @@ def routed_product(
       dot: the program's product of activation and base.
     """
     routing = _routing(ctx)
-    axes = routing.operand(ctx.trail, side, x.array.shape)
-    read, found, new = split(x, axes, weight)
+    read, found, new = x, [], {}
+    if not isinstance(routing.given, Router):
+        read, found, new = split(x, routing.operand(ctx.trail, side, x.array.shape), weight)
     inner = tuple(part for name in out for part in new.get(name, [name]))
-    choice = routing.choice(weight.path, found, read.axes)
+    if isinstance(routing.given, Router):
+        choice = _asked(ctx, routing.given, weight, x, inner)
+    else:
+        choice = routing.choice(weight.path, found, read.axes)
     if not {*choice.axes} <= {*inner, SLOT}:
         raise ParameterError(
             f"{weight.path} is applied over the axis of examples (or tokens) itself, which have adapters of their own: "
@@ -60,6 +65,51 @@ def routed_product(
     with jax.named_scope("lora"):
         terms = [product.term(read, first, second) for first, second in pairs]
         return adapted_result(like, inner, None if before else gain, terms).reshape(y.shape)
+
+
+def _asked(ctx: Context, router: Router, weight: Weight, x: Labelled, out: Sequence[int]) -> Labelled:
+    """What the router gives each row of an activation: `[*rows, SLOT]` float32.
+
+    Args:
+      ctx: the context.
+      router: the router.
+      weight: the weight, with keys.
+      x: the activation.
+      out: ids of the result's axes; those of the activation that are not among them are contracted.
+
+    Raises:
+      ParameterError: the parameter is applied to something else than its inputs, or the router gives another shape.
+    """
+    keys = weight.keys
+    assert keys is not None
+    if not {*x.axes} - {*out} <= {*keys.axes} or {*keys.axes} - {*x.axes} - {*out} - {SLOT}:
+        raise ParameterError(
+            f"A router decides by the inputs of {weight.path}, but the program also applies it the other way round, to "
+            "what has the axes of its outputs: leave it out of the bank, or give ids or weights of examples"
+        )
+    scores = contract.product(x, keys.astype(x.array.dtype), {*out, SLOT}, jax.lax.Precision.HIGHEST, (x,))
+    rows = tuple(axis for axis in scores.axes if axis != SLOT)
+    given = scores.ordered((*rows, SLOT)).array.astype(jnp.float32)
+    found = router.weights(given)
+    if jnp.shape(found) != given.shape:
+        raise ParameterError(
+            f"{type(router).__name__}.weights gave shape {jnp.shape(found)} for scores {given.shape} at {weight.path}: "
+            "it has to give a number for each score"
+        )
+    chosen = Labelled(found.astype(jnp.float32), (*rows, SLOT))
+    _show(ctx, weight, chosen)
+    return chosen
+
+
+def _show(ctx: Context, weight: Weight, chosen: Labelled) -> None:
+    """Show the observer, if there is one, the weights that the rows of every map of a stack got."""
+    if ctx.observe is None or weight.probe is None:
+        return
+    entry = weight.probe.entry
+    free = [axis for axis in chosen.axes if axis not in (*entry.axes, SLOT)]
+    seen = chosen.over([*entry.axes, *free, SLOT])
+    seen = seen.reshape(*seen.shape[: len(entry.axes)], -1, seen.shape[-1])
+    ctx.observe(weight.path, entry.array, jnp.broadcast_to(seen, (*entry.array.shape, *seen.shape[-2:])), None)
 
 
 def _routing(ctx: Context) -> Routing:

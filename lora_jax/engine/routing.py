@@ -23,6 +23,7 @@ from lora_jax.engine import contract
 from lora_jax.engine.axes import Axis, labels, length, plain
 from lora_jax.engine.flow import Flow, Trail
 from lora_jax.engine.placement import placed, spread
+from lora_jax.engine.router import Router
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight, flat_size
 from lora_jax.errors import ParameterError
 
@@ -36,8 +37,8 @@ class Routing:
 
     Attributes:
       given: `[*sizes]` integers, positions along the axis of slots, past its end for the base; or `[*sizes, slots]`
-        floating-point numbers, weights of all slots.
-      sizes: of the axes that the labels number.
+        floating-point numbers, weights of all slots; or a router, which finds such weights where rows are used.
+      sizes: of the axes that the labels number; none with a router.
       slots: number of slots, that of the base not among them.
       flow: what runs along the axes of the program's values.
       strategy: the form, or `auto` for the planner's choice.
@@ -52,7 +53,7 @@ class Routing:
     @property
     def mixes(self) -> bool:
         """Whether every row has weights of all slots."""
-        return jnp.issubdtype(self.given.dtype, jnp.floating)
+        return isinstance(self.given, Router) or jnp.issubdtype(self.given.dtype, jnp.floating)
 
     @cached_property
     def wanted(self) -> list[int]:
@@ -72,6 +73,11 @@ class Routing:
           axes: what runs along the axes of the value.
           names: their ids.
         """
+        if isinstance(self.given, Router):
+            raise ParameterError(
+                f"{path} is looked up, or convolved, and a router decides by the inputs of products: leave {path!r} "
+                "out of the bank, or give ids or weights of examples"
+            )
         self.check(path, axes)
         rest = self.given.shape[len(self.sizes) :]
         order = labels(axes)

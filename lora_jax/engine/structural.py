@@ -135,7 +135,7 @@ def _straddles(term: Term, axes: list[int]) -> bool:
 def _others(weight: Weight) -> list[Labelled]:
     """What rides along with a weight beside its terms."""
     probe = [weight.probe.entry, weight.probe.position] if weight.probe else []
-    return probe if weight.gain is None else [weight.gain, *probe]
+    return [*probe, *(each for each in (weight.gain, weight.keys) if each is not None)]
 
 
 def _cuts(factor: Labelled, axes: list[int]) -> bool:

@@ -115,7 +115,11 @@ class Probe:
         return replace(self, entry=fn(self.entry), position=fn(self.position))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["base", "terms", "gain", "probe"], meta_fields=["axes", "path"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["base", "terms", "gain", "probe", "keys"],
+    meta_fields=["axes", "path"],
+)
 @dataclass(frozen=True)
 class Weight:
     """A parameter of the program, symbolic: its value is `gain · base + Σ a·b` over its terms.
@@ -127,6 +131,7 @@ class Weight:
       path: the parameter's path.
       gain: what the base is multiplied by, over some of its axes; None for one.
       probe: set where the inputs are captured.
+      keys: over the axis of slots and the input axes, what a router compares the inputs with; None without a router.
     """
 
     base: Any
@@ -135,6 +140,7 @@ class Weight:
     path: str
     gain: Labelled | None = None
     probe: Probe | None = None
+    keys: Labelled | None = None
 
     @property
     def adapted(self) -> bool:
@@ -147,10 +153,10 @@ class Weight:
         return any(SLOT in term.a.axes for term in self.terms)
 
     def map(self, base: Any, axes: Sequence[int], fn: Callable[[Labelled], Labelled]) -> "Weight":
-        """The weight with a new base, new axis ids, and `fn` applied to every factor, the gain and the probe."""
-        terms, gain = tuple(term.map(fn) for term in self.terms), self.gain and fn(self.gain)
-        probe = self.probe and self.probe.map(fn)
-        return replace(self, base=base, axes=tuple(axes), terms=terms, gain=gain, probe=probe)
+        """The weight with a new base, new axis ids, and `fn` applied to every array that has some of its axes."""
+        terms, gain, keys = tuple(term.map(fn) for term in self.terms), self.gain and fn(self.gain), self.keys
+        probe, keys = self.probe and self.probe.map(fn), keys and fn(keys)
+        return replace(self, base=base, axes=tuple(axes), terms=terms, gain=gain, probe=probe, keys=keys)
 
     def dense(self) -> Any:
         """The value `gain · base + Σ a·b`, computed in float32 or wider and rounded once to the base's dtype."""

@@ -1,0 +1,427 @@
+"""Routers: adapters chosen by the inputs of every product."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import CASES, Case
+from helpers import assert_close, cast_floats, random_adapter
+
+import lora_jax as lora
+from lora_jax.routers import Arrow, Learned, Router, Strongest
+
+BOTH_WAYS = {"plain-used_both_ways", "plain-gradient_inside"}
+"""Rows of the shared table that apply a parameter to its inputs and to what has the axes of its outputs."""
+FORMED = {"plain-scattered_points"}
+KINDS = {"conv", "embedding", "ragged"}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Constant(Router):
+    """The same weights everywhere."""
+
+    keys: Any
+    given: Any
+
+    def weights(self, scores: Any) -> Any:
+        return jnp.broadcast_to(self.given, scores.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Identity(Router):
+    """The scores themselves."""
+
+    keys: Any
+
+    def weights(self, scores: Any) -> Any:
+        return scores
+
+
+def ones(bank: lora.AdapterBank) -> dict[str, Any]:
+    """Keys for every slot."""
+    return {
+        path: jnp.ones((*held.site.batch_shape, held.count - 1, *held.site.sizes(held.site.in_axes)))
+        for path, held in bank.items()
+    }
+
+
+def delta(adapter: lora.Adapter) -> np.ndarray:
+    """What an adapter adds to `w`."""
+    update = adapter["w"]
+    assert isinstance(update, lora.LowRank)
+    return np.asarray(update.delta())
+
+
+def random_keys(bank: lora.AdapterBank, seed: int = 0) -> dict[str, Any]:
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32), ones(bank))
+
+
+ROWS = [case for case in CASES if case.method == "lora" and not case.materialised]
+
+
+def shows_no_input(case: Case) -> bool:
+    """Whether a row uses a parameter otherwise than by applying it to inputs in plain products."""
+    return bool({site.kind for site in case.targets.values()} & KINDS) or case.id in BOTH_WAYS | FORMED
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.id)
+def test_constant_weights_are_a_weighted_sum_of_adapters(case: Case) -> None:
+    """Every way of using a parameter in a product, in loops, experts and transformations, with three adapters."""
+    fn, params, args = case.model
+    adapters = [random_adapter(case.targets, seed=i, rank=rank) for i, rank in enumerate((2, 3, 1))]
+    bank = lora.AdapterBank.of(adapters)
+    router = Constant(ones(bank), jnp.array([0.5, -2.0, 0.0]))
+    if shows_no_input(case):
+        with pytest.raises(lora.ParameterError, match=r"leave .* out of the bank"):
+            lora.route(fn)(params, bank, router, *args)
+        return
+    found = lora.route(fn)(params, bank, router, *args)
+    expected = lora.adapt(fn)(params, [lora.scale(adapters[0], 0.5), lora.scale(adapters[1], -2.0)], *args)
+    is_array = lambda leaf: hasattr(leaf, "shape")  # noqa: E731
+    found, expected = ([leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)] for tree in (found, expected))
+    assert_close(found, expected)
+
+
+def normal(*shape: int, seed: int = 0) -> Any:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)
+
+
+X = normal(5, 6, seed=9) * 3
+
+
+def dense(params: Any, x: Any) -> Any:
+    return x @ params["w"]
+
+
+def on_the_left(params: Any, x: Any) -> Any:
+    return (params["w"].T @ x.T).T
+
+
+def heads(params: Any, x: Any) -> Any:
+    return jnp.einsum("bd,dhk->bhk", x, params["w"].reshape(6, 2, 2))
+
+
+def in_parts(params: Any, x: Any) -> Any:
+    """A fused weight, of which the program takes parts."""
+    one, other = jnp.split(params["w"], 2, axis=1)
+    return jnp.concatenate([x @ one, x @ other], axis=1)
+
+
+def in_columns(params: Any, x: Any) -> Any:
+    """Inputs that are two axes."""
+    return jnp.einsum("bij,ijo->bo", x.reshape(-1, 2, 3), params["w"].reshape(2, 3, 4))
+
+
+def checkpointed(params: Any, x: Any) -> Any:
+    return jax.checkpoint(dense)(params, x)
+
+
+FORMS: list[Callable[..., Any]] = [dense, on_the_left, heads, in_parts, in_columns, checkpointed]
+SITES = lora.find_sites(dense, {"w": normal(6, 4)}, X)
+ADAPTERS = [random_adapter(SITES, seed=i, rank=rank) for i, rank in enumerate((2, 3, 1))]
+BANK = lora.AdapterBank.of(ADAPTERS)
+PARAMS = {"w": normal(6, 4)}
+
+
+@pytest.mark.parametrize("fn", FORMS)
+def test_scores_are_products_of_inputs_and_keys(fn: Callable[..., Any]) -> None:
+    keys = random_keys(BANK)
+    found = jax.jit(lora.route(fn))(PARAMS, BANK, Identity(keys), X)
+    scores = np.asarray(X) @ np.asarray(keys["w"]).T
+    parts = [np.asarray(X) @ delta(adapter) for adapter in ADAPTERS]
+    expected = np.asarray(X @ PARAMS["w"]) + sum(scores[:, i, None] * part for i, part in enumerate(parts))
+    assert_close(found.reshape(5, 4), jnp.asarray(expected, jnp.float32))
+
+
+def layers(params: Any, x: Any) -> Any:
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+
+def experts(params: Any, x: Any) -> Any:
+    return jax.vmap(jnp.matmul)(jnp.stack([x, 2 * x, -x]), params["w"]).sum(0)
+
+
+@pytest.mark.parametrize("fn", [layers, experts])
+def test_every_map_of_a_stack_has_keys_of_its_own(fn: Callable[..., Any]) -> None:
+    params = {"w": normal(3, 6, 6)}
+    sites = lora.find_sites(fn, params, X)
+    bank = lora.AdapterBank.of([random_adapter(sites, seed=i) for i in range(2)])
+    keys = random_keys(bank)
+    deltas = [delta(bank.get(slot)) for slot in (1, 2)]
+
+    def one(x: Any, e: int) -> Any:
+        scores = x @ np.asarray(keys["w"][e]).T
+        return x @ np.asarray(params["w"][e]) + sum(scores[:, i, None] * (x @ deltas[i][e]) for i in range(2))
+
+    x = np.asarray(X)
+    in_turn = lambda: np.tanh(one(np.tanh(one(np.tanh(one(x, 0)), 1)), 2))  # noqa: E731
+    expected = in_turn() if fn is layers else one(x, 0) + one(2 * x, 1) + one(-x, 2)
+    assert_close(lora.route(fn)(params, bank, Identity(keys), X), jnp.asarray(expected, jnp.float32), factor=3)
+
+
+def arrow_by_hand(x: np.ndarray, adapters: Any, top_k: int, temperature: float) -> np.ndarray:
+    deltas = [delta(adapter) for adapter in adapters]
+    prototypes = np.stack([np.linalg.svd(delta)[0][:, 0] for delta in deltas])
+    result = np.asarray(x @ np.asarray(PARAMS["w"]))
+    for row, similar in enumerate(np.abs(x @ prototypes.T)):
+        chosen = np.argsort(-similar)[:top_k]
+        powers = np.exp((similar[chosen] - similar[chosen].max()) / temperature)
+        for weight, i in zip(powers / powers.sum(), chosen, strict=True):
+            result[row] += weight * (x[row] @ deltas[i])
+    return result
+
+
+@pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (2, 0.5), (3, 2.0), (7, 1.0)])
+def test_arrow(top_k: int, temperature: float) -> None:
+    router = lora.routers.arrow(BANK, top_k=top_k, temperature=temperature)
+    np.testing.assert_allclose(np.linalg.norm(router.keys["w"], axis=-1), 1, rtol=1e-6)
+    found = lora.route(dense)(PARAMS, BANK, router, X)
+    expected = arrow_by_hand(np.asarray(X), ADAPTERS, top_k, temperature)
+    assert_close(found, jnp.asarray(expected, jnp.float32), factor=3)
+
+
+def test_arrow_leaves_out_slots_that_hold_nothing_for_a_parameter() -> None:
+    """Empty slots, and adapters of other targets, take no share of the softmax."""
+    params = {"w": normal(6, 4), "v": normal(4, 3)}
+    both = lambda params, x: jnp.tanh(x @ params["w"]) @ params["v"]  # noqa: E731
+    sites = lora.find_sites(both, params, X)
+    full, partial = random_adapter(sites, seed=1), random_adapter([sites["w"]], seed=2)
+    bank = lora.AdapterBank.empty(sites, slots=6, rank=4).put(2, full).put(5, partial)
+    router = lora.routers.arrow(bank, top_k=4)
+    assert np.flatnonzero(np.abs(router.keys["w"]).sum(-1)).tolist() == [1, 4]
+    usage = lora.route(both).usage(params, bank, router, X)
+    np.testing.assert_allclose(usage["v"], [0, 1, 0, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(usage["w"].sum(), 1, rtol=1e-6)
+    assert 0 < usage["w"][1] < 1 and np.asarray(usage["w"])[[0, 2, 3]].tolist() == [0, 0, 0]
+    # A row of zeros is like no prototype: it meets the base, and its gradient is finite.
+    loss = lambda x: jnp.sum(lora.route(both)(params, bank, router, x) ** 2)  # noqa: E731
+    gradient = jax.grad(loss)(jnp.zeros_like(X))
+    assert bool(jnp.isfinite(gradient).all())
+    assert_close(lora.route(both)(params, bank, router, jnp.zeros_like(X)), both(params, jnp.zeros_like(X)))
+
+
+def test_arrow_on_scanned_layers_is_arrow_layer_by_layer() -> None:
+    params = {"w": normal(3, 6, 6)}
+    bank = lora.AdapterBank.of([random_adapter(lora.find_sites(layers, params, X), seed=i) for i in range(4)])
+    keys = lora.routers.arrow(bank).keys["w"]
+    for layer in range(3):
+        alone = {path: held for path, held in bank.items()}["w"]
+        site = lora.find_sites(dense, {"w": params["w"][layer]}, X)["w"]
+        one = lora.AdapterBank({"w": type(alone)(alone.a[layer], alone.b[layer], None, site)})
+        np.testing.assert_allclose(np.abs(lora.routers.arrow(one).keys["w"]), np.abs(keys[layer]), atol=1e-5)
+
+
+def test_a_learned_router_finds_which_adapter_is_for_which_input() -> None:
+    """Two adapters, each right for inputs that point one way; nothing says which."""
+    draw = np.random.default_rng(0)
+    kind = draw.integers(2, size=256)
+    x = jnp.asarray(draw.normal(size=(256, 6)) + 3 * np.eye(6)[kind], jnp.float32)
+    deltas = [delta(adapter) for adapter in ADAPTERS[:2]]
+    y = dense(PARAMS, x) + np.stack([np.asarray(row) @ deltas[i] for row, i in zip(x, kind, strict=True)])
+    bank = lora.AdapterBank.of(ADAPTERS[:2])
+    router: Any = lora.routers.learned(jax.random.key(0), bank)
+    optimizer = optax.adam(0.1)
+
+    def loss(router: Any) -> Any:
+        return jnp.mean((lora.route(dense)(PARAMS, bank, router, x) - y) ** 2)
+
+    @jax.jit
+    def step(router: Any, state: Any) -> Any:
+        value, gradient = jax.value_and_grad(loss)(router)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(router, updates), state, value
+
+    state, before = optimizer.init(router), float(loss(router))
+    for _ in range(60):
+        router, state, _ = step(router, state)
+    assert float(loss(router)) < 0.05 * before
+    for i in (0, 1):
+        assert float(lora.route(dense).usage(PARAMS, bank, router, x[kind == i])["w"][i]) > 0.95
+
+
+def test_gradients_of_a_learned_router() -> None:
+    router = lora.routers.learned(jax.random.key(0), BANK, top_k=2)
+
+    def loss(keys: Any, bank: Any) -> Any:
+        return jnp.sum(jnp.sin(lora.route(dense)(PARAMS, bank, Learned(keys, 2), X)))
+
+    with jax.default_matmul_precision("highest"):
+        chex.assert_numerical_grads(
+            lambda keys: loss({"w": keys}, BANK), (router.keys["w"],), order=1, atol=2e-2, rtol=2e-2
+        )
+    gradient = jax.grad(loss, argnums=1)(router.keys, BANK)["w"].a
+    assert all(float(jnp.abs(part).max()) > 0 for part in gradient)
+
+
+def components_by_hand(x: np.ndarray, adapters: Any, top_k: int) -> np.ndarray:
+    terms = []
+    for adapter in adapters:
+        left, values, right = np.linalg.svd(delta(adapter), full_matrices=False)
+        rank = adapter["w"].rank
+        terms += [(left[:, i], values[i] * right[i]) for i in range(rank)]
+    result = np.asarray(x @ np.asarray(PARAMS["w"]))
+    for row in range(len(x)):
+        answers = [(x[row] @ v) * u for v, u in terms]
+        for i in np.argsort([-np.linalg.norm(answer) for answer in answers])[:top_k]:
+            result[row] += answers[i]
+    return result
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 6, None])
+def test_components_with_the_strongest_answers(top_k: int | None) -> None:
+    bank, router = lora.routers.components(ADAPTERS, top_k=top_k)
+    assert (bank.slots, bank.rank, router.top_k) == (7, 1, top_k or 3)
+    found = jax.jit(lora.route(dense))(PARAMS, bank, router, X)
+    expected = components_by_hand(np.asarray(X), ADAPTERS, top_k or 3)
+    assert_close(found, jnp.asarray(expected, jnp.float32), factor=3)
+    met = lora.route(dense).usage(PARAMS, bank, router, X)["w"]
+    np.testing.assert_allclose(met.sum(), top_k or 3, rtol=1e-6)
+
+
+def test_all_components_are_all_adapters() -> None:
+    """Of different targets, scanned layers among them, subtracted and of other methods."""
+    params = {"w": normal(3, 6, 6), "v": normal(6, 3)}
+    fn = lambda params, x: layers(params, x) @ params["v"]  # noqa: E731
+    sites = lora.find_sites(fn, params, X)
+    config = lora.LoraConfig(rank=2, targets=("w", "v"), method="adalora")
+    other = jax.tree.map(lambda leaf: leaf + 0.1, lora.init(jax.random.key(0), config, params, sites))
+    adapters = [random_adapter(sites, seed=1), lora.scale(random_adapter([sites["w"]], seed=2), -0.5), other]
+    bank, router = lora.routers.components(adapters, top_k=6)
+    assert bank["w"].count == bank["v"].count == 7
+    assert_close(lora.route(fn)(params, bank, router, X), lora.adapt(fn)(params, adapters, X), factor=3)
+
+
+def test_components_that_are_none() -> None:
+    config = lora.LoraConfig(rank=2, targets="w", method="dora")
+    dora = lora.methods.precompute(PARAMS, lora.init(jax.random.key(0), config, PARAMS, SITES))
+    with pytest.raises(lora.ParameterError, match="w has a gain"):
+        lora.routers.components([dora])
+    with pytest.raises(lora.ConfigError, match="at least one adapter"):
+        lora.routers.components([])
+
+
+def test_dora_is_routed_with_its_gains() -> None:
+    config = lora.LoraConfig(rank=2, targets="w", method="dora", init="gaussian")
+    fresh = [lora.init(jax.random.key(i), config, PARAMS, SITES) for i in range(2)]
+    moved = [jax.tree.map(lambda leaf: leaf + 0.1, each) for each in fresh]
+    adapters = [lora.methods.precompute(PARAMS, adapter) for adapter in moved]
+    bank = lora.AdapterBank.of(adapters)
+    for i in (0, 1):
+        found = lora.route(dense)(PARAMS, bank, Constant(ones(bank), jnp.eye(2)[i]), X)
+        assert_close(found, lora.adapt(dense)(PARAMS, adapters[i], X))
+
+
+def test_usage_by_layer_and_by_expert() -> None:
+    for fn in (layers, experts):
+        params = {"w": normal(3, 6, 6)}
+        bank = lora.AdapterBank.of([random_adapter(lora.find_sites(fn, params, X), seed=i) for i in range(2)])
+        routed = lora.route(fn)
+        found = jax.jit(routed.usage)(params, bank, lora.routers.arrow(bank, top_k=2), X)["w"]
+        assert found.shape == (3, 2)
+        np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
+        assert len({round(float(value), 4) for value in found[:, 0]}) == 3, "each has inputs of its own"
+    only = lora.route(experts).usage(params, bank, Constant(ones(bank), jnp.array([0.25, 0.0])), X)["w"]
+    np.testing.assert_allclose(only, [[0.25, 0.0]] * 3)
+
+
+def test_nothing_is_compiled_for_other_adapters_or_temperatures() -> None:
+    count = 0
+
+    @jax.jit
+    def run(bank: Any, router: Any) -> Any:
+        nonlocal count
+        count += 1
+        return lora.route(dense)(PARAMS, bank, router, X)
+
+    bank = lora.AdapterBank.empty(SITES, slots=5, rank=4)
+    for slot, temperature in ((1, 1.0), (3, 0.1), (4, 7.0)):
+        bank = bank.put(slot, ADAPTERS[slot % 3])
+        run(bank, lora.routers.arrow(bank, temperature=temperature))
+    assert count == 1
+
+
+def test_what_a_router_costs() -> None:
+    """Two thin products of all slots, and one with the keys."""
+    routed = jax.jit(lora.route(dense))
+    x, params = jnp.ones((64, 128)), {"w": jnp.ones((128, 96))}
+    sites = lora.find_sites(dense, params, x)
+    bank = lora.AdapterBank.of([random_adapter(sites, seed=i, rank=4) for i in range(8)])
+    router = lora.routers.arrow(bank)
+    costs = routed.lower(params, bank, router, x).compile().cost_analysis()
+    assert costs is not None
+    expected = 2 * 64 * (128 * 96 + 32 * (128 + 96) + 8 * 128)
+    assert expected <= costs["flops"] < 1.05 * expected
+    (use,) = lora.route(dense).explain(params, bank, router, x).uses
+    assert use.route == "mask" and use.flops == 2 * 64 * 32 * (128 + 96)
+
+
+def test_bfloat16_keeps_its_dtype() -> None:
+    params, x = cast_floats((PARAMS, X), jnp.bfloat16)
+    router = lora.routers.arrow(BANK, top_k=3)
+    found = lora.route(dense)(params, BANK, router, x)
+    assert_close(found, lora.route(dense)(PARAMS, BANK, router, X).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("axis_type", list(jax.sharding.AxisType)[:2])
+def test_on_a_mesh(axis_type: Any) -> None:
+    """Rows spread over devices, with automatic and with explicit axes."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    spec = jax.sharding.PartitionSpec
+    place = lambda array, *names: jax.device_put(array, jax.sharding.NamedSharding(mesh, spec(*names)))  # noqa: E731
+    x = normal(8, 6, seed=3)
+    strongest = lora.routers.components(ADAPTERS)
+    learned = lora.routers.learned(jax.random.key(0), BANK, top_k=2)
+    for bank, router in ((BANK, lora.routers.arrow(BANK, top_k=2)), (BANK, learned), strongest):
+        expected = lora.route(dense)(PARAMS, bank, router, x)
+        with jax.set_mesh(mesh):
+            held = {"w": place(PARAMS["w"], None, "model")}
+            found = jax.jit(lora.route(dense))(held, bank, router, place(x, "data", None))
+        assert_close(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lora.routers.arrow(BANK, top_k=0), "top_k=0"),
+        (lambda: lora.routers.arrow(BANK, temperature=0.0), "temperature=0.0"),
+        (lambda: lora.routers.learned(jax.random.key(0), BANK, top_k=1), "no gradient"),
+        (lambda: lora.routers.components(ADAPTERS, top_k=0), "top_k=0"),
+        (lambda: lora.route(dense)(PARAMS, BANK, Identity({"v": X}), X), r"At 'w' .* none; nearest: v"),
+        (lambda: lora.route(dense)(PARAMS, BANK, Identity({"w": X}), X), r"keys of shape \(3, 6\).* \(5, 6\)"),
+        (lambda: lora.route(dense)(PARAMS, BANK, Constant(ones(BANK), 1.0), X[0]), None),
+        (lambda: lora.route(dense).usage(PARAMS, BANK, cast(Router, jnp.zeros(5, int)), X), "usage is about routers"),
+    ],
+)
+def test_what_does_not_fit(make: Callable[[], Any], message: str | None) -> None:
+    if message is None:
+        make()  # One row without an axis of rows.
+        return
+    with pytest.raises(lora.LoraError, match=message):
+        make()
+
+
+def test_a_router_that_gives_another_shape() -> None:
+    @jax.tree_util.register_dataclass
+    @dataclass(frozen=True)
+    class Summed(Identity):
+        def weights(self, scores: Any) -> Any:
+            return scores.sum(-1)
+
+    with pytest.raises(lora.ParameterError, match=r"Summed.weights gave shape \(5,\) for scores \(5, 3\) at w"):
+        lora.route(dense)(PARAMS, BANK, Summed(random_keys(BANK)), X)
+
+
+def test_routers_are_pytrees_of_their_keys() -> None:
+    router = lora.routers.arrow(BANK)
+    assert isinstance(jax.tree.map(lambda leaf: leaf, router), Arrow)
+    assert isinstance(lora.routers.components(ADAPTERS)[1], Strongest)
+    assert jax.tree.structure(router) == jax.tree.structure(lora.routers.arrow(BANK, temperature=3.0))
