@@ -48,12 +48,13 @@ def route(
         slots and keeps each row's own, `"blocks"` brings rows of the same slot together; `"auto"` chooses by shapes.
 
     Returns:
-      `routed(params, bank, ids, *args, **kwargs)`. `bank` is an `AdapterBank`, or a sequence of adapters, which then
-      are slots 1, 2, and so on. `ids` are integers `[batch]` or `[batch, tokens]`: slots, 0 for the base; or
+      `routed(params, bank, ids, *args, lora_key=None, **kwargs)`. `bank` is an `AdapterBank`, or a sequence of adapters
+      that become slots 1, 2, and so on. `ids` are integers `[batch]` or `[batch, tokens]`: slots, 0 for the base; or
       floating-point weights of all slots on one more axis, `[batch, slots]` or `[batch, tokens, slots]`, of which that
       of slot 0 does nothing; or a router (`lora_jax.routers`), which finds such weights at every use of a parameter,
-      for every row of its input. There is no dropout. `routed.explain(...)` says, for the same arguments, which form
-      each use of a parameter takes and what it adds.
+      for every row of its input. `lora_key=` turns the dropout of a sequence of adapters on, which must have the same
+      rate; a bank has none. `routed.explain(...)` says, for the same arguments but the key, which form each use of a
+      parameter takes and what it adds.
 
     Raises:
       ParameterError: on call: an id out of range (inside `jit`, where it cannot be seen, it is the base), a bank of
@@ -95,9 +96,17 @@ class RoutedFunction:
     token_axes: Any
     strategy: RouteStrategy
 
-    def __call__(self, params: Any, bank: AdapterBank | Sequence[Adapter], ids: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        params: Any,
+        bank: AdapterBank | Sequence[Adapter],
+        ids: Any,
+        *args: Any,
+        lora_key: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """The function's result, with each example's own adapter."""
-        return self._run(Context(Log()), params, bank, ids, *args, **kwargs)
+        return self._run(Context(Log(), key=lora_key), params, bank, ids, *args, **kwargs)
 
     def explain(
         self, params: Any, bank: AdapterBank | Sequence[Adapter], ids: Any, *args: Any, **kwargs: Any
@@ -145,6 +154,7 @@ class RoutedFunction:
 
     def _run(self, ctx: Context, params: Any, bank: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
         held = bank if isinstance(bank, AdapterBank) else AdapterBank.of(_runnable(bank, self.token_axes))
+        rates = {} if ctx.key is None else _rates(bank)
         if isinstance(ids, Router):
             _check_router(ids, held)
             chosen, sizes = ids, ()
@@ -164,11 +174,13 @@ class RoutedFunction:
         routing = Routing(chosen, sizes, held.slots - 1, flow, self.strategy)
         given = [leaf for leaf, axes in pairs if axes is not None]
         _check_parameters(call, held)
-        ctx = replace(ctx, routing=routing)
+        ctx = replace(ctx, routing=routing, key=ctx.key if any(rates.values()) else None)
         keys = chosen.keys if isinstance(chosen, Router) else {}
 
         def symbolic(path: str, leaf: Any) -> Any:
-            return _weight(ctx, path, leaf, held[path], keys.get(path)) if path in held else leaf
+            if path not in held:
+                return leaf
+            return _weight(ctx, path, leaf, held[path], rates.get(path, 0.0), keys.get(path))
 
         return evaluated(call, given, symbolic, ctx)
 
@@ -209,7 +221,22 @@ def _check_router(router: Router, bank: AdapterBank) -> None:
             )
 
 
-def _weight(ctx: Context, path: str, base: Any, held: Slots, keys: Any) -> Weight:
+def _rates(bank: AdapterBank | Adapter | Sequence[Adapter]) -> dict[str, float]:
+    """The dropout of each parameter's inputs."""
+    if isinstance(bank, AdapterBank):
+        raise ParameterError("A bank holds no dropout, so lora_key has no effect: give the adapters, or leave it out")
+    rates: dict[str, float] = {}
+    for adapter in adapter_list(bank):
+        for path, update in adapter.items():
+            if rates.setdefault(path, update.dropout) != update.dropout:
+                raise ParameterError(
+                    f"{path} has dropout {rates[path]} in one adapter and {update.dropout} in another: in one batch "
+                    "the inputs of all adapters are dropped alike"
+                )
+    return rates
+
+
+def _weight(ctx: Context, path: str, base: Any, held: Slots, dropout: float, keys: Any) -> Weight:
     weight, site = ctx.weight(path, base), held.site
     batch, into, out = ([weight.axes[i] for i in axes] for axes in (site.batch_axes, site.in_axes, site.out_axes))
     a = Labelled(held.a, (*batch, SLOT, RANK, *into))
@@ -218,7 +245,7 @@ def _weight(ctx: Context, path: str, base: Any, held: Slots, keys: Any) -> Weigh
     if keys is not None:
         weight = replace(weight, keys=Labelled(keys, (*batch, SLOT, *into)))
         weight = probed(weight, site.batch_axes, site.in_axes) if ctx.observe is not None else weight
-    return replace(weight, terms=(Term(a, b, 0.0, 0),), gain=gain)
+    return replace(weight, terms=(Term(a, b, dropout, 0),), gain=gain)
 
 
 def _checked(ids: Any, slots: int, tokens: bool) -> tuple[Any, tuple[int, ...]]:

@@ -435,6 +435,57 @@ def test_nothing_is_compiled_for_other_ids_or_another_bank() -> None:
     assert count == 1
 
 
+@pytest.mark.parametrize("strategy", get_args(Form))
+def test_dropout_is_each_rows_own_and_off_without_a_key(strategy: Form) -> None:
+    """With a base of zeros and factors of ones on the diagonal, the result is what dropout leaves of the input."""
+    params, x = {"w": jnp.zeros((6, 6))}, jnp.ones((4, 50, 6))
+    linear = lambda params, x: x @ params["w"]  # noqa: E731
+    config = lora.LoraConfig(rank=6, alpha=6, targets="w", dropout=0.25)
+    fresh = lora.init(jax.random.key(0), config, params, lora.find_sites(linear, params, x))
+    adapter = jax.tree.map(lambda leaf: jnp.eye(6) if leaf.ndim == 2 else leaf, fresh)
+    routed, ids = lora.route(linear, strategy=strategy), [1, 0, 2, 1]
+    run = lambda seed: routed(params, [adapter] * 2, ids, x, lora_key=jax.random.key(seed))  # noqa: E731
+    assert_close(routed(params, [adapter] * 2, ids, x), x.at[1].set(0))
+    found = np.asarray(run(1))
+    np.testing.assert_array_equal(found, run(1))
+    assert not found[1].any()
+    own = found[[0, 2, 3]]
+    np.testing.assert_allclose(np.unique(own), [0, 4 / 3], rtol=1e-6)
+    assert (own[0] != own[1]).any() and (own[0] != own[2]).any() and (found != np.asarray(run(2))).any()
+    assert abs(own.mean() - 1) < 0.1
+    every = lora.route(linear, strategy="mask")(params, [adapter] * 2, ids, x, lora_key=jax.random.key(1))
+    np.testing.assert_array_equal(found, every)
+
+
+def test_dropout_differs_from_layer_to_layer_and_trains() -> None:
+    params, x = {"w": jnp.stack([jnp.eye(6)] * 3)}, jnp.ones((2, 5, 6))
+    scanned = lambda params, x: jax.lax.scan(lambda x, w: (x, x @ w), x, params["w"])[1]  # noqa: E731
+    config = lora.LoraConfig(rank=6, alpha=6, targets="w", dropout=0.5)
+    fresh = lora.init(jax.random.key(0), config, params, lora.find_sites(scanned, params, x))
+    adapter = jax.tree.map(lambda leaf: jnp.stack([jnp.eye(6)] * 3) if leaf.ndim == 3 else leaf, fresh)
+
+    @jax.jit
+    def loss(adapters: Any) -> Any:
+        ids = jnp.array([2, 1])
+        found = lora.route(scanned)(params, adapters, ids, x, lora_key=jax.random.key(0))
+        return jnp.sum(found[0] * 1.0 + found[1] * 2.0), found
+
+    (_, found), gradient = jax.value_and_grad(loss, has_aux=True)([adapter, adapter])
+    assert (found[0] != found[1]).any() and (found[1] != found[2]).any()
+    for each in gradient:
+        assert bool(jnp.isfinite(each["w"].a).all()) and float(jnp.abs(each["w"].b[0]).max()) > 0
+
+
+def test_dropout_that_cannot_be() -> None:
+    key = {"lora_key": jax.random.key(0)}
+    with pytest.raises(lora.ParameterError, match="A bank holds no dropout"):
+        lora.route(dense)(PARAMS, lora.AdapterBank.of(ADAPTERS), [0] * 4, X, **key)
+    unlike = [random_adapter(SITES, dropout=rate) for rate in (0.1, 0.2)]
+    with pytest.raises(lora.ParameterError, match=r"w has dropout 0.1 in one adapter and 0.2 in another"):
+        lora.route(dense)(PARAMS, unlike, [0] * 4, X, **key)
+    assert_close(lora.route(dense)(PARAMS, ADAPTERS, [1] * 4, X, **key), lora.adapt(dense)(PARAMS, ADAPTERS[0], X))
+
+
 @pytest.mark.parametrize("axis_type", list(jax.sharding.AxisType)[:2])
 def test_on_a_mesh(axis_type: Any) -> None:
     """Examples spread over devices, with automatic and with explicit axes."""

@@ -15,6 +15,7 @@ from lora_jax.engine.lift import unroutable
 from lora_jax.engine.product import adapted_result, times
 from lora_jax.engine.router import Router
 from lora_jax.engine.routing import Routed, Routing, chosen, gate, own_gain, split
+from lora_jax.engine.terms import inputs
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight
 from lora_jax.errors import ParameterError
 
@@ -63,7 +64,8 @@ def routed_product(
     pairs = [contract.ordered(term, read.axes, inner) for term in weight.terms]
     _record_product(ctx, eqn, weight, product, read, pairs)
     with jax.named_scope("lora"):
-        terms = [product.term(read, first, second) for first, second in pairs]
+        reads = inputs(ctx, weight, read)
+        terms = [product.term(each, first, second) for each, (first, second) in zip(reads, pairs, strict=True)]
         return adapted_result(like, inner, None if before else gain, terms).reshape(y.shape)
 
 
