@@ -34,11 +34,14 @@ def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..
 
     Returns:
       `adapted(params, adapter, *args, lora_key=None, **kwargs)`. `adapter` is an `Adapter`, or a tuple of
-      them, which add up; an empty tuple is the base model. `lora_key` turns the adapters' dropout on;
-      without it the call is deterministic. The base receives no gradient: what trains is in the adapter.
+      them, which add up; an empty tuple is the base model. `lora_key` turns the adapters' dropout on, each
+      with a mask of its own; without it the call is deterministic. A tuple of keys has one for each adapter:
+      None leaves that adapter without dropout, equal keys give equal masks. The base receives no gradient:
+      what trains is in the adapter.
 
     Raises:
       ParameterError: on call, if an adapter names a parameter that is missing or shaped differently.
+      ConfigError: on call, if `lora_key` has another number of keys than there are adapters.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -65,15 +68,14 @@ def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..
         if not adapters:
             return fn(jax.tree.map(_frozen, params), *args, **kwargs)
         call = trace_call(fn, params, args, kwargs)
-        return run_adapted(call, adapters, Context(Log(), strategy=strategy, key=lora_key))
+        return run_adapted(call, adapters, Context(Log(), strategy=strategy), lora_key)
 
     return adapted
 
 
-def run_adapted(call: Call, adapters: Sequence[Adapter], ctx: Context) -> Any:
-    """Evaluate a traced call with its adapted parameters symbolic."""
-    if not any(update.dropout for adapter in adapters for update in adapter.values()):
-        ctx = ctx.with_key(None)
+def run_adapted(call: Call, adapters: Sequence[Adapter], ctx: Context, lora_key: Any) -> Any:
+    """Evaluate a traced call with its adapted parameters symbolic; `lora_key` is as given to the adapted function."""
+    ctx = replace(ctx, keys=_dropout_keys(lora_key, adapters))
     updates = fit(adapters, call.arrays)
     symbolic = lambda path, leaf: _weight(ctx, path, leaf, updates[path]) if path in updates else leaf  # noqa: E731
     return evaluated(call, call.given, symbolic, ctx)
@@ -91,6 +93,18 @@ def evaluated(call: Call, given: Sequence[Any], symbolic: Callable[[str, Any], A
     inputs = [symbolic(path, _frozen(leaf)) for path, leaf in call.arrays.items()]
     outputs = interpret(ctx, call.program, [*inputs, *given])
     return call.result([dense(ctx, None, output, "returned by the function") for output in outputs])
+
+
+def _dropout_keys(given: Any, adapters: Sequence[Adapter]) -> tuple[Any, ...]:
+    """A key for each adapter; none at all without dropout."""
+    keys = list(given) if isinstance(given, (tuple, list)) else None
+    if keys is not None and len(keys) != len(adapters):
+        raise ConfigError(
+            f"lora_key has {len(keys)} keys for {len(adapters)} adapters: give one for each, or a single one"
+        )
+    if given is None or not any(update.dropout for adapter in adapters for update in adapter.values()):
+        return ()
+    return tuple(keys or (jax.random.fold_in(given, slot) for slot in range(len(adapters))))
 
 
 def _frozen(leaf: Any) -> Any:

@@ -106,7 +106,9 @@ class RoutedFunction:
         **kwargs: Any,
     ) -> Any:
         """The function's result, with each example's own adapter."""
-        return self._run(Context(Log(), key=lora_key), params, bank, ids, *args, **kwargs)
+        return self._run(
+            Context(Log(), keys=() if lora_key is None else (lora_key,)), params, bank, ids, *args, **kwargs
+        )
 
     def explain(
         self, params: Any, bank: AdapterBank | Sequence[Adapter], ids: Any, *args: Any, **kwargs: Any
@@ -154,7 +156,7 @@ class RoutedFunction:
 
     def _run(self, ctx: Context, params: Any, bank: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
         held = bank if isinstance(bank, AdapterBank) else AdapterBank.of(_runnable(bank, self.token_axes))
-        rates = {} if ctx.key is None else _rates(bank)
+        rates = _rates(bank) if ctx.keys else {}
         if isinstance(ids, Router):
             _check_router(ids, held)
             chosen, sizes = ids, ()
@@ -174,7 +176,7 @@ class RoutedFunction:
         routing = Routing(chosen, sizes, held.slots - 1, flow, self.strategy)
         given = [leaf for leaf, axes in pairs if axes is not None]
         _check_parameters(call, held)
-        ctx = replace(ctx, routing=routing, key=ctx.key if any(rates.values()) else None)
+        ctx = replace(ctx, routing=routing, keys=ctx.keys if any(rates.values()) else ())
         keys = chosen.keys if isinstance(chosen, Router) else {}
 
         def symbolic(path: str, leaf: Any) -> Any:

@@ -155,7 +155,7 @@ def explain(
 
     def run(arrays: list[Any], given: list[Any], adapters: list[Adapter]) -> Any:
         known = Call(dict(zip(call.arrays, arrays, strict=True)), given, call.program, list)
-        return run_adapted(known, adapters, Context(log, strategy=strategy, key=lora_key, look_inside=True))
+        return run_adapted(known, adapters, Context(log, strategy=strategy, look_inside=True), lora_key)
 
     jax.eval_shape(run, list(call.arrays.values()), call.given, adapters)
     return Explanation(tuple(log.uses.values()))

@@ -71,6 +71,42 @@ def test_every_adapter_has_its_own_mask():
     assert differ(twice, 2 * adapted(params, adapter, X, lora_key=KEY))
 
 
+def scan_of_products(p, x):
+    return jax.lax.scan(lambda c, w: (c, x @ w), 0, p["w"])[1]
+
+
+@pytest.mark.parametrize(
+    ("fn", "shape"), [(lambda p, x: x @ p["w"], (8, 8)), (scan_of_products, (3, 8, 8))], ids=["plain", "scan"]
+)
+def test_adapters_share_a_mask_or_have_none_if_their_keys_say_so(fn, shape):
+    params = zeros("w", shape=shape)
+    adapter, adapted = identity(fn, params, X)
+    run = jax.jit(lambda keys: adapted(params, (adapter, adapter), X, lora_key=keys))
+    one, other = jax.random.split(KEY)
+    shared, apart, first = run((one, one)), run((one, other)), run((one, None))
+    assert set(np.unique(shared)) == {0.0, 4.0}
+    assert set(np.unique(apart)) == {0.0, 2.0, 4.0}
+    assert_close(first - 1, shared / 2)  # The second adapter passes its input on as it is.
+    assert_close(run((None, one)), first)
+    assert_close(run((None, None)), jnp.full_like(first, 2))
+
+
+def test_a_new_adapter_trains_on_top_of_a_frozen_one():
+    """Gradients reach the new one alone; dropout is its own."""
+    fn, params = lambda p, x: jnp.tanh(x @ p["w"]), zeros("w")
+    adapter, adapted = identity(fn, params, X)
+    loss = lambda below, new: adapted(params, (below, new), X, lora_key=(None, KEY)).sum()  # noqa: E731
+    frozen, gradient = jax.grad(lambda pair: loss(jax.lax.stop_gradient(pair[0]), pair[1]))((adapter, adapter))
+    assert not np.asarray(frozen["w"].b).any() and np.asarray(gradient["w"].b).any()
+    assert_close(gradient["w"].b, jax.grad(loss, argnums=1)(adapter, adapter)["w"].b)
+
+
+def test_a_key_for_each_adapter():
+    adapter, adapted = identity(lambda p, x: x @ p["w"], zeros("w"), X)
+    with pytest.raises(lora.ConfigError, match="lora_key has 3 keys for 2 adapters"):
+        adapted(zeros("w"), (adapter, adapter), X, lora_key=(KEY, KEY, None))
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_every_step_of_a_scan_has_its_own_mask(reverse):
     def scanned(p, x):

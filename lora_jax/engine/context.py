@@ -79,7 +79,8 @@ class Context:
     Attributes:
       log: shared record of uses and axis identities.
       strategy: how contractions are carried out.
-      key: dropout key of this region (each scan step has its own), or None for a deterministic run.
+      keys: dropout keys of this region (each scan step has its own), one for each adapter, None for one without it;
+        empty for a deterministic run.
       frame: the program around this point.
       trail: positions of the equations around this point, outermost first.
       inside: name of the opaque operation we only look into for discovery, else empty.
@@ -92,7 +93,7 @@ class Context:
 
     log: Log
     strategy: Strategy = "auto"
-    key: Any = None
+    keys: tuple[Any, ...] = ()
     frame: Frame | None = None
     trail: tuple[int, ...] = ()
     inside: str = ""
@@ -109,9 +110,14 @@ class Context:
         """The context inside a program."""
         return replace(self, frame=frame)
 
-    def with_key(self, key: Any) -> "Context":
-        """The context with another dropout key."""
-        return replace(self, key=key)
+    def turn(self, number: Any) -> "Context":
+        """The context of one turn of a loop, which has dropout keys of its own."""
+        keys = tuple(None if key is None else jax.random.fold_in(key, number) for key in self.keys)
+        return replace(self, keys=keys)
+
+    def drops(self, rate: float, slot: int) -> bool:
+        """Whether the adapter at a position has dropout here."""
+        return bool(rate and self.keys) and self.keys[slot] is not None
 
     def fresh(self, origin: frozenset[int] = frozenset()) -> int:
         """A new axis id that stems from the given original axes of its parameter."""
@@ -151,10 +157,10 @@ class Context:
         return {name: tuple(sorted(axes)) for name, axes in zip(names, (in_axes, out_axes, rest), strict=True)}
 
     def dropout_key(self, path: str, slot: int) -> Any:
-        """The key of this use: folded from the region's key by parameter path, use and adapter."""
+        """The key of this use: folded from the adapter's key in this region by parameter path and use."""
         uses = sum(1 for known, _ in self.log.order if known == path)
         index = self.log.order.setdefault((path, self.trail), uses)
-        key = self.key
-        for part in (crc32(path.encode()), index, slot):
+        key = self.keys[slot]
+        for part in (crc32(path.encode()), index):
             key = jax.random.fold_in(key, part)
         return key

@@ -73,12 +73,12 @@ def _scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     consts, scanned = operands[: loop.consts], operands[loop.consts + loop.carries :]
     init = _carries(ctx, eqn, operands[loop.consts : loop.consts + loop.carries])
     stacks = [_unstack(operand) for operand in scanned]
-    steps = jnp.arange(eqn.params["length"]) if ctx.key is not None else None
+    steps = jnp.arange(eqn.params["length"]) if ctx.keys else None
     passed: dict[int, Weight] = {}
 
     def body(carry: Sequence[Any], inputs: Any) -> tuple[list[Any], list[Any]]:
         step, slices = inputs
-        here = ctx if step is None else ctx.with_key(jax.random.fold_in(ctx.key, step))
+        here = ctx if step is None else ctx.turn(step)
         inner = [rebuild(part) for (_, rebuild), part in zip(stacks, slices, strict=True)]
         results = interpret(here, loop.body, [*consts, *carry, *inner])
         carry, outputs = results[: loop.carries], results[loop.carries :]
@@ -112,7 +112,7 @@ def _while(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
     def step(state: tuple[Any, Any, list[Any]]) -> tuple[Any, Any, list[Any]]:
         turn, _, carry = state
-        here = ctx.at(1) if ctx.key is None else ctx.at(1).with_key(jax.random.fold_in(ctx.key, turn))
+        here = ctx.at(1).turn(turn)
         carry = _formed(here, eqn, interpret(here, body, [*for_body, *carry]))
         return turn + 1, go_on(carry), carry
 
@@ -169,6 +169,6 @@ def _specs(operand: Any, spec: PartitionSpec) -> list[PartitionSpec]:
 def _custom(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     """The custom rule must see the value it was written for; discovery still looks for sites inside."""
     if ctx.look_inside:
-        inner = replace(ctx, inside=eqn.primitive.name, key=None)
+        inner = replace(ctx, inside=eqn.primitive.name, keys=())
         jax.eval_shape(lambda: interpret(inner, jaxprs.sub_programs(eqn)[0], operands) and None)
     return None

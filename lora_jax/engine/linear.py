@@ -52,7 +52,7 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
         return [routed_product(ctx, eqn, 1 - side, x, weight, out, dot)]
     if not takes(weight, x, out):
         return None
-    dropout = ctx.key is not None and any(term.dropout for term in weight.terms)
+    dropout = any(ctx.drops(term.dropout, term.slot) for term in weight.terms)
     planned = planner.plan(weight, x, out, ctx.strategy, dropout)
     _record(ctx, eqn, weight, x, contracted, remains[0], out, planned)
     tap(ctx, weight, x, contracted)

@@ -23,7 +23,7 @@ def _pallas_call(ctx: Context, eqn: Any, operands: Sequence[Any]) -> None:
     inputs = len(grid.block_mappings) - len(eqn.outvars)
     blocks = [_block(w, m.block_shape) for w, m in zip(operands[-inputs:], grid.block_mappings[:inputs], strict=True)]
     refs = [None] * grid.num_index_operands + blocks
-    jax.eval_shape(lambda: _walk(replace(ctx, inside="pallas_call", key=None), kernel, refs))
+    jax.eval_shape(lambda: _walk(replace(ctx, inside="pallas_call", keys=()), kernel, refs))
 
 
 def _block(operand: Any, shape: Sequence[Any]) -> Weight | None:

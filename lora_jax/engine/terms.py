@@ -12,7 +12,7 @@ def masks(ctx: Context, weight: Weight, x: Labelled) -> list[Any]:
     """For each term the elements of the activation that its own dropout keeps; None for all."""
     return [
         contract.survivors(x, term.dropout, ctx.dropout_key(weight.path, term.slot))
-        if ctx.key is not None and term.dropout
+        if ctx.drops(term.dropout, term.slot)
         else None
         for term in weight.terms
     ]
