@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.config import LoraConfig
 from lora_jax.errors import ConfigError
@@ -99,11 +101,9 @@ class Dense:
 
     def work(self, batch: tuple[int, int], dtype: str, seed: int) -> Work:
         """`x @ w` of normal numbers, that keeps their size; no axis for tokens where an example is one token."""
-        weights, numbers = jax.random.split(jax.random.key(seed))
-        examples, length = batch
-        w = (jax.random.normal(weights, (self.into, self.out)) / self.into**0.5).astype(dtype)
-        shape = (examples, *([length] if length > 1 else []), self.into)
-        x = jax.random.normal(numbers, shape, dtype)
+        draw, (examples, length) = np.random.default_rng(seed), batch
+        w = normal(draw, (self.into, self.out), dtype, self.into**-0.5)
+        x = normal(draw, (examples, *([length] if length > 1 else []), self.into), dtype)
         fn = lambda params, x: x @ params["w"]  # noqa: E731
         sites = tuple(find_sites(fn, {"w": w}, x).values())
         return Work(fn, {"w": w}, x, sites, {"w": x.reshape(-1, self.into)}, single=True)
@@ -143,14 +143,16 @@ class Model:
 
     def work(self, batch: tuple[int, int], dtype: str, seed: int) -> Work:
         """A forward pass over random bytes."""
-        start, bytes_, numbers = jax.random.split(jax.random.key(seed), 3)
+        draw = np.random.default_rng(seed)
         model = Transformer(replace(self.config, scan=False, remat=False, dtype=dtype))
-        tokens = jax.random.randint(bytes_, batch, 0, VOCABULARY)
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), jax.jit(model.init)(start, tokens))
+        tokens = jnp.asarray(draw.integers(VOCABULARY, size=batch), jnp.int32)
+        start = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(key, tokens)))
+        params = start(jax.random.key(seed))
         sites = select(LoraConfig(), find_sites(model.apply, params, tokens)).sites
-        keys = jax.random.split(numbers, len(sites))
-        reads = {
-            site.path: jax.random.normal(key, (tokens.size, *site.sizes(site.in_axes)), dtype)
-            for site, key in zip(sites, keys, strict=True)
-        }
+        reads = {site.path: normal(draw, (tokens.size, *site.sizes(site.in_axes)), dtype) for site in sites}
         return Work(model.apply, params, tokens, sites, reads, single=False)
+
+
+def normal(draw: np.random.Generator, shape: Sequence[int], dtype: str, size: float = 1.0) -> jax.Array:
+    """Normal numbers of a standard deviation."""
+    return jnp.asarray(draw.standard_normal(shape, np.float32) * np.float32(size), dtype)

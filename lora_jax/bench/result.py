@@ -88,7 +88,8 @@ class Benchmark:
 
         Needs matplotlib: `pip install "lora_jax[cli]"`.
         """
-        from lora_jax.bench.plot import plot
+        # Not at the top: numbers and tables need no matplotlib.
+        from lora_jax.bench.plot import draw
 
         where = Path(path).absolute()
         where.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ class Benchmark:
             beside.mkdir()
             (beside / "bench.json").write_text(self.json())
             (beside / "bench.md").write_text(self.report().markdown() + "\n")
-            plot(self, beside / "bench.png")
+            draw(self).savefig(beside / "bench.png")
             os.rename(beside, where)
 
     def __rich__(self) -> Group:

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from lora_jax.errors import ConfigError
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def check_distinct(name: str, values: Sequence[Any]) -> None:
         raise ConfigError(f"{name}: {twice[0]} is given twice")
 
 
-def _check_least(name: str, given: int | tuple[int, ...], least: int) -> None:
-    values = given if isinstance(given, tuple) else (given,)
+def _check_least(name: str, given: int | Sequence[int], least: int) -> None:
+    values = [given] if isinstance(given, int) else given
     if low := [value for value in values if value < least]:
         raise ConfigError(f"{name} must be at least {least}, got {low[0]}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_jax.bench import Case, Dense, Model, Settings, measure
-from lora_jax.bench.measure import check, steps
+from lora_jax.bench.measuring import check, steps
 from lora_jax.bench.settings import Dtype
 from lora_jax.models.sizes import SIZES, Size
 from lora_jax.train.folder import check_writable

@@ -5,12 +5,19 @@ from dataclasses import asdict
 from itertools import count
 from statistics import median
 
+import jax
+
 from lora_jax.bench.cases import Case
 from lora_jax.bench.programs import Program, programs
 from lora_jax.bench.result import Benchmark, Row, batch_text
 from lora_jax.bench.settings import Settings, check_distinct
 from lora_jax.bench.timing import Times, machine, ratio, rounds
-from lora_jax.errors import ConfigError
+from lora_jax.errors import ConfigError, LoraError
+
+
+class RunError(LoraError, RuntimeError):
+    """The device cannot run what is to be measured."""
+
 
 _LEAD = 3  # After one call alone, merged weights of 16 MB still take up to 1.2 times as long as the base's.
 
@@ -35,7 +42,7 @@ def measure(
     Args:
       cases: weights or models.
       settings: what is varied; small defaults if not given.
-      progress: called with the number of steps done, of `lora_jax.bench.measure.steps`, and what is done now.
+      progress: called with the number of steps done, of `lora_jax.bench.measuring.steps`, and what is done now.
 
     Returns:
       The numbers: a table when printed, and `json`, `report` and `save`.
@@ -43,6 +50,7 @@ def measure(
     Raises:
       ConfigError: a rank is larger than a side of a weight, or a case is given twice.
       DisagreementError: two modes that are to compute the same do not.
+      RunError: the device cannot run it, for lack of memory for instance.
 
     Example:
       >>> from lora_jax.bench import Dense
@@ -59,15 +67,23 @@ def measure(
     for case in cases:
         for tokens in settings.tokens:
             what = f"{case.name}, {batch_text(tokens, tokens)}"
-            work = case.work(settings.batch(tokens), settings.dtype, settings.seed)
-            built: dict[str, Program] = {}
-            for program in programs(work, settings):
-                built[str(program)] = program
-                progress(next(done), f"{what}: {program} compiled")
-            tell = lambda what=what: progress(next(done), f"{what}: timing")  # noqa: E731
-            times = rounds(built, settings.rounds, seed=settings.seed, lead=_LEAD, after=tell)
-            rows += [_row(case.name, len(work.inputs), tokens, each, times) for each in built.values()]
+            tell = lambda now, what=what: progress(next(done), f"{what}: {now}")  # noqa: E731
+            try:
+                rows += _measured(case, tokens, settings, tell)
+            except (jax.errors.JaxRuntimeError, MemoryError) as error:
+                raise RunError(f"{what} cannot be run here: {error}") from error
     return Benchmark(asdict(settings), machine(), tuple(rows))
+
+
+def _measured(case: Case, tokens: int, settings: Settings, tell: Callable[[str], object]) -> list[Row]:
+    """What is timed in the same rounds."""
+    work = case.work(settings.batch(tokens), settings.dtype, settings.seed)
+    built: dict[str, Program] = {}
+    for program in programs(work, settings):
+        built[str(program)] = program
+        tell(f"{program} compiled")
+    times = rounds(built, settings.rounds, seed=settings.seed, lead=_LEAD, after=lambda: tell("timing"))
+    return [_row(case.name, len(work.inputs), tokens, each, times) for each in built.values()]
 
 
 def check(cases: Sequence[Case], settings: Settings) -> None:
