@@ -116,7 +116,7 @@ def _routed(work: Work, separate: Program, adapters: Sequence[Adapter], settings
     """The routed program, compared with what each adapter gives alone."""
     examples, rank = len(work.inputs), separate.rank
     ids = np.random.default_rng(settings.seed).permutation(np.arange(examples) % len(adapters) + 1)
-    routed, bank = route(work.fn), jax.jit(AdapterBank.of)(adapters)
+    routed, bank = route(work.fn), AdapterBank.of(adapters)
     args = work.params, bank, jnp.asarray(ids), work.inputs
     program = Program.of("routed", routed, *args, rank=rank, adapters=len(adapters))
     result = np.asarray(program())
