@@ -16,6 +16,7 @@ from lora_jax.bench import Benchmark, Dense, DisagreementError, Model, RunError,
 from lora_jax.bench.measuring import steps
 from lora_jax.bench.plot import draw
 from lora_jax.bench.programs import Program
+from lora_jax.bench.timing import rounds
 from lora_jax.cli import main
 from lora_jax.errors import ConfigError
 from lora_jax.models import TransformerConfig
@@ -133,6 +134,16 @@ def test_progress_is_told_to_the_end() -> None:
     told: list[int] = []
     measure([Dense(INTO, OUT)], SMALL, progress=lambda done, now: told.append(done))
     assert told == list(range(1, steps([Dense(INTO, OUT)], SMALL) + 1))
+
+
+def test_rounds_call_what_they_say() -> None:
+    called: list[str] = []
+    runs = {name: lambda name=name: called.append(name) for name in "ab"}
+    times = rounds(runs, 3, warm_up=1, lead=2, after=lambda: called.append("|"))
+    assert called[:2] == ["a", "b"]
+    for each in "".join(called[2:]).split("|")[:3]:
+        assert each in ("aaabbb", "bbbaaa")
+    assert [len(times[name]) for name in "ab"] == [3, 3]
 
 
 ARGS = "bench --shapes 12x10 --model tiny --ranks 1 2 --tokens 2 --adapters 2 --rounds 2"
