@@ -97,14 +97,16 @@ def evaluated(call: Call, given: Sequence[Any], symbolic: Callable[[str, Any], A
 
 def _dropout_keys(given: Any, adapters: Sequence[Adapter]) -> tuple[Any, ...]:
     """A key for each adapter; none at all without dropout."""
-    keys = list(given) if isinstance(given, (tuple, list)) else None
-    if keys is not None and len(keys) != len(adapters):
-        raise ConfigError(
-            f"lora_key has {len(keys)} keys for {len(adapters)} adapters: give one for each, or a single one"
-        )
-    if given is None or not any(update.dropout for adapter in adapters for update in adapter.values()):
+    drops = any(update.dropout for adapter in adapters for update in adapter.values())
+    if isinstance(given, (tuple, list)):
+        if len(given) != len(adapters):
+            raise ConfigError(
+                f"lora_key has {len(given)} keys for {len(adapters)} adapters: give one for each, or a single one"
+            )
+        return tuple(given) if drops else ()
+    if given is None or not drops:
         return ()
-    return tuple(keys or (jax.random.fold_in(given, slot) for slot in range(len(adapters))))
+    return tuple(jax.random.fold_in(given, slot) for slot in range(len(adapters)))
 
 
 def _frozen(leaf: Any) -> Any:

@@ -163,7 +163,7 @@ def test_a_real_ctrl_c(folder: Path, whole: Path):
 
 REFUSED = {
     "": "finetune",
-    "finetun": "(Available subcommands: finetune, merge, compose, convert, inspect)",
+    "finetun": "(Available subcommands: finetune, merge, compose, convert, inspect, bench)",
     "finetune --bogus 3": "--bogus",
     "finetune --step 3": "Unrecognized options: --step, 3 (perhaps --pretrain-steps or --steps)",
     "finetune --steps x": "--steps",

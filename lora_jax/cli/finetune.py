@@ -4,20 +4,15 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_jax.models import TransformerConfig
+from lora_jax.models.sizes import SIZES, Size
 from lora_jax.train.data import Corpus, python_source, python_topics, read_text, split
 from lora_jax.train.folder import Folder
 from lora_jax.train.job import FinetuneJob, Plan
 from lora_jax.train.options import AdapterOptions, OptionError, TrainingOptions, flag, require
 from lora_jax.train.pretrain import Recipe
-
-_SIZES = {
-    "tiny": TransformerConfig(layers=2, width=32, heads=4, kv_heads=2, hidden=64),
-    "small": TransformerConfig(),
-    "medium": TransformerConfig(layers=6, width=256, heads=8, kv_heads=2, hidden=704),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +31,7 @@ class Finetune:
     """Continue the run in --out, with its options."""
     overwrite: bool = False
     """Replace the run in --out."""
-    model: Literal["tiny", "small", "medium"] = "small"
+    model: Size = "small"
     """Size of the base model."""
     pretrain_steps: int = 300
     """Pre-training steps."""
@@ -72,7 +67,7 @@ class Finetune:
         self.training.check()
         require("pretrain_steps", self.pretrain_steps, above=0)
         folder, config, seq_len = Folder(self.out), self.adapter.config, self.training.seq_len
-        shape = replace(_SIZES[self.model], remat=self.remat)
+        shape = replace(SIZES[self.model], remat=self.remat)
         target = split(*self._text(), seq_len)
         if saved is not None and folder.read_config()["text"]["sha256"] != target.sha256:
             raise OptionError(f"{target.name} has changed since the run began: start again with --overwrite")

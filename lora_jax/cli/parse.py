@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self
 
 import tyro
 
+from lora_jax.cli.bench import Bench
 from lora_jax.cli.compose import Compose
 from lora_jax.cli.convert import Convert
 from lora_jax.cli.finetune import Finetune
@@ -54,6 +55,7 @@ VERBS: dict[str, type[Verb]] = {
     "compose": Compose,
     "convert": Convert,
     "inspect": Inspect,
+    "bench": Bench,
 }
 
 

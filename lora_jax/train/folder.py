@@ -61,9 +61,7 @@ class Folder:
             raise FolderError(
                 f"{self.path} holds {', '.join(present)}: choose another --out, or --overwrite to replace them"
             )
-        existing = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise FolderError(f"cannot write to {self.path}: {existing} is no directory that you may write to")
+        check_writable(self.path)
 
     def read_config(self) -> dict[str, Any]:
         """What `start` wrote.
@@ -91,3 +89,14 @@ class Folder:
     def finish(self) -> None:
         """Delete what only resuming needs."""
         shutil.rmtree(self.state)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path where nothing can be created.
+
+    Raises:
+      FolderError: what is there, or would hold it, is no directory that one may write to.
+    """
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise FolderError(f"cannot write to {path}: {existing} is no directory that you may write to")

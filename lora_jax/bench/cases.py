@@ -1,0 +1,158 @@
+"""What is timed: one weight, given by its shape, or a whole model."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.config import LoraConfig
+from lora_jax.errors import ConfigError
+from lora_jax.models import Transformer, TransformerConfig
+from lora_jax.models.transformer import VOCABULARY
+from lora_jax.selection import select
+from lora_jax.site import Site
+from lora_jax.sites import find_sites
+
+
+@dataclass(frozen=True)
+class Work:
+    """A function and its arguments.
+
+    Attributes:
+      fn: the function `fn(params, inputs)`.
+      params: its parameters.
+      inputs: examples on axis 0.
+      sites: the parameters that adapters adapt.
+      reads: by path, `[tokens, *in]` numbers to apply the adapters alone to.
+      single: whether the function is one product, of `reads`, so that base and adapter add up.
+    """
+
+    fn: Callable[..., Any]
+    params: Any
+    inputs: jax.Array
+    sites: Sequence[Site]
+    reads: Mapping[str, jax.Array]
+    single: bool
+
+
+class Case(Protocol):
+    """Something to time."""
+
+    @property
+    def name(self) -> str:
+        """How tables call it."""
+        ...
+
+    @property
+    def side(self) -> int:
+        """The smallest side of a weight that is adapted: the highest rank that makes sense."""
+        ...
+
+    def work(self, batch: tuple[int, int], dtype: str, seed: int) -> Work:
+        """Function, random parameters and random inputs, for a number of examples and tokens in each."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One weight: `x @ w`.
+
+    Attributes:
+      into: number of its inputs.
+      out: number of its outputs.
+
+    Example:
+      >>> Dense(8, 6).work((2, 3), "float32", seed=0).inputs.shape
+      (2, 3, 8)
+    """
+
+    into: int
+    out: int
+
+    @property
+    def name(self) -> str:
+        """Inputs × outputs."""
+        return f"{self.into}×{self.out}"
+
+    @property
+    def side(self) -> int:
+        """The smaller of the two."""
+        return min(self.into, self.out)
+
+    @classmethod
+    def parsed(cls, text: str) -> "Dense":
+        """From text, as it is given on the command line.
+
+        Raises:
+          ConfigError: it says something else.
+
+        Example:
+          >>> Dense.parsed("1024x4096")
+          Dense(into=1024, out=4096)
+        """
+        sizes = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", text)
+        if sizes is None:
+            raise ConfigError(f"{text!r} is no shape: write inputs x outputs, such as 1024x4096")
+        return cls(int(sizes[1]), int(sizes[2]))
+
+    def work(self, batch: tuple[int, int], dtype: str, seed: int) -> Work:
+        """`x @ w` of normal numbers, that keeps their size; no axis for tokens where an example is one token."""
+        draw, (examples, length) = np.random.default_rng(seed), batch
+        w = normal(draw, (self.into, self.out), dtype, self.into**-0.5)
+        x = normal(draw, (examples, *([length] if length > 1 else []), self.into), dtype)
+        fn = lambda params, x: x @ params["w"]  # noqa: E731
+        sites = tuple(find_sites(fn, {"w": w}, x).values())
+        return Work(fn, {"w": w}, x, sites, {"w": x.reshape(-1, self.into)}, single=True)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The transformer of `lora_jax.models` with random parameters, all linear layers of its blocks adapted.
+
+    Attributes:
+      label: what tables call it.
+      config: its shape. Layers are unrolled, as XLA counts the operations of a loop's body once only.
+
+    Example:
+      >>> config = TransformerConfig(layers=1, width=16, heads=2, kv_heads=1, hidden=24)
+      >>> model = Model("toy", config)
+      >>> model.name, model.side
+      ('toy transformer, 1 × 16', 8)
+      >>> work = model.work((2, 3), "float32", seed=0)
+      >>> work.fn(work.params, work.inputs).shape, len(work.sites)
+      ((2, 3, 256), 7)
+    """
+
+    label: str
+    config: TransformerConfig
+
+    @property
+    def name(self) -> str:
+        """Label, layers × width."""
+        return f"{self.label} transformer, {self.config.layers} × {self.config.width}"
+
+    @property
+    def side(self) -> int:
+        """The smallest side of an adapted kernel: what keys and values have together, if nothing else."""
+        config = self.config
+        return min(config.width, config.hidden, config.kv_heads * config.head_dim)
+
+    def work(self, batch: tuple[int, int], dtype: str, seed: int) -> Work:
+        """A forward pass over random bytes."""
+        draw = np.random.default_rng(seed)
+        model = Transformer(replace(self.config, scan=False, remat=False, dtype=dtype))
+        tokens = jnp.asarray(draw.integers(VOCABULARY, size=batch), jnp.int32)
+        start = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(key, tokens)))
+        params = start(jax.random.key(seed))
+        sites = select(LoraConfig(), find_sites(model.apply, params, tokens)).sites
+        reads = {site.path: normal(draw, (tokens.size, *site.sizes(site.in_axes)), dtype) for site in sites}
+        return Work(model.apply, params, tokens, sites, reads, single=False)
+
+
+def normal(draw: np.random.Generator, shape: Sequence[int], dtype: str, size: float = 1.0) -> jax.Array:
+    """Normal numbers of a standard deviation."""
+    return jnp.asarray(draw.standard_normal(shape, np.float32) * np.float32(size), dtype)

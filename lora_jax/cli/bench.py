@@ -1,0 +1,89 @@
+"""The verb `bench`: what LoRA's modes cost beside the base."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_jax.bench import Case, Dense, Model, Settings, measure
+from lora_jax.bench.measuring import check, steps
+from lora_jax.bench.settings import Dtype
+from lora_jax.models.sizes import SIZES, Size
+from lora_jax.train.folder import check_writable
+from lora_jax.train.log import Reporter
+from lora_jax.train.options import OptionError
+from lora_jax.train.report import make_console
+
+_DEFAULT = Dense(1024, 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time what LoRA costs: the base Wx, the adapter B(Ax), both apart, merged, and routed with many adapters.
+
+    For one or more weights, given by their shapes, or a small transformer with random weights. Results are compared
+    before anything is timed. Times are medians of interleaved rounds; operations and bytes are XLA's. Without options
+    it is one weight of 1024x1024, which takes about half a minute on two cores.
+    """
+
+    shapes: tuple[str, ...] = ()
+    """Weights, inputs x outputs, such as `1024x1024 1024x4096`."""
+    model: Size | None = None
+    """A transformer of lora_jax.models, all linear layers of its blocks adapted."""
+    ranks: tuple[int, ...] = Settings.ranks
+    """Ranks of the adapters."""
+    tokens: tuple[int, ...] = Settings.tokens
+    """Numbers of tokens in a batch."""
+    adapters: tuple[int, ...] = Settings.adapters
+    """Numbers of adapters in the bank of the routed mode; a batch uses as many as it has examples."""
+    length: int = Settings.length
+    """Tokens of one example, which all meet the same adapter; with 1 every token meets its own."""
+    dtype: Dtype = Settings.dtype
+    """Of weights, factors and activations."""
+    rounds: int = Settings.rounds
+    """How often everything is timed; at least 11 for numbers that mean something."""
+    seed: int = Settings.seed
+    """Of weights, inputs, the choice of adapters, and the order of timing."""
+    out: Path | None = None
+    """Directory to create, for bench.json, bench.md and bench.png."""
+
+    def saved(self) -> "Bench | None":
+        """Nothing is resumed."""
+        return None
+
+    def prepare(self, saved: "Bench | None") -> "BenchJob":
+        """Check the options.
+
+        Raises:
+          LoraError: one cannot be used.
+        """
+        if self.out is not None:
+            if self.out.exists() or self.out.is_symlink():
+                raise OptionError(f"{self.out} exists already: choose another directory for --out")
+            check_writable(self.out)
+        settings = Settings(
+            ranks=self.ranks, tokens=self.tokens, adapters=self.adapters, length=self.length, dtype=self.dtype,
+            rounds=self.rounds, seed=self.seed,
+        )  # fmt: skip
+        cases: list[Case] = [Dense.parsed(text) for text in self.shapes]
+        cases += [] if self.model is None else [Model(self.model, SIZES[self.model])]
+        check(cases or [_DEFAULT], settings)
+        return BenchJob(cases or [_DEFAULT], settings, self.out)
+
+
+class BenchJob:
+    """A benchmark whose options have been checked."""
+
+    resume = None
+
+    def __init__(self, cases: Sequence[Case], settings: Settings, out: Path | None):
+        self._cases, self._settings, self._out = cases, settings, out
+
+    def run(self) -> None:
+        """Measure, with progress; print the tables, and write the files if a directory was asked for."""
+        console, total = make_console(), steps(self._cases, self._settings)
+        with Reporter(console, "bench", total).shown() as reporter:
+            found = measure(self._cases, self._settings, progress=reporter.update)
+        console.print(found)
+        if self._out is not None:
+            found.save(self._out)
+            console.print(f"{self._out}: bench.json, bench.md, bench.png", markup=False)
