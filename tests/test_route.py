@@ -414,6 +414,8 @@ def test_explain_says_the_form_and_what_it_adds() -> None:
     many = [*ADAPTERS, *ADAPTERS]
     tokens = lora.route(dense, token_axes=1).explain(PARAMS, many, jnp.zeros((20, 20), int), jnp.zeros((20, 20, 6)))
     assert tokens.uses[0].route == "blocks"
+    few = lora.route(dense).explain(PARAMS, ADAPTERS, [1, 2, 0], X[:3, :2])
+    assert few.uses[0].route == "rows", "no more factors are gathered than the bank has"
     assert (
         lora.route(dense, token_axes=1, strategy="rows").explain(PARAMS, many, [[1]], X[:1, :1]).uses[0].route == "rows"
     )

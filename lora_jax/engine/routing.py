@@ -164,7 +164,7 @@ def planned(routing: Routing, rows: int, tokens: int, rank: int, blocks: bool) -
     if routing.strategy != "auto":
         return routing.strategy if blocks or routing.strategy != "blocks" else "rows"
     wide = routing.slots * rank
-    if tokens >= 8 * rows:
+    if tokens >= 8 * rows or rows <= routing.slots:
         return "rows"
     if routing.slots <= 4 or (wide <= 1024 and (tokens < 256 or not blocks)):
         return "mask"
