@@ -47,8 +47,8 @@ class Format:
     def rounded(self, matrix: Array) -> Array:
         """A matrix `[fan_in, fan_out]` float32, with every number at the nearest of its block's levels.
 
-        >>> [float(each) for each in FORMATS[0].rounded(jnp.float32([[2.0], [1.0]]))[:, 0].round(3)]
-        [2.0, 1.008]
+        >>> [round(float(each), 3) for each in FORMATS[1].rounded(jnp.float32([[2.0], [0.9], [0.1]]))[:, 0]]
+        [2.0, 0.857, 0.0]
         """
         fan_in, fan_out = matrix.shape
         block = self.block or fan_in
