@@ -94,7 +94,7 @@ class Intruders:
             which = listed([str(each + 1) for each in row.numbers])
             numbers = (f"{row.similarity.min():.3f}", f"{row.base_values[0]:.3g}", f"{row.values[0]:.3g}")
             table.add_row(Text(row.name), str(len(row.numbers)), str(len(row.similarity)), which, *numbers)
-        table.columns[0].footer, table.columns[1].footer = f"{len(self.rows)} weights", str(self.count)
+        table.columns[0].footer, table.columns[1].footer = "all", str(self.count)
         table.show_footer = True
         return Group(table, Text(left_out_line(self.left_out))) if self.left_out else Group(table)
 

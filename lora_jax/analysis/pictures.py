@@ -26,6 +26,9 @@ from lora_jax.analysis.rows import grouped
 
 _SHARE = Shade("φ: 0 orthogonal, 1 the same", low=0, high=1, spelled=".2f")
 
+_LEAST = 0.001
+"""The smallest error on a logarithmic axis, in percent."""
+
 _SHOWN = {
     "INT8": ("INT8", "rounded", "tab:blue", "o"),
     "SVD in the bytes of INT8": ("INT8", "truncated", "tab:blue", "D"),
@@ -47,7 +50,7 @@ def draw_spectra(path: str | PathLike[str], title: str, rows: Sequence[Any]) -> 
     top, bottom = figure.subfigures(2, 1, height_ratios=[upper, lower])
     left, right = top.subplots(1, 2, sharey=True)
     most = max(len(row.values) for row in rows)
-    ranked = Shade(f"directions (of at most {most})", low=0, spelled=".1f")
+    ranked = Shade(f"directions (of {most})", low=0, spelled=".1f")
     heat_map(top, left, rows, lambda row: row.effective_rank, "Effective rank: directions in use", ranked)
     if based:
         part = Shade("percent of |W|", "magma", low=0)
@@ -75,7 +78,7 @@ def _draw_values(figure: Any, rows: Sequence[Any], groups: Any, count: int, rema
         axes.set_yscale("log")
         axes.grid(alpha=0.3)
     figure.supxlabel("number of the singular value")
-    figure.supylabel("singular value (units of the weight)")
+    figure.supylabel("singular value (units of W)")
     if len(positions) > 1:
         bar = figure.colorbar(colours, ax=list(found), label=counted)
         tick_layers(bar.ax.yaxis, positions)
@@ -90,9 +93,10 @@ def draw_overlap(path: str | PathLike[str], title: str, rows: Sequence[Any]) -> 
     angle = Shade("cosine", "RdBu", low=-1, high=1, spelled=".2f")
     opposed = Shade("percent of the energy", "RdBu_r", low=0, high=100, spelled=".0f")
     signs = lambda row: None if row.opposed_energy is None else 100 * row.opposed_energy  # noqa: E731
-    chance = [round(float(np.mean([row.chance[side] for row in rows])), 2) for side in (0, 1)]
-    reads, writes = (f"Directions both {verb}; {share} by chance"
-                     for verb, share in zip(("read", "write"), chance, strict=True))  # fmt: skip
+    reads, writes = (
+        f"Directions both {verb}; by chance {_range([row.chance[side] for row in rows])}"
+        for side, verb in enumerate(("read", "write"))
+    )
     heat_map(top, axes[0, 0], rows, lambda row: row.input_overlap, reads, _SHARE)
     heat_map(top, axes[0, 1], rows, lambda row: row.output_overlap, writes, _SHARE)
     heat_map(top, axes[1, 0], rows, lambda row: row.cosine, "Angle between updates: 1 the same, 0 unrelated", angle)
@@ -101,13 +105,19 @@ def draw_overlap(path: str | PathLike[str], title: str, rows: Sequence[Any]) -> 
     write(figure, path)
 
 
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
 def _draw_directions(figure: Any, rows: Sequence[Any]) -> None:
     """The mean over all weights of φ for the first directions of each, up to the ranks that all have."""
     known = [row for row in rows if row.inputs.size]
     if not known:
         return
     ranks = [min(row.inputs.shape[axis] for row in known) for axis in (0, 1)]
-    figure.suptitle(f"Overlap of the first i directions of one and the first j of the other: mean of {len(known)}")
+    whose = "the first i directions of one and the first j of the other"
+    figure.suptitle(f"Overlap of {whose}, mean of {len(known)} weights")
     for axes, name in zip(figure.subplots(1, 2), ("inputs", "outputs"), strict=True):
         mean = np.mean([getattr(row, name)[: ranks[0], : ranks[1]] for row in known], axis=0)
         edges = (0.5, ranks[1] + 0.5, ranks[0] + 0.5, 0.5)
@@ -170,7 +180,7 @@ def draw_rounding(
     left, right = top.subplots(1, 2, sharey=True)
     _draw_errors(left, groups, "total", "Error of the weight, |error|/|W|")
     _draw_errors(right, groups, "outputs", f"Error of the outputs, |error·x|/|Wx|, for {inputs} inputs")
-    left.set_ylabel("relative error (percent)")
+    left.set_ylabel(f"relative error (percent, {_LEAST} if less)")
     top.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
     bottom.suptitle("How the squared error is spread over entries: the higher a line, the fewer of them hold it")
     for axes, kind, name in zip(
@@ -186,7 +196,7 @@ def _draw_errors(axes: Any, groups: Any, what: str, title: str) -> None:
     """A column for every parameter, with a dot for every layer: formats side by side, truncation beside each."""
     for place, (label, (form, kind, colour, marker)) in enumerate(_SHOWN.items()):
         dots = [
-            (column + (place - 2) / 6, 100 * error)
+            (column + (place - 2) / 6, max(100 * error, _LEAST))
             for column, found in enumerate(groups.values())
             for row in found
             if row.form == form and (error := getattr(getattr(row, kind), what)) is not None

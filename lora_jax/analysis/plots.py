@@ -104,7 +104,7 @@ def layers_of(rows: Sequence[Row]) -> tuple[list[tuple[int, ...]], str]:
 
 def height_of(groups: int) -> float:
     """Inches for a heat map of so many lines."""
-    return 0.9 + 0.3 * max(groups, 3)
+    return 1.2 + 0.3 * max(groups, 4)
 
 
 def heat_map(
@@ -145,19 +145,20 @@ def _write_numbers(axes: Any, drawn: Any, field: np.ndarray, spelled: str) -> No
 
 
 def panels(figure: Any, count: int, **settings: Any) -> Any:
-    """A grid of axes, at most four in a line; those left over are not shown."""
-    columns = min(count, 4)
+    """A grid of axes over whole numbers, at most four in a line; those left over are not shown."""
+    columns = min(max(count, 2), 4)
     found = figure.subplots(ceil(count / columns), columns, squeeze=False, **settings).ravel()
     for axes in found[count:]:
         axes.set_visible(False)
     for axes in found[max(count - columns, 0) : count]:
         axes.tick_params(labelbottom=True)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     return found[:count]
 
 
 def panel_height(count: int) -> float:
     """Inches for a grid of so many panels."""
-    return 0.8 + 2.3 * ceil(count / 4)
+    return 1 + 2.3 * ceil(count / 4)
 
 
 def panel_groups(rows: Sequence[Any]) -> tuple[Iterator[tuple[str, list[Any]]], int, str]:

@@ -129,7 +129,7 @@ class Rounding:
             table.add_row(Text(name), row.form, f"{row.bits:.3g}", *_numbers(row.rounded))
             # Formats of as many bytes have the same truncation.
             if after is None or (after.name, after.nbytes) != (row.name, row.nbytes):
-                table.add_row("", f"SVD, rank {row.rank}", f"{row.bits:.3g}", *_numbers(row.truncated))
+                table.add_row("", f"SVD, rank {row.rank}", f"≤ {row.bits:.3g}", *_numbers(row.truncated))
         return Group(table, f"Outputs for {self.inputs} inputs; scales in float32, factors in 16 bits")
 
     def __repr__(self) -> str:

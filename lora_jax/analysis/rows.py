@@ -61,7 +61,10 @@ def table_of(first: str, *columns: str) -> Table:
 
 
 def short_table(
-    rows: Sequence[_Row], columns: Mapping[str, Callable[[_Row], float | None]], spelled: Mapping[str, str]
+    rows: Sequence[_Row],
+    columns: Mapping[str, Callable[[_Row], float | None]],
+    spelled: Mapping[str, str],
+    note: Callable[[_Row], str] = lambda row: "",
 ) -> Table:
     """A line for every group, with the mean of each number and, where it varies, the least and the largest.
 
@@ -69,13 +72,16 @@ def short_table(
       rows: to be grouped.
       columns: the number of a row by the header of its column; None where the row has none.
       spelled: format of the numbers by header.
+      note: a remark on a row; a last column has those of each group, if there are any.
     """
-    table = table_of("parameter", "weights", *columns)
+    noted = any(note(row) for row in rows)
+    table = table_of("parameter", "weights", *columns, *[""] * noted)
     for group, found in grouped(rows).items():
         values = {header: [value for row in found if (value := number(row)) is not None]
                   for header, number in columns.items()}  # fmt: skip
         ranges = [Text(_range(each, spelled[head])) for head, each in values.items()]
-        table.add_row(Text(group), str(len({row.name for row in found})), *ranges)
+        remarks = "; ".join(dict.fromkeys(remark for row in found if (remark := note(row))))
+        table.add_row(Text(group), str(len({row.name for row in found})), *ranges, *[remarks] * noted)
     return table
 
 

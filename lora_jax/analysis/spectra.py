@@ -98,7 +98,8 @@ class Spectra:
         }
         if all(row.relative is None for row in self.rows):
             del columns["|ΔW|/|W|"]
-        return short_table(self.rows, columns, dict.fromkeys(columns, ".3g") | {"effective rank": ".2f"})
+        spelled = dict.fromkeys(columns, ".3g") | {"effective rank": ".2f"}
+        return short_table(self.rows, columns, spelled, lambda row: row.note)
 
     def plot(self, path: str | PathLike[str], title: str = "Updates of an adapter") -> None:
         """Write a PNG: effective rank and size by parameter and layer, and all singular values.

@@ -70,7 +70,12 @@ def part_of(path: str, update: Update) -> Part:
 
 def decomposed(path: str, update: Update) -> Iterator[tuple[tuple[int, ...], Directions]]:
     """Singular triplets of what an update adds, scale included, for each linear map of its stack with its place."""
-    found = jax.tree.map(np.asarray, _decomposed(part_of(path, update)))
+    part = part_of(path, update)
+    if part.a.shape[1] == 0:  # All terms of AdaLoRA may be pruned.
+        nothing = Directions(np.zeros((0, update.site.fan_in)), np.zeros(0), np.zeros((0, update.site.fan_out)))
+        yield from ((entry, nothing) for entry in np.ndindex(update.site.batch_shape))
+        return
+    found = jax.tree.map(np.asarray, _decomposed(part))
     for i, entry in enumerate(np.ndindex(update.site.batch_shape)):
         yield entry, Directions(*(each[i] for each in found))
 
