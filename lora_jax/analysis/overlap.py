@@ -88,6 +88,7 @@ class Overlap:
           title: what the adapters are.
 
         Raises:
+          ParameterError: one of the updates is zero at every parameter, so that there is nothing to draw.
           ImportError: matplotlib is not installed.
         """
         draw_overlap(path, title, self.rows)

@@ -86,6 +86,7 @@ def _draw_values(figure: Any, rows: Sequence[Any], groups: Any, count: int, rema
 
 def draw_overlap(path: str | PathLike[str], title: str, rows: Sequence[Any]) -> None:
     """Overlaps, cosine and opposed signs by parameter and layer; see `Overlap.plot`."""
+    check_any([row for row in rows if row.inputs.size], "one of the updates is zero at every parameter")
     upper = height_of(len(grouped(rows)))
     figure = new_figure(13, 2 * upper + 4.2, title)
     top, bottom = figure.subfigures(2, 1, height_ratios=[2 * upper, 4.2])
@@ -113,8 +114,6 @@ def _range(values: Sequence[float]) -> str:
 def _draw_directions(figure: Any, rows: Sequence[Any]) -> None:
     """The mean over all weights of φ for the first directions of each, up to the ranks that all have."""
     known = [row for row in rows if row.inputs.size]
-    if not known:
-        return
     ranks = [min(row.inputs.shape[axis] for row in known) for axis in (0, 1)]
     whose = "the first i directions of one and the first j of the other"
     figure.suptitle(f"Overlap of {whose}, mean of {len(known)} weights")

@@ -115,6 +115,7 @@ class Rounding:
           title: what the weights are.
 
         Raises:
+          ParameterError: there are no rows, so that there is nothing to draw.
           ImportError: matplotlib is not installed.
         """
         draw_rounding(path, title, self.rows, FRACTIONS, self.inputs)
