@@ -452,6 +452,12 @@ def test_many_layers_are_lines_of_one_table(tmp_path: Path) -> None:
         spectra(lora.Adapter({})).plot(tmp_path / "none.png")
 
 
+def test_what_is_not_finite_is_left_out_of_pictures(tmp_path: Path) -> None:
+    found = spectra(random_adapter(SITES[:2]), weights() | {"dense": jnp.zeros((12, 10))})
+    assert found.rows[0].relative == float("inf")
+    found.plot(tmp_path / "inf.png", "costs $5 or $6_{")
+
+
 def test_pictures_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "lora_jax\[cli\]"'):

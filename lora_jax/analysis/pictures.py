@@ -21,7 +21,7 @@ from lora_jax.analysis.plots import (
     panels,
     tick_layers,
     write,
-)  # fmt: skip
+)
 from lora_jax.analysis.rows import grouped
 
 _SHARE = Shade("φ: 0 orthogonal, 1 the same", low=0, high=1, spelled=".2f")

@@ -56,7 +56,7 @@ def new_figure(width: float, height: float, title: str) -> Any:
         raise ImportError(_INSTALL) from error
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontweight="bold")
+    figure.suptitle(title, fontweight="bold", parse_math=False)
     return figure
 
 
@@ -110,13 +110,14 @@ def height_of(groups: int) -> float:
 def heat_map(
     figure: Any, axes: Any, rows: Sequence[Any], value: Callable[[Any], float | None], title: str, shade: Shade
 ) -> None:
-    """Draw a number of each row, a line for every parameter and a column for every layer; none stays grey."""
+    """Draw a number of each row, a line for every parameter and a column for every layer; grey where there is none."""
     groups, (positions, counted) = grouped(rows), layers_of(rows)
     field = np.full((len(groups), len(positions)), np.nan)
     for line, found in enumerate(groups.values()):
         for row in found:
             number = value(row)
-            field[line, positions.index(row.position)] = np.nan if number is None else number
+            known = number is not None and np.isfinite(number)
+            field[line, positions.index(row.position)] = number if known else np.nan
     axes.set_facecolor("lightgray")
     drawn = axes.imshow(field, cmap=shade.colours, vmin=shade.low, vmax=shade.high, aspect="auto", interpolation="none")
     figure.colorbar(drawn, ax=axes, label=shade.label)

@@ -59,8 +59,9 @@ class Deviation:
 
     @property
     def top(self) -> float:
-        """Share of the squared error in the 1 % of entries where it is largest: 3 % if errors are uniformly distributed
-        up to a bound, 8 % if they are normal, near 100 % if few entries are all of it.
+        """Share of the squared error in the 1 % of entries where it is largest.
+
+        3 % if errors are uniform up to a bound, 8 % if they are normal, near 100 % if few entries are all of it.
         """
         return float(self.held[FRACTIONS.index(0.01)])
 
@@ -149,6 +150,8 @@ def rounding(params: Any, sites: Mapping[str, Site] | Iterable[Site] | None = No
     error of the outputs. That is measured on the inputs given, from their second moment. Without any it is that
     for normal inputs, which is the error of the weight itself: inputs that differ in size between directions can
     make it much smaller or larger.
+
+    Every weight is decomposed, so choose sites of a large model.
 
     Args:
       params: parameters, or one weight `[fan_in, fan_out]`.

@@ -18,7 +18,8 @@ class Inspect:
     """Show what an adapter holds, in PEFT's format or lora_jax's own: lora-jax inspect PATH.
 
     Sites, rank, alpha, norms, dtype and bytes. The base is not needed. |ΔW| is the Frobenius norm of the update, scale
-    included; of a tensor stored whole it is the tensor's own.
+    included; of a tensor stored whole it is the tensor's own. A second table has the rank in use and |ΔW| where a
+    picture of them is asked for, or what two adapters share.
     """
 
     path: tyro.conf.Positional[Path]
