@@ -11,6 +11,7 @@ merged  = lora.merge(variables, adapter)                     # plain parameters 
 """
 
 # Families of things, under their own names.
+from lora_jax import analysis as analysis
 from lora_jax import methods as methods
 from lora_jax import optim as optim
 from lora_jax import routers as routers

@@ -184,6 +184,16 @@ def layer_number(path: str, patterns: Iterable[str] = ()) -> int | None:
     return next((int(match[1]) for match in found if match), None)
 
 
+def alike(path: str) -> str:
+    """A path with `*` for the number of its layer: the same for a parameter in all layers.
+
+    >>> alike("layers_3/attn/query/kernel"), alike("model.layers.3.mlp.0.weight"), alike("head/kernel")
+    ('layers_*/attn/query/kernel', 'model.layers.*.mlp.0.weight', 'head/kernel')
+    """
+    found = _NUMBERED.search("/".join(components(path)))
+    return path if found is None else f"{path[: found.start(1)]}*{path[found.end(1) :]}"
+
+
 def pattern_hits(key: str, path: str) -> bool:
     """Whether a key of `rank_pattern` or `alpha_pattern` applies to a parameter.
 

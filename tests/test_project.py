@@ -26,7 +26,7 @@ LAYERS = [
     ["updates", "adapter", "lanes", "fit", "svd", "methods", "slots", "bank", "cache"],
     ["engine"],
     ["apply", "sites", "capture", "route"],
-    ["init", "merge", "merge_report", "compose", "routers", "optim", "summary", "sharding", "io", "nnx"],
+    ["init", "merge", "merge_report", "compose", "analysis", "routers", "optim", "summary", "sharding", "io", "nnx"],
     ["models", "train", "bench"],
     ["cli", "__main__"],
 ]
@@ -67,7 +67,7 @@ def test_modules_are_small() -> None:
 
 
 PUBLIC = [name for name in vars(lora) if not name.startswith("_") and not inspect.ismodule(getattr(lora, name))]
-FAMILIES = {module: sorted(set(module.__all__)) for module in (lora.methods, lora.optim, lora.routers)}
+FAMILIES = {module: sorted(set(module.__all__)) for module in (lora.analysis, lora.methods, lora.optim, lora.routers)}
 NAMED = [(lora, name) for name in PUBLIC] + [(module, name) for module, names in FAMILIES.items() for name in names]
 
 

@@ -69,15 +69,8 @@ def plain_factors(update: Any) -> LowRank:
     return factors
 
 
-def _nameless(updates: Sequence[Any]) -> tuple[Any, ...]:
-    """The updates without what differs between sites of one shape, so that those share a compilation."""
-    return tuple(
-        replace(each, site=replace(each.site, path="", uses=1, head=False), dropout=0.0) for each in updates
-    )  # fmt: skip
-
-
-def _stacked(update: Any, weight: Any) -> Part:
-    """Factors as stacks of matrices, and a scale and a weight for each."""
+def stacked(update: Any, weight: Any = 1.0) -> Part:
+    """Factors as stacks of matrices, `[weights, rank, fan]`, and a scale and a weight for each."""
     factors = plain_factors(update)
     site, rank = factors.site, factors.rank
     stack = prod(site.batch_shape)
@@ -87,6 +80,13 @@ def _stacked(update: Any, weight: Any) -> Part:
     return Part(a, b, spread(factors.scale), spread(weight))
 
 
+def _nameless(updates: Sequence[Any]) -> tuple[Any, ...]:
+    """The updates without what differs between sites of one shape, so that those share a compilation."""
+    return tuple(
+        replace(each, site=replace(each.site, path="", uses=1, head=False), dropout=0.0) for each in updates
+    )  # fmt: skip
+
+
 def _laid_out(site: Site, a: Array, b: Array) -> tuple[Array, Array]:
     rank = a.shape[1]
     return a.reshape(site.a_shape(rank)), b.reshape(site.b_shape(rank))
@@ -94,7 +94,7 @@ def _laid_out(site: Site, a: Array, b: Array) -> tuple[Array, Array]:
 
 @partial(jax.jit, static_argnames=("name", "options"))
 def _fused(name: str, options: Options, updates: Any, weights: Any, key: Array | None) -> Fused:
-    parts = tuple(_stacked(update, weight) for update, weight in zip(updates, weights, strict=True))
+    parts = tuple(stacked(update, weight) for update, weight in zip(updates, weights, strict=True))
     method, size = METHODS.find(name), parts[0].a.shape[0]
     keys = None if key is None else jax.random.split(key, size)
     one = lambda given: method.fuse(given[0], options, given[1])  # noqa: E731
@@ -106,7 +106,7 @@ def _fused(name: str, options: Options, updates: Any, weights: Any, key: Array |
 
 @jax.jit
 def _decomposed(update: Any) -> Triplets:
-    part = _stacked(update, 1.0)
+    part = stacked(update)
     found = jax.vmap(lambda part: triplets(*joined([part])))(part)
     left, right = _laid_out(update.site, found.left, found.right)
     return Triplets(left, found.values.reshape(*update.site.batch_shape, -1), right)
@@ -120,6 +120,6 @@ def _sizes(new: Any, updates: Any, weights: Any) -> tuple[Array, Array, Array]:
         values = jax.vmap(lambda parts: triplets(*joined(parts)).values)(tuple(parts))
         return jnp.sqrt(jnp.sum(jnp.square(values)))
 
-    made = _stacked(new, 1.0)
-    parts = [_stacked(update, weight) for update, weight in zip(updates, weights, strict=True)]
+    made = stacked(new)
+    parts = [stacked(update, weight) for update, weight in zip(updates, weights, strict=True)]
     return norm([made]), norm(parts), norm([made, *(part._replace(weight=-part.weight) for part in parts)])

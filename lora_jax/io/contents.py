@@ -157,7 +157,7 @@ def _peft(files: PeftFiles) -> list[Entry]:
 
 
 def _module(files: PeftFiles, name: str, module: Module) -> Entry:
-    rank, experts, alpha, scale = _strength(files, name, module)
+    rank, experts, alpha, scale = strength(files, name, module)
     labels = {"adalora": ", AdaLoRA", "vera": ", VeRA"}
     kind = module.kind + (labels.get(module.form, "") if module.magnitude is None else ", DoRA")
     plain = module.plain(len(module.b if module.outputs is None else module.outputs) * module.a.shape[1])
@@ -177,8 +177,8 @@ def _module(files: PeftFiles, name: str, module: Module) -> Entry:
     return Entry(name, kind, shape, rank, alpha, scale, norms, str(module.a.dtype), nbytes)
 
 
-def _strength(files: PeftFiles, name: str, module: Module) -> tuple[int, int, float | None, float | None]:
-    """Rank, number of experts, alpha and scale of a module.
+def strength(files: PeftFiles, name: str, module: Module) -> tuple[int, int, float | None, float | None]:
+    """Rank, number of experts, alpha and scale of a PEFT module.
 
     Of a parameter the file does not say which one of its module's it is, and PEFT's patterns go by that: alpha and
     scale are None unless the ranks leave one possibility.
