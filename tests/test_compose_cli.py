@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, assert_same, random_adapter
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax.cli import main
+from lora_jax.io.hf.folder import open_checkpoint
+from lora_jax.io.hf.values import base_values
 from lora_jax.io.peft import Module, PeftFiles, read_peft, write_peft
 from lora_jax.io.peft_compose import compose_files
+from lora_jax.io.peft_tokens import SUFFIX, tokens_by_module, whole_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 COMPOSABLE = [
@@ -119,6 +122,71 @@ def test_everything_that_peft_stores(name: str, tmp_path: Path) -> None:
         assert (again.config.get(field) or None) == (sorted(given) if isinstance(given, list) else given or None)
 
 
+def base_of(name: str, path: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """A checkpoint of the base of golden files, and its tensors."""
+    expected = load_file(GOLDEN / name / "expected.safetensors")
+    tensors = {key.removeprefix("base."): value for key, value in expected.items() if key.startswith("base.")}
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors")
+    return path, tensors
+
+
+@pytest.mark.parametrize("name", COMPOSABLE)
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_with_the_base_a_weight_of_zero_is_the_base_and_one_the_adapter(
+    name: str, weight: float, tmp_path: Path
+) -> None:
+    """Of everything that PEFT stores, merged into the base: the base, or what PEFT merges."""
+    base, before = base_of(name, tmp_path / "base")
+    line = [
+        "compose",
+        str(GOLDEN / name),
+        "--out",
+        str(tmp_path / "out"),
+        "--base",
+        str(base),
+        "--weights",
+        str(weight),
+    ]
+    assert main(line) == 0
+    lora.peft.merge_checkpoint(base, tmp_path / "out", tmp_path / "merged")
+    expected = load_file(GOLDEN / name / "expected.safetensors")
+    desired = {key: expected[f"merged.{key}"] for key in before} if weight else before
+    assert_close(load_file(tmp_path / "merged" / "model.safetensors"), desired)
+
+
+def test_differences_to_the_base_add_up(tmp_path: Path) -> None:
+    """Twice and a half of what whole tensors, rows and magnitudes change."""
+    for name in ("saved", "tokens", "dora", "dora_conv2", "dora_conv1d_hf"):
+        base, before = base_of(name, tmp_path / f"{name}-base")
+        files = read_peft(GOLDEN / name)
+        made, _ = compose_files([files, files], [2.0, 0.5], base_values(open_checkpoint(base), [files]))
+        for key, value in whole_tensors(files.saved).items():
+            assert_close(made.saved[key], before[key] + 2.5 * (np.asarray(value, np.float32) - before[key]))
+        for table, rows in tokens_by_module(files.saved).items():
+            numbers = made.config["trainable_token_indices"][table]
+            old = before[f"{table}.weight"][numbers]
+            assert_close(made.saved[table + SUFFIX], old + 2.5 * (rows - old))
+        for module, each in files.modules.items():
+            if each.magnitude is None:
+                continue
+            weight = before[f"{module}.weight"].astype(np.float64)
+            last = len(weight) != each.magnitude.size
+            norm = np.sqrt(np.square(weight.T if last else weight.reshape(len(weight), -1)).sum(1))
+            norm = norm.reshape(each.magnitude.shape)
+            assert_close(made.modules[module].magnitude, np.float32(norm + 2.5 * (each.magnitude - norm)))
+
+
+def test_a_base_that_is_another_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, tensors = base_of("saved", tmp_path / "base")
+    line = ["compose", str(GOLDEN / "saved"), "--out", str(tmp_path / "out"), "--base", str(base)]
+    for state in ({"other.weight": np.ones(3, np.float32)}, {key: value[:1] for key, value in tensors.items()}):
+        save_file(state, base / "model.safetensors")
+        assert main(line) == 2
+        assert "belongs to another base" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def _flat(b: np.ndarray) -> np.ndarray:
     return b.reshape(len(b), -1)
 
@@ -154,7 +222,9 @@ REFUSED = {
     "compose one two --out out --seed -1": "--seed must be at least 0",
     "compose one two --out out --density 0.5": "density=0.5 means nothing",
     "compose one two --out out --method svd --majority-sign total": "elects no signs",
-    "compose tokens tokens --out out": "This command has no base; lora_jax.compose in Python takes one",
+    "compose tokens tokens --out out": "Here --base takes one, for PEFT adapters",
+    "compose one two --out out --base hf": "--base goes with PEFT's format",
+    "compose one-peft two-peft --out out --base nowhere": "nowhere is not a directory with a base model",
     "compose dora one-peft --out out": "layers.0.up is DoRA in one adapter and not in another",
     "compose experts experts --out out": "lora-jax convert",
     "compose adalora adalora --out out": "is AdaLoRA, no plain LoRA",

@@ -15,6 +15,8 @@ from lora_jax.compose.settings import checked, weighed
 from lora_jax.errors import ParameterError
 from lora_jax.io import orbax
 from lora_jax.io.contents import Format, detect
+from lora_jax.io.hf.folder import open_checkpoint
+from lora_jax.io.hf.values import base_values
 from lora_jax.io.peft import read_peft, write_peft
 from lora_jax.io.peft_compose import compose_files
 from lora_jax.train.options import OptionError, require
@@ -25,8 +27,8 @@ from lora_jax.train.report import make_console
 class Compose:
     """Make one adapter out of several: lora-jax compose ADAPTER [ADAPTER ...] --out OUT.
 
-    All of them in PEFT's format or all in lora_jax's own, and so is the result. The base is not needed; what is trained
-    in full (whole modules, rows, DoRA's magnitudes in PEFT's files) needs weights that add up to 1.
+    All of them in PEFT's format or all in lora_jax's own, and so is the result. Factors need no base; what is trained
+    in full (whole modules, rows, DoRA's magnitudes in PEFT's files) needs --base, or weights that add up to 1.
 
     Methods: cat is the exact sum, and ranks add up. svd and linear are the nearest factors to the sum, slerp those of
     two adapters along a circle. rank_one keeps the strongest rank-one terms, block the strongest adapters. ties,
@@ -50,6 +52,8 @@ class Compose:
     """How ties, dare_ties and knots elect signs: that of the sum (total, the default), or that of most."""
     seed: int = 0
     """For dare."""
+    base: Path | None = None
+    """A Hugging Face checkpoint of the base, for PEFT adapters with parts trained in full; only those are read."""
 
     def saved(self) -> "Compose | None":
         """Nothing is resumed."""
@@ -69,11 +73,15 @@ class Compose:
         if len(set(found.values())) > 1:
             given = ", ".join(f"{path} ({name})" for path, name in found.items())
             raise OptionError(f"Adapters of different formats: {given}. Bring them to one with lora-jax convert")
-        make = _peft if found[self.paths[0]] == "peft" else _orbax
         try:
-            return make(self.paths, self.out, self.weights, settings)
+            if found[self.paths[0]] == "peft":
+                return _peft(self.paths, self.out, self.weights, self.base, settings)
+            if self.base is not None:
+                raise OptionError("--base goes with PEFT's format; in Python, lora_jax.compose(..., params=) takes any")
+            return _orbax(self.paths, self.out, self.weights, settings)
         except ParameterError as error:
-            raise OptionError(f"{error} This command has no base; lora_jax.compose in Python takes one.") from error
+            hint = "" if self.base else " Here --base takes one, for PEFT adapters."
+            raise OptionError(f"{error}{hint}") from error
 
     def _settings(self) -> dict[str, Any]:
         require("seed", self.seed, least=0)
@@ -100,8 +108,10 @@ class ComposeJob:
         console.print(f"{self._out}: {len(self._report.rows)} parameters{lost}", markup=False)
 
 
-def _peft(paths: Sequence[Path], out: Path, weights: Any, settings: dict[str, Any]) -> ComposeJob:
-    files, report = compose_files([read_peft(path) for path in paths], weights, **settings)
+def _peft(paths: Sequence[Path], out: Path, weights: Any, base: Path | None, settings: dict[str, Any]) -> ComposeJob:
+    given = [read_peft(path) for path in paths]
+    known = None if base is None else base_values(open_checkpoint(base), given)
+    files, report = compose_files(given, weights, known, **settings)
     return ComposeJob(out, report, lambda: write_peft(out, files))
 
 

@@ -1,7 +1,7 @@
 """Composing PEFT adapters as they are on disk, without the model they belong to.
 
 PyTorch's modules become parameters of their own kind: an adapter by module name, in PyTorch's layout. What PEFT stores
-whole is a value there, DoRA's magnitudes too: without the base, their differences to it are unknown.
+whole is a value there, DoRA's magnitudes too: their differences to the base are known only with it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,10 @@ from lora_jax.site import Kind, Site
 from lora_jax.updates import LowRank, Replace, Update
 
 _KINDS: dict[str, Kind] = {"linear": "dense", "conv": "conv", "embedding": "embedding"}
-_MAGNITUDE, _BIAS = ".lora_magnitude_vector", ".lora_B.bias"
+MAGNITUDE = ".lora_magnitude_vector"
+"""What follows a module's name in that of its DoRA magnitudes."""
+
+_BIAS = ".lora_B.bias"
 _ROWS = 1 << 31
 """Rows of a table that is known by some of its rows only."""
 
@@ -32,13 +35,18 @@ _CONVERT = "Convert the adapters first (lora-jax convert), and compose them in l
 
 
 def compose_files(
-    files: Sequence[PeftFiles], weights: Sequence[float] | None = None, **settings: Any
+    files: Sequence[PeftFiles],
+    weights: Sequence[float] | None = None,
+    base: Mapping[str, np.ndarray] | None = None,
+    **settings: Any,
 ) -> tuple[PeftFiles, ComposeReport]:
     """Compose PEFT adapters; see `lora_jax.compose`.
 
     Args:
       files: what to compose.
       weights: as for `lora_jax.compose`.
+      base: of `lora_jax.io.hf.values.base_values`; without it, values that replace the base's need weights that add up
+        to 1.
       **settings: likewise, but for `params`.
 
     Returns:
@@ -56,24 +64,32 @@ def compose_files(
       (4, 1.0, 4)
     """
     _check_alike(files)
-    report = compose_report([_adapter(each) for each in files], weights, **settings)
+    adapters = [_adapter(each, base or {}) for each in files]
+    params = None if base is None else _params(adapters, base)
+    report = compose_report(adapters, weights, params=params, **settings)
     return _files(report.adapter, files), report
 
 
-def _adapter(files: PeftFiles) -> Adapter:
+def _params(adapters: Sequence[Adapter], base: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The base as parameters; zeros without memory where only its shape counts."""
+    sites = {path: update.site for adapter in adapters for path, update in adapter.items()}
+    return {path: base.get(path, np.broadcast_to(np.float32(0), site.shape)) for path, site in sites.items()}
+
+
+def _adapter(files: PeftFiles, base: Mapping[str, np.ndarray]) -> Adapter:
     updates: dict[str, Update] = {}
     dropout = float(files.config.get("lora_dropout") or 0.0)
     for name, module in files.modules.items():
         scale = jnp.float32(files.scale(name))
         updates[name] = _factors(files.where, name, module, scale, dropout)
         if module.magnitude is not None:
-            updates[name + _MAGNITUDE] = _whole(files.where, name + _MAGNITUDE, module.magnitude)
+            updates[name + MAGNITUDE] = _whole(files.where, name + MAGNITUDE, module.magnitude)
         if module.b_bias is not None:
             bias = _whole(files.where, name + _BIAS, module.b_bias)
             updates[bias.site.path] = Shift(bias.value, scale, bias.site)
     for name, value in tokens_by_module(files.saved).items():
         numbers = token_indices(files.where, files.config, name, value)
-        shape = (_ROWS, value.shape[1])
+        shape = base[name + SUFFIX].shape if name + SUFFIX in base else (_ROWS, value.shape[1])
         site = Site(path=name + SUFFIX, shape=shape, dtype="float32", kind="embedding", in_axes=(0,), out_axes=(1,))
         updates[site.path] = Rows(jnp.asarray(value), site, numbers)
     for name, value in whole_tensors(files.saved).items():
@@ -111,7 +127,7 @@ def _files(adapter: Adapter, sources: Sequence[PeftFiles]) -> PeftFiles:
         if isinstance(update, LowRank):
             kind = kinds[name]
             a, b = np.asarray(update.a), _laid_out(kind, np.asarray(update.b).T, update.a.ndim)
-            modules[name] = Module(kind, a, b, arrays.pop(name + _MAGNITUDE, None), arrays.pop(name + _BIAS, None))
+            modules[name] = Module(kind, a, b, arrays.pop(name + MAGNITUDE, None), arrays.pop(name + _BIAS, None))
     rows = {path.removesuffix(SUFFIX): each.rows for path, each in adapter.items() if isinstance(each, Rows)}
     return PeftFiles(_config(modules, rows, adapter, [each.config for each in sources]), modules, arrays)
 

@@ -6,5 +6,6 @@ folder.py    a checkpoint directory: its shards, its config, its other files
 changes.py   what an adapter does to one tensor
 plan.py      what adapters do to a checkpoint: names, tied tables, weights
 merge.py     merge_checkpoint
+values.py    what a checkpoint has where adapters hold values of their own, for composing
 ```
 """

@@ -60,7 +60,7 @@ def plan(base: Checkpoint, adapters: Sequence[tuple[PeftFiles, float]], untie: b
     tensors = base.tensors
     found: dict[str, Change] = {}
     for files, weight in adapters:
-        for name, change in _Adapter(base, files, weight).changes().items():
+        for name, change in OnBase(base, files, weight).changes().items():
             found[name] = merged_with(found[name], change, name) if name in found else change
     tied = tied_tables(base)
     known = {*tensors, *(tied[:2] if tied else ())}
@@ -73,12 +73,16 @@ def plan(base: Checkpoint, adapters: Sequence[tuple[PeftFiles, float]], untie: b
     return replace(planned, added=added)
 
 
-class _Adapter:
-    """One adapter on its way into one checkpoint."""
+class OnBase:
+    """One adapter on its way into one checkpoint.
+
+    Attributes:
+      place: from a name in the adapter to the one in the checkpoint.
+    """
 
     def __init__(self, base: Checkpoint, files: PeftFiles, weight: float):
         self.base, self.files, self.weight = base, files, weight
-        self.tensors = base.tensors
+        self._tensors = base.tensors
         self.place = _renaming(base, files)
         self.model = str(base.config.get("model_type"))
 
@@ -90,7 +94,7 @@ class _Adapter:
             for name, rows in tokens_by_module(self.files.saved).items()
         }
         for name, (entry, module) in self._modules().items():
-            tensor = self._tensor(name)
+            tensor = self.tensor(name)
             change = self._low_rank(name, entry, module, tensor)
             before = found.get(tensor.name)
             if before is not None and before.rows:
@@ -105,7 +109,7 @@ class _Adapter:
 
     def _modules(self) -> dict[str, tuple[str, Module]]:
         """Entry and module of the file by the full name of the weight."""
-        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         try:
             owners = self.files.owners(shapes)
         except CheckpointError as error:
@@ -114,14 +118,14 @@ class _Adapter:
         named = {f"{name}.weight": (name, module) for name, module in modules.items() if module.kind != "parameter"}
         return named | {parameter: (entry, modules[entry]) for parameter, entry in owners.items()}
 
-    def _tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """The base's tensor; for a head that is tied to the table, the table."""
         placed = self.place(name)
-        if placed in self.tensors:
-            return self.tensors[placed]
+        if placed in self._tensors:
+            return self._tensors[placed]
         tied = tied_tables(self.base)
         if tied and tied.head == placed:
-            return self.tensors[tied.table]._replace(name=placed)
+            return self._tensors[tied.table]._replace(name=placed)
         raise CheckpointError(f"{self.files.where}: the base has no {placed}")
 
     def _low_rank(self, name: str, entry: str, module: Module, tensor: Tensor) -> Change:
@@ -163,7 +167,7 @@ class _Adapter:
         """How the linear weights that are not square lie: True for outputs last."""
         found = set()
         for name, module in self.files.modules.items():
-            tensor = self.tensors.get(self.place(f"{name}.weight"))
+            tensor = self._tensors.get(self.place(f"{name}.weight"))
             if module.kind != "linear" or tensor is None or len(tensor.shape) != 2 or is_head(tensor.name):
                 continue
             shape = module.features(prod(tensor.shape))
@@ -173,7 +177,7 @@ class _Adapter:
 
     def _bias(self, name: str) -> str:
         bias = self.place(f"{name.removesuffix('.weight')}.bias")
-        if bias not in self.tensors:
+        if bias not in self._tensors:
             raise CheckpointError(
                 f"{self.files.where}: {name} has a bias on B (lora_bias), but the base has no {bias} to add it to. "
                 "PEFT refuses to merge it too."
@@ -191,7 +195,7 @@ class _Adapter:
         if self.weight != 1:
             raise CheckpointError(f"{self.files.where}: {name} has trained rows: this adapter's weight must be 1")
         numbers = token_indices(self.files.where, self.files.config, name, rows)
-        size = self._tensor(f"{name}.weight").shape[0]
+        size = self.tensor(f"{name}.weight").shape[0]
         if max(numbers) >= size:
             raise CheckpointError(
                 f"{self.files.where}: trainable_token_indices of {name} leave its table of {size} rows"
