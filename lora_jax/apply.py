@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax.adapter import Adapter
 from lora_jax.engine import Context, Log, Strategy, dense, interpret
@@ -106,6 +107,8 @@ def _dropout_keys(given: Any, adapters: Sequence[Adapter]) -> tuple[Any, ...]:
         return tuple(given) if drops else ()
     if given is None or not drops:
         return ()
+    if jnp.issubdtype(given.dtype, jax.dtypes.prng_key) and given.ndim:
+        raise ConfigError(f"lora_key has shape {given.shape}: give one key, or a tuple of them, tuple(lora_key)")
     return tuple(jax.random.fold_in(given, slot) for slot in range(len(adapters)))
 
 

@@ -78,7 +78,7 @@ class AdapterBank:
         """
         slots = len(adapters) + 1 if slots is None else slots
         parts = [{path: factors(path, update) for path, update in adapter.items()} for adapter in adapters]
-        sites = _sites(adapters)
+        sites = common_sites(adapters)
         ranks = {path: max(part[path].rank for part in parts if path in part) for path in sites}
         if slots <= len(adapters) or (rank is not None and rank < max(ranks.values(), default=0)):
             raise ConfigError(
@@ -190,7 +190,8 @@ class AdapterBank:
         return render(self)
 
 
-def _sites(adapters: Sequence[Adapter]) -> dict[str, Site]:
+def common_sites(adapters: Sequence[Adapter]) -> dict[str, Site]:
+    """The parameters that adapters adapt, by path; two must agree about one."""
     sites: dict[str, Site] = {}
     for adapter in adapters:
         for path, update in adapter.items():

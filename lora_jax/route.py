@@ -157,11 +157,13 @@ class RoutedFunction:
     def _run(self, ctx: Context, params: Any, bank: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
         held = bank if isinstance(bank, AdapterBank) else AdapterBank.of(_runnable(bank, self.token_axes))
         rates = _rates(bank) if ctx.keys else {}
+        if any(isinstance(key, (tuple, list)) for key in ctx.keys):
+            raise ConfigError("lora_key is one key here: the inputs of all adapters are dropped alike")
         if isinstance(ids, Router):
             _check_router(ids, held)
             chosen, sizes = ids, ()
         else:
-            chosen, sizes = _checked(jnp.asarray(ids), held.slots, self.token_axes is not None)
+            chosen, sizes = _checked(ids, held.slots, self.token_axes is not None)
         leaves, tree = jax.tree.flatten(args)
         places = _places(args, self.batch_axes, self.token_axes)
         labelled = [_axes(leaf, each, sizes) for leaf, each in zip(leaves, places, strict=True)]
@@ -246,7 +248,7 @@ def _weight(ctx: Context, path: str, base: Any, held: Slots, dropout: float, key
     gain = None if held.gain is None else Labelled(held.gain, (*batch, SLOT, *out))
     if keys is not None:
         weight = replace(weight, keys=Labelled(keys, (*batch, SLOT, *into)))
-        weight = probed(weight, site.batch_axes, site.in_axes) if ctx.observe is not None else weight
+        weight = probed(weight, site.batch_axes, site.in_axes)
     return replace(weight, terms=(Term(a, b, dropout, 0),), gain=gain)
 
 
@@ -255,6 +257,13 @@ def _checked(ids: Any, slots: int, tokens: bool) -> tuple[Any, tuple[int, ...]]:
 
     The base, and what is out of range, is past the end of the axis.
     """
+    try:
+        ids = jnp.asarray(ids)
+    except TypeError:
+        raise ParameterError(
+            f"ids of type {type(ids).__name__}: give slots as integers, weights of slots as floating-point numbers, or "
+            "a router, an object of a subclass of lora_jax.routers.Router"
+        ) from None
     mixes, rank = jnp.issubdtype(ids.dtype, jnp.floating), 1 + tokens
     if ids.ndim != rank + mixes or (mixes and ids.shape[-1] != slots) or ids.dtype == bool:
         wanted = f"[{', '.join(('batch', 'tokens')[:rank])}]"
@@ -269,7 +278,7 @@ def _checked(ids: Any, slots: int, tokens: bool) -> tuple[Any, tuple[int, ...]]:
     known = jnp.clip(ids, 0, 1 << 30) if ids.dtype.itemsize >= 4 and ids.dtype.kind == "u" else ids
     ids = known.astype(jnp.int32)
     inside = (ids >= 0) & (ids < slots)
-    if not is_traced(ids) and not bool(inside.all()):
+    if not is_traced(inside) and not bool(inside.all()):
         raise ParameterError(f"ids {sorted({*np.asarray(ids[~inside]).tolist()})} are no slots of a bank of {slots}")
     return jnp.where(inside & (ids > 0), ids - 1, slots - 1), ids.shape
 

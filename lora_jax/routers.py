@@ -1,24 +1,26 @@
 """Routers: adapters chosen by the inputs of every product, for `lora_jax.route`."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 from zlib import crc32
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.adapter import Adapter
-from lora_jax.bank import AdapterBank
+from lora_jax.bank import AdapterBank, common_sites
 from lora_jax.compose.fuse import decomposed
-from lora_jax.compose.terms import triplets
+from lora_jax.compose.terms import significant
 from lora_jax.engine.router import Router as Router
 from lora_jax.errors import ConfigError, ParameterError
 from lora_jax.fit import adapter_list
 from lora_jax.site import Site
 from lora_jax.slots import Slots, factors
 from lora_jax.svd import Triplets
-from lora_jax.updates import Array, LowRank, Update, pytree, times, widened
+from lora_jax.updates import Array, LowRank, Update, is_traced, pytree, times, widened
 
 __all__ = ["Arrow", "Learned", "Router", "Strongest", "arrow", "components", "learned"]
 
@@ -46,24 +48,27 @@ class Arrow(Router):
     def weights(self, scores: Array) -> Array:
         """A softmax over the largest absolute scores; adapters with a score of zero take no part."""
         similar = jnp.abs(scores)
-        return _softmax(similar / self.temperature, _largest(similar, self.top_k) & (similar > 0))
+        return _softmax(similar, _largest(similar, self.top_k) & (similar > 0), self.temperature)
 
 
-def arrow(bank: AdapterBank, *, top_k: int = 3, temperature: float = 1.0) -> Arrow:
+def arrow(
+    bank: AdapterBank | Adapter | Sequence[Adapter], *, top_k: int = 3, temperature: float | Array = 1.0
+) -> Arrow:
     """A router for adapters that were trained apart, without any training of its own.
 
     The prototype of an adapter at a parameter is the input that its update lengthens most: the first right singular
     vector, computed exactly from the factors. Every row meets the adapters whose prototypes are most similar to it,
     `|x · prototype|`, with a softmax over these similarities. Slots that hold nothing for a parameter take no part in
-    it, so that ranks and targets may differ; PEFT asks for equal ones, and finds prototypes by power iteration.
+    it, so that ranks and targets may differ; PEFT asks for equal ones, and finds prototypes by power iteration. Of DoRA
+    the gains play no part in it.
 
     Args:
-      bank: the adapters. Make the router anew when they change; nothing is compiled for that.
+      bank: the adapters, or a bank of them. Make the router anew when they change; nothing is compiled for that.
       top_k: how many adapters a row meets; all, if there are fewer.
       temperature: what similarities are divided by.
 
     Raises:
-      ConfigError: `top_k` or `temperature` is not positive.
+      ConfigError: `top_k` or `temperature` is not positive, or not a number.
 
     Example:
       >>> import jax, lora_jax as lora
@@ -82,9 +87,12 @@ def arrow(bank: AdapterBank, *, top_k: int = 3, temperature: float = 1.0) -> Arr
     References:
       Ostapenko et al., arXiv 2405.11157.
     """
-    _check(top_k, temperature)
-    keys = {path: jax.lax.stop_gradient(_prototypes(held)) for path, held in bank.items()}
-    return Arrow(keys, jnp.asarray(temperature, jnp.float32), top_k)
+    sizes = jnp.finfo(jnp.float32)
+    if not is_traced(temperature) and not float(sizes.tiny) <= float(temperature) <= float(sizes.max):
+        raise ConfigError(f"temperature={temperature!r} must be positive, and a float32")
+    given = jnp.asarray(temperature, jnp.float32)
+    keys = {path: jax.lax.stop_gradient(_prototypes(held)) for path, held in _held(bank).items()}
+    return Arrow(keys, given, _count(top_k))
 
 
 @pytree("top_k")
@@ -110,7 +118,7 @@ class Learned(Router):
         return _softmax(scores, _largest(scores, top_k))
 
 
-def learned(key: Array, bank: AdapterBank, *, top_k: int | None = None) -> Learned:
+def learned(key: Array, bank: AdapterBank | Adapter | Sequence[Adapter], *, top_k: int | None = None) -> Learned:
     """A small router to be trained: at every parameter, one vector for each adapter.
 
     It is a pytree of these vectors. Differentiate a loss in it, and hand it to any optax optimizer; the adapters may
@@ -118,12 +126,13 @@ def learned(key: Array, bank: AdapterBank, *, top_k: int | None = None) -> Learn
 
     Args:
       key: for the vectors, normal with a standard deviation of `0.1 / √fan_in`.
-      bank: what it is for; only its shapes are used.
+      bank: the adapters, or a bank of them. Only shapes are used: an empty slot, and one that leaves a parameter as it
+        is, gets a share too, and stands for the base there. So give adapters, or a bank without empty slots.
       top_k: how many adapters a row meets, the others getting neither weight nor gradient; None for all. Its softmax
         is over those chosen, so that with `top_k=1` there is nothing to learn from.
 
     Raises:
-      ConfigError: `top_k` is less than 2.
+      ConfigError: `top_k` is less than 2, or there is one adapter only.
 
     Example:
       >>> import jax, lora_jax as lora
@@ -140,9 +149,12 @@ def learned(key: Array, bank: AdapterBank, *, top_k: int | None = None) -> Learn
     References:
       Buehler and Buehler, X-LoRA, arXiv 2402.07148. Wu et al., MoLE, arXiv 2404.13628.
     """
-    if top_k is not None and top_k < 2:
-        raise ConfigError(f"top_k={top_k!r}: a softmax over one adapter has no gradient; choose 2 or more, or None")
-    return Learned({path: _drawn(key, path, held) for path, held in bank.items()}, top_k)
+    held, count = _held(bank), None if top_k is None else _count(top_k)
+    if count == 1 or held.slots <= 2:
+        raise ConfigError(
+            f"top_k={top_k!r} of {held.slots - 1} adapters: a softmax over one has no gradient; give 2 or more, or None"
+        )
+    return Learned({path: _drawn(key, path, each) for path, each in held.items()}, count)
 
 
 @pytree("top_k")
@@ -163,8 +175,8 @@ class Strongest(Router):
     top_k: int
 
     def weights(self, scores: Array) -> Array:
-        """One for the largest absolute scores, zero for the others."""
-        return _largest(jnp.abs(scores), self.top_k).astype(scores.dtype)
+        """One for the largest absolute scores, zero for the others and for those that are zero."""
+        return (_largest(jnp.abs(scores), self.top_k) & (scores != 0)).astype(scores.dtype)
 
 
 def components(adapters: Adapter | Sequence[Adapter], *, top_k: int | None = None) -> tuple[AdapterBank, Strongest]:
@@ -201,30 +213,42 @@ def components(adapters: Adapter | Sequence[Adapter], *, top_k: int | None = Non
     given = adapter_list(adapters)
     if not given:
         raise ConfigError("components needs at least one adapter")
-    sites = {path: update.site for adapter in given for path, update in adapter.items()}
+    sites = common_sites(given)
     found = {path: _terms(path, [each[path] for each in given if path in each]) for path in sites}
     most = max((terms.values.shape[-1] for terms in found.values()), default=0)
-    top_k = max(most // 2, 1) if top_k is None else top_k
-    _check(top_k, 1.0)
+    top_k = max(most // 2, 1) if top_k is None else _count(top_k)
     found = {path: _filled(terms, len(sites[path].batch_axes), most) for path, terms in found.items()}
     keys = {path: times(terms.values, terms.left) for path, terms in found.items()}
     return AdapterBank({path: _slots(sites[path], terms) for path, terms in found.items()}), Strongest(keys, top_k)
 
 
-def _check(top_k: int, temperature: float) -> None:
-    if top_k < 1 or temperature <= 0:
-        raise ConfigError(f"top_k={top_k!r}, temperature={temperature!r}: both must be positive")
+def _count(top_k: Any) -> int:
+    """How many are chosen, as a number that is known while a program is traced."""
+    try:
+        count = operator.index(top_k)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ConfigError(f"top_k={top_k!r} must be a positive integer")
+    return count
+
+
+def _held(bank: AdapterBank | Adapter | Sequence[Adapter]) -> AdapterBank:
+    return bank if isinstance(bank, AdapterBank) else AdapterBank.of(adapter_list(bank))
 
 
 def _largest(scores: Array, count: int) -> Array:
-    """Which scores are at least as large as the count-th largest."""
-    least = jax.lax.top_k(scores, min(count, scores.shape[-1]))[0][..., -1:]
-    return scores >= least
+    """Which scores are the largest; of equal ones the first."""
+    count = min(count, scores.shape[-1])
+    least = jax.lax.top_k(scores, count)[0][..., -1:]
+    above, equal = scores > least, scores == least
+    left = count - jnp.sum(above, axis=-1, keepdims=True)
+    return above | (equal & (jnp.cumsum(equal, axis=-1) <= left))
 
 
-def _softmax(scores: Array, among: Array) -> Array:
+def _softmax(scores: Array, among: Array, temperature: Array | float = 1.0) -> Array:
     """Weights that add up to one over those among which is chosen; zeros where there are none."""
-    powers = jnp.where(among, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0)
+    powers = jnp.where(among, jnp.exp((scores - jnp.max(scores, axis=-1, keepdims=True)) / temperature), 0)
     total = jnp.sum(powers, axis=-1, keepdims=True)
     return powers / jnp.where(total > 0, total, 1)
 
@@ -233,12 +257,12 @@ def _prototypes(held: Slots) -> Array:
     """The first right singular vector of every slot, in the layout of its A; zeros if it holds nothing."""
     site, stack = held.site, prod(held.site.batch_shape) * (held.count - 1)
     a, b = (widened(each).reshape(stack, held.rank, -1) for each in (held.a, held.b))
-    found = _triplets(a, b)
+    found = _significant(a, b)
     first = jnp.where(found.values[:, :1] > 0, found.left[:, 0], 0)
     return first.reshape(*site.batch_shape, held.count - 1, *site.sizes(site.in_axes))
 
 
-_triplets = jax.jit(jax.vmap(triplets))
+_significant = jax.jit(jax.vmap(significant))
 
 
 def _drawn(key: Array, path: str, held: Slots) -> Array:
@@ -251,6 +275,8 @@ def _terms(path: str, updates: Sequence[Update]) -> Triplets:
     """The singular triplets of several updates of one parameter, side by side: `[*batch, terms, ...]`."""
     found = []
     for update in updates:
+        if update.waits:
+            raise ParameterError(f"{path!r} has {update.waits}, so its terms cannot act on every token")
         plain = factors(path, update)
         if plain.gain is not None:
             raise ParameterError(f"{path} has a gain, which is in no rank-one term: leave it out of the adapters")

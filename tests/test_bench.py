@@ -208,6 +208,8 @@ def test_stopped_by_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 REFUSED = {
     "--shapes 1024*1024": "'1024*1024' is no shape: write inputs x outputs, such as 1024x4096",
     "--shapes 0x4": "'0x4' is no shape",
+    "--shapes 99999999999x4": "'99999999999x4' is too large: at most 16777216 inputs and outputs",
+    "--adapters 1000000000000": "adapters=1000000000000 is too large: at most 65536",
     "--shapes 8x6 --ranks 4 7": "rank 7 is larger than a side of 8×6: give ranks up to 6",
     "--model tiny": "rank 64 is larger than a side of tiny transformer, 2 × 32: give ranks up to 16",
     "--model huge": "tiny",

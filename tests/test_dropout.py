@@ -105,6 +105,8 @@ def test_a_key_for_each_adapter():
     adapter, adapted = identity(lambda p, x: x @ p["w"], zeros("w"), X)
     with pytest.raises(lora.ConfigError, match="lora_key has 3 keys for 2 adapters"):
         adapted(zeros("w"), (adapter, adapter), X, lora_key=(KEY, KEY, None))
+    with pytest.raises(lora.ConfigError, match=r"lora_key has shape \(2,\): give one key, or a tuple"):
+        adapted(zeros("w"), (adapter, adapter), X, lora_key=jax.random.split(KEY))
 
 
 @pytest.mark.parametrize("reverse", [False, True])

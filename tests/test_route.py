@@ -478,6 +478,13 @@ def test_dropout_differs_from_layer_to_layer_and_trains() -> None:
         assert bool(jnp.isfinite(each["w"].a).all()) and float(jnp.abs(each["w"].b[0]).max()) > 0
 
 
+def test_ids_from_outside_of_a_compiled_function() -> None:
+    """They are known, but what is computed of them is not."""
+    ids = jnp.array([1, 0, 3, 2])
+    expected = lora.route(dense)(PARAMS, ADAPTERS, ids, X)
+    assert_close(jax.jit(lambda x: lora.route(dense)(PARAMS, ADAPTERS, ids, x))(X), expected)
+
+
 def test_dropout_that_cannot_be() -> None:
     key = {"lora_key": jax.random.key(0)}
     with pytest.raises(lora.ParameterError, match="A bank holds no dropout"):
@@ -485,6 +492,8 @@ def test_dropout_that_cannot_be() -> None:
     unlike = [random_adapter(SITES, dropout=rate) for rate in (0.1, 0.2)]
     with pytest.raises(lora.ParameterError, match=r"w has dropout 0.1 in one adapter and 0.2 in another"):
         lora.route(dense)(PARAMS, unlike, [0] * 4, X, **key)
+    with pytest.raises(lora.ConfigError, match="lora_key is one key here"):
+        lora.route(dense)(PARAMS, ADAPTERS, [1] * 4, X, lora_key=(None, jax.random.key(0)))
     assert_close(lora.route(dense)(PARAMS, ADAPTERS, [1] * 4, X, **key), lora.adapt(dense)(PARAMS, ADAPTERS[0], X))
 
 

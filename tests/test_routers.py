@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import chex
@@ -16,8 +17,8 @@ from helpers import assert_close, cast_floats, random_adapter
 import lora_jax as lora
 from lora_jax.routers import Arrow, Learned, Router, Strongest
 
-BOTH_WAYS = {"plain-used_both_ways", "plain-gradient_inside"}
-"""Rows of the shared table that apply a parameter to its inputs and to what has the axes of its outputs."""
+BOTH_WAYS = {"plain-used_both_ways", "plain-gradient_inside", "plain-fused_on_the_input"}
+"""Rows of the shared table that apply a parameter to what has the axes of its outputs, or to parts of its inputs."""
 FORMED = {"plain-scattered_points"}
 KINDS = {"conv", "embedding", "ragged"}
 
@@ -81,7 +82,7 @@ def test_constant_weights_are_a_weighted_sum_of_adapters(case: Case) -> None:
     bank = lora.AdapterBank.of(adapters)
     router = Constant(ones(bank), jnp.array([0.5, -2.0, 0.0]))
     if shows_no_input(case):
-        with pytest.raises(lora.ParameterError, match=r"leave .* out of the bank"):
+        with pytest.raises(lora.ParameterError, match=r"(?i)leave .* out"):
             lora.route(fn)(params, bank, router, *args)
         return
     found = lora.route(fn)(params, bank, router, *args)
@@ -140,6 +141,57 @@ def test_scores_are_products_of_inputs_and_keys(fn: Callable[..., Any]) -> None:
     parts = [np.asarray(X) @ delta(adapter) for adapter in ADAPTERS]
     expected = np.asarray(X @ PARAMS["w"]) + sum(scores[:, i, None] * part for i, part in enumerate(parts))
     assert_close(found.reshape(5, 4), jnp.asarray(expected, jnp.float32))
+
+
+def halves(params: Any, x: Any) -> Any:
+    return x[:, :3] @ params["w"][:3] + x[:, 3:] @ params["w"][3:]
+
+
+def kept_apart(params: Any, x: Any) -> Any:
+    return jax.vmap(jnp.matmul, in_axes=(1, 0))(x.reshape(-1, 2, 3), params["w"].reshape(2, 3, 4)).sum(0)
+
+
+def chunks(params: Any, x: Any) -> Any:
+    parts = x.reshape(-1, 2, 3).swapaxes(0, 1), params["w"].reshape(2, 3, 4)
+    return jax.lax.scan(lambda total, part: (total + part[0] @ part[1], None), jnp.zeros((len(x), 4)), parts)[0]
+
+
+def split_over_devices(spec: Any, params: Any, x: Any) -> Any:
+    """A product inside `shard_map`: with inputs, outputs or rows split."""
+    mesh = jax.make_mesh((2,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
+    total = (lambda y: jax.lax.psum(y, "m")) if spec[0][1] else lambda y: y
+    product = jax.shard_map(lambda x, w: total(x @ w), mesh=mesh, in_specs=spec[:2], out_specs=spec[2])
+    return product(x, params["w"])
+
+
+def specs(*names: Any) -> tuple[Any, ...]:
+    return tuple(jax.sharding.PartitionSpec(*each) for each in names)
+
+
+BY_INPUTS = specs((None, "m"), ("m", None), (None, None))
+BY_OUTPUTS = specs((None, None), (None, "m"), (None, "m"))
+BY_ROWS = specs(("m", None), (None, None), ("m", None))
+
+
+@pytest.mark.parametrize("fn", [halves, kept_apart, chunks, partial(split_over_devices, BY_INPUTS)])
+def test_parts_of_an_input_decide_nothing(fn: Callable[..., Any]) -> None:
+    """Every part would be routed by itself, and the result would be another one than that of the whole product."""
+    assert_close(lora.adapt(fn)(PARAMS, ADAPTERS, X), lora.adapt(dense)(PARAMS, ADAPTERS, X))
+    with pytest.raises(lora.ParameterError, match=r"parts"):
+        lora.route(fn)(PARAMS, BANK, lora.routers.arrow(BANK), X)
+
+
+@pytest.mark.parametrize("spec", [BY_OUTPUTS, BY_ROWS])
+def test_whole_inputs_on_every_device(spec: Any) -> None:
+    x, router = normal(4, 6, seed=3), lora.routers.arrow(BANK, top_k=2)
+    found = jax.jit(lora.route(partial(split_over_devices, spec)))(PARAMS, BANK, router, x)
+    assert_close(np.asarray(found), np.asarray(lora.route(dense)(PARAMS, BANK, router, x)))
+
+
+def test_an_axis_that_the_program_only_broadcasts() -> None:
+    fn = lambda params, x: jnp.einsum("bdi,dio->bo", x[:, :, None], params["w"][:, None])  # noqa: E731
+    router = lora.routers.arrow(BANK, top_k=2)
+    assert_close(lora.route(fn)(PARAMS, BANK, router, X), lora.route(dense)(PARAMS, BANK, router, X))
 
 
 def layers(params: Any, x: Any) -> Any:
@@ -207,6 +259,31 @@ def test_arrow_leaves_out_slots_that_hold_nothing_for_a_parameter() -> None:
     gradient = jax.grad(loss)(jnp.zeros_like(X))
     assert bool(jnp.isfinite(gradient).all())
     assert_close(lora.route(both)(params, bank, router, jnp.zeros_like(X)), both(params, jnp.zeros_like(X)))
+
+
+def test_what_changes_nothing_but_by_rounding_takes_no_share() -> None:
+    config = lora.LoraConfig(rank=2, targets="w", init="pissa")
+    untrained = lora.init(jax.random.key(0), config, PARAMS, SITES)
+    bank = lora.AdapterBank.of([untrained, ADAPTERS[1]])
+    usage = lora.route(dense).usage(PARAMS, bank, lora.routers.arrow(bank, top_k=2), X)["w"]
+    np.testing.assert_allclose(usage, [0, 1], atol=1e-6)
+
+
+def test_equal_scores_are_not_more_than_top_k() -> None:
+    router = lora.routers.arrow([ADAPTERS[0]] * 3, top_k=2)
+    assert router.weights(jnp.ones((1, 3))).tolist() == [[0.5, 0.5, 0]]
+    bank, strongest = lora.routers.components([ADAPTERS[2]] * 2, top_k=1)
+    np.testing.assert_allclose(lora.route(dense).usage(PARAMS, bank, strongest, X)["w"].sum(), 1)
+    assert not Strongest({}, 3).weights(jnp.zeros((1, 4))).any()
+
+
+def test_extreme_temperatures() -> None:
+    scores = jnp.float32([[1, 2, 3]])
+    cold, warm = (lora.routers.arrow(BANK, temperature=t).weights(scores) for t in (1e-37, 1e37))
+    np.testing.assert_allclose(cold, [[0, 0, 1]])
+    np.testing.assert_allclose(warm, [[1 / 3] * 3], rtol=1e-6)
+    traced = jax.jit(lambda t: lora.routers.arrow(BANK, temperature=t).weights(scores))(1e37)
+    assert_close(traced, warm)
 
 
 def test_arrow_on_scanned_layers_is_arrow_layer_by_layer() -> None:
@@ -388,11 +465,28 @@ def test_on_a_mesh(axis_type: Any) -> None:
         assert_close(np.asarray(found), np.asarray(expected))
 
 
+def activated() -> lora.Adapter:
+    config = lora.LoraConfig(method="alora", invocation_tokens=(7,), targets="w", rank=2)
+    return lora.init(jax.random.key(0), config, PARAMS, SITES)
+
+
+ACTIVATED = activated()
+OTHER = random_adapter(lora.find_sites(dense, {"w": normal(6, 5)}, X))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: lora.routers.arrow(BANK, top_k=0), "top_k=0"),
-        (lambda: lora.routers.arrow(BANK, temperature=0.0), "temperature=0.0"),
+        (lambda: lora.routers.arrow(BANK, top_k=cast(Any, 2.5)), "top_k=2.5 must be a positive integer"),
+        (lambda: lora.routers.arrow(BANK, temperature=0.0), "temperature=0.0 must be positive"),
+        (lambda: lora.routers.arrow(BANK, temperature=1e-46), "temperature=1e-46 must be positive"),
+        (lambda: lora.routers.arrow(BANK, temperature=float("nan")), "temperature=nan must be positive"),
+        (lambda: lora.routers.arrow(BANK, temperature=1e39), r"temperature=1e\+39 must be positive, and a float32"),
+        (lambda: lora.routers.learned(jax.random.key(0), ADAPTERS[:1]), "of 1 adapters: a softmax over one"),
+        (lambda: lora.routers.components([ADAPTERS[0], OTHER]), "they are for different models"),
+        (lambda: lora.routers.components([ACTIVATED]), "so its terms cannot act on every token"),
+        (lambda: lora.route(dense)(PARAMS, BANK, object(), X), "ids of type object: give slots"),
         (lambda: lora.routers.learned(jax.random.key(0), BANK, top_k=1), "no gradient"),
         (lambda: lora.routers.components(ADAPTERS, top_k=0), "top_k=0"),
         (lambda: lora.route(dense)(PARAMS, BANK, Identity({"v": X}), X), r"At 'w' .* none; nearest: v"),

@@ -4,18 +4,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.compose.fuse import has_factors, plain_factors, stacked
-from lora_jax.compose.terms import Part, joined, triplets
+from lora_jax.compose.terms import Part, joined, significant
 from lora_jax.errors import ParameterError
 from lora_jax.methods import Dora, Gained, Rows, Shift
 from lora_jax.svd import Triplets
 from lora_jax.updates import Replace, Update
-
-_NOISE = 8 * float(np.finfo(np.float32).eps)
-"""Singular values below this share of the factors' norms are what rounding leaves of zero."""
 
 
 class Directions(NamedTuple):
@@ -82,10 +78,4 @@ def decomposed(path: str, update: Update) -> Iterator[tuple[tuple[int, ...], Dir
 
 @jax.jit
 def _decomposed(parts: Part) -> Triplets:
-    def one(part: Part) -> Triplets:
-        a, b = joined([part])
-        found = triplets(a, b)
-        noise = _NOISE * jnp.linalg.norm(a) * jnp.linalg.norm(b)
-        return found._replace(values=jnp.where(found.values > noise, found.values, 0))
-
-    return jax.vmap(one)(parts)
+    return jax.vmap(lambda part: significant(*joined([part])))(parts)

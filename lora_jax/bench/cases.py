@@ -57,6 +57,10 @@ class Case(Protocol):
         ...
 
 
+_LONGEST = 1 << 24
+"""Inputs or outputs of a weight that can be asked for."""
+
+
 @dataclass(frozen=True)
 class Dense:
     """One weight: `x @ w`.
@@ -97,7 +101,10 @@ class Dense:
         sizes = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", text)
         if sizes is None:
             raise ConfigError(f"{text!r} is no shape: write inputs x outputs, such as 1024x4096")
-        return cls(int(sizes[1]), int(sizes[2]))
+        into, out = int(sizes[1]), int(sizes[2])
+        if max(into, out) > _LONGEST:
+            raise ConfigError(f"{text!r} is too large: at most {_LONGEST} inputs and outputs")
+        return cls(into, out)
 
     def work(self, batch: tuple[int, int], dtype: str, seed: int) -> Work:
         """`x @ w` of normal numbers, that keeps their size; no axis for tokens where an example is one token."""

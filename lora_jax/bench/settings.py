@@ -8,6 +8,8 @@ from lora_jax.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
 
+_MOST_ADAPTERS = 1 << 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -45,6 +47,8 @@ class Settings:
         for name in ("ranks", "tokens", "adapters", "length", "rounds"):
             _check_least(name, getattr(self, name), 1)
         _check_least("seed", self.seed, 0)
+        if max(self.adapters) > _MOST_ADAPTERS:
+            raise ConfigError(f"adapters={max(self.adapters)} is too large: at most {_MOST_ADAPTERS}")
         if self.dtype not in get_args(Dtype):
             raise ConfigError(f"dtype={self.dtype!r}; choose one of {', '.join(get_args(Dtype))}")
         if uneven := [count for count in self.tokens if count > self.length and count % self.length]:

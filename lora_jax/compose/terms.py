@@ -14,6 +14,8 @@ from lora_jax import svd
 from lora_jax.updates import Array
 
 _EXACT = jax.lax.Precision.HIGHEST
+_NOISE = 8 * float(jnp.finfo(jnp.float32).eps)
+"""Singular values below this share of the factors' norms are what rounding leaves of zero."""
 
 
 class Part(NamedTuple):
@@ -91,6 +93,13 @@ def triplets(a: Array, b: Array) -> svd.Triplets:
     core = product(core_a, core_b.T)
     inner = svd.exact(core, min(core.shape))
     return svd.Triplets(product(inner.left, inputs.T), inner.values, product(inner.right, outputs.T))
+
+
+def significant(a: Array, b: Array) -> svd.Triplets:
+    """The same, with a value of zero where it is nothing but rounding: as where a start is taken off again."""
+    found = triplets(a, b)
+    noise = _NOISE * jnp.linalg.norm(a) * jnp.linalg.norm(b)
+    return found._replace(values=jnp.where(found.values > noise, found.values, 0))
 
 
 def energy(a: Array, b: Array) -> Array:

@@ -15,6 +15,7 @@ from lora_jax.engine.lift import unroutable
 from lora_jax.engine.product import adapted_result, times
 from lora_jax.engine.router import Router
 from lora_jax.engine.routing import Routed, Routing, chosen, gate, own_gain, split
+from lora_jax.engine.tap import check_whole
 from lora_jax.engine.terms import inputs
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight
 from lora_jax.errors import ParameterError
@@ -80,15 +81,20 @@ def _asked(ctx: Context, router: Router, weight: Weight, x: Labelled, out: Seque
       out: ids of the result's axes; those of the activation that are not among them are contracted.
 
     Raises:
-      ParameterError: the parameter is applied to something else than its inputs, or the router gives another shape.
+      ParameterError: the parameter is applied to something else than its whole inputs, or the router gives another
+        shape.
     """
-    keys = weight.keys
+    keys, probe, into = weight.keys, weight.probe, {*x.axes} - {*out}
     assert keys is not None
-    if not {*x.axes} - {*out} <= {*keys.axes} or {*keys.axes} - {*x.axes} - {*out} - {SLOT}:
+    assert probe is not None
+    strange = [axis for axis in into if axis not in keys.axes and x.size(axis) > 1]
+    if strange or not {*probe.position.axes} <= into or {*keys.axes} - {*x.axes, *out, SLOT}:
         raise ParameterError(
-            f"A router decides by the inputs of {weight.path}, but the program also applies it the other way round, to "
-            "what has the axes of its outputs: leave it out of the bank, or give ids or weights of examples"
+            f"A router decides by the inputs of {weight.path}, and here the program does not apply it to whole inputs: "
+            "it keeps parts of them apart, or applies it the other way round. Leave it out of the bank, or give ids or "
+            "weights of examples"
         )
+    check_whole(weight.path, x, into, probe.inputs)
     scores = contract.product(x, keys.astype(x.array.dtype), {*out, SLOT}, jax.lax.Precision.HIGHEST, (x,))
     rows = tuple(axis for axis in scores.axes if axis != SLOT)
     given = scores.ordered((*rows, SLOT)).array.astype(jnp.float32)

@@ -9,9 +9,9 @@ class Router(ABC):
     """Chooses among the adapters of a bank by the inputs of every product: give it to `lora_jax.route` as ids.
 
     A router is a frozen dataclass, made a pytree, with a field `keys` and the method `weights`. At every use of an
-    adapted parameter each row of the input is multiplied by the keys, and `weights` makes of these scores by how much
-    each adapter counts for that row. Routers that decide by something else, once for all parameters, need no class:
-    weights of `[batch, slots]` that are given to `lora_jax.route` may be computed in any way.
+    adapted parameter each row of its input, which has to be whole there, is multiplied by the keys, and `weights` makes
+    of these scores by how much each adapter counts for that row. Routers that decide by something else, once for all
+    parameters, need no class: weights of `[batch, slots]`, given to `lora_jax.route`, may be computed in any way.
 
     Attributes:
       keys: by path, `[*batch, slots - 1, *in]`: a vector like the inputs for every slot but the base's.

@@ -63,12 +63,17 @@ def tap(ctx: Context, weight: Weight, x: Labelled, into: Collection[int], kept: 
 
 
 def _check(path: str, x: Labelled, into: Collection[int], inputs: int) -> None:
-    """Refuse an input that is not seen whole."""
+    """Refuse an input that is not seen whole, on one device."""
     if AxisType.Manual in jax.typeof(x.array).sharding.mesh.axis_types:
         raise ParameterError(
             f"{path} is used inside shard_map, where each device sees a part of the inputs: capture a function without "
             "it, or leave the parameter out"
         )
+    check_whole(path, x, into, inputs)
+
+
+def check_whole(path: str, x: Labelled, into: Collection[int], inputs: int) -> None:
+    """Refuse a product with a part of a weight's inputs."""
     here = flat_size(x, list(into))
     if here != inputs:
         raise ParameterError(
