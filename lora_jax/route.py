@@ -141,7 +141,7 @@ class RoutedFunction:
         """
         if not isinstance(router, Router):
             raise ParameterError(f"usage is about routers (lora_jax.routers); got {type(router).__name__}")
-        held = bank if isinstance(bank, AdapterBank) else AdapterBank.of(_runnable(bank, self.token_axes))
+        held = self._held(bank)
         shapes = {path: (prod(each.site.batch_shape), each.count) for path, each in held.items()}
         totals = {path: jax.new_ref(jnp.zeros(shape)) for path, shape in shapes.items()}
 
@@ -154,8 +154,11 @@ class RoutedFunction:
         means = {path: each[:, :-1] / jnp.maximum(each[:, -1:], 1) for path, each in found.items()}
         return {path: mean.reshape(*held[path].site.batch_shape, -1) for path, mean in means.items()}
 
+    def _held(self, bank: AdapterBank | Sequence[Adapter]) -> AdapterBank:
+        return bank if isinstance(bank, AdapterBank) else AdapterBank.of(_runnable(bank, self.token_axes))
+
     def _run(self, ctx: Context, params: Any, bank: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
-        held = bank if isinstance(bank, AdapterBank) else AdapterBank.of(_runnable(bank, self.token_axes))
+        held = self._held(bank)
         rates = _rates(bank) if ctx.keys else {}
         if any(isinstance(key, (tuple, list)) for key in ctx.keys):
             raise ConfigError("lora_key is one key here: the inputs of all adapters are dropped alike")
@@ -217,7 +220,7 @@ def _check_parameters(call: Call, bank: AdapterBank) -> None:
 def _check_router(router: Router, bank: AdapterBank) -> None:
     """Refuse a router that is not for the bank."""
     for path, held in bank.items():
-        wanted = (*held.site.batch_shape, held.count - 1, *held.site.sizes(held.site.in_axes))
+        wanted = held.keys_shape
         given = jnp.shape(router.keys[path]) if path in router.keys else f"none; nearest: {nearest(path, router.keys)}"
         if given != wanted:
             raise ParameterError(

@@ -18,7 +18,7 @@ from lora_jax.engine.router import Router as Router
 from lora_jax.errors import ConfigError, ParameterError
 from lora_jax.fit import adapter_list
 from lora_jax.site import Site
-from lora_jax.slots import Slots, factors
+from lora_jax.slots import Slots, factors, grown
 from lora_jax.svd import Triplets
 from lora_jax.updates import Array, LowRank, Update, is_traced, pytree, times, widened
 
@@ -255,20 +255,18 @@ def _softmax(scores: Array, among: Array, temperature: Array | float = 1.0) -> A
 
 def _prototypes(held: Slots) -> Array:
     """The first right singular vector of every slot, in the layout of its A; zeros if it holds nothing."""
-    site, stack = held.site, prod(held.site.batch_shape) * (held.count - 1)
+    stack = prod(held.site.batch_shape) * (held.count - 1)
     a, b = (widened(each).reshape(stack, held.rank, -1) for each in (held.a, held.b))
     found = _significant(a, b)
-    first = jnp.where(found.values[:, :1] > 0, found.left[:, 0], 0)
-    return first.reshape(*site.batch_shape, held.count - 1, *site.sizes(site.in_axes))
+    return jnp.where(found.values[:, :1] > 0, found.left[:, 0], 0).reshape(held.keys_shape)
 
 
 _significant = jax.jit(jax.vmap(significant))
 
 
 def _drawn(key: Array, path: str, held: Slots) -> Array:
-    site = held.site
-    shape = (*site.batch_shape, held.count - 1, *site.sizes(site.in_axes))
-    return 0.1 / site.fan_in**0.5 * jax.random.normal(jax.random.fold_in(key, crc32(path.encode())), shape)
+    own = jax.random.fold_in(key, crc32(path.encode()))
+    return 0.1 / held.site.fan_in**0.5 * jax.random.normal(own, held.keys_shape)
 
 
 def _terms(path: str, updates: Sequence[Update]) -> Triplets:
@@ -288,13 +286,7 @@ def _terms(path: str, updates: Sequence[Update]) -> Triplets:
 
 def _filled(found: Triplets, lead: int, count: int) -> Triplets:
     """The triplets with zeros up to a number of terms."""
-
-    def grown(array: Array) -> Array:
-        pads = [(0, 0)] * array.ndim
-        pads[lead] = (0, count - array.shape[lead])
-        return jnp.pad(array, pads)
-
-    return Triplets(*map(grown, found))
+    return Triplets(*(grown(each, (*each.shape[:lead], count, *each.shape[lead + 1 :])) for each in found))
 
 
 def _slots(site: Site, found: Triplets) -> Slots:

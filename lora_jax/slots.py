@@ -48,6 +48,12 @@ class Slots:
         """Number of rank-one terms of every slot."""
         return self.a.shape[len(self.site.batch_axes) + 1]
 
+    @property
+    def keys_shape(self) -> tuple[int, ...]:
+        """`[*batch, slots, *in]`: of what a router compares inputs with."""
+        lead = len(self.site.batch_axes) + 1
+        return (*self.a.shape[:lead], *self.a.shape[lead + 1 :])
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -95,13 +101,13 @@ def stacked(site: Site, parts: Sequence[Factors | None], slots: int, rank: int) 
     def stack(name: str, axis: int) -> Any:
         zero = jnp.take(getattr(blank, name), 0, lead)
         given = [zero if part is None or getattr(part, name) is None else getattr(part, name) for part in parts]
-        padded = [_grown(each, zero.shape) for each in given]
+        padded = [grown(each, zero.shape) for each in given]
         return jnp.stack([*padded, *[zero] * (slots - 1 - len(parts))], axis)
 
     return Slots(stack("a", lead), stack("b", lead), stack("gain", lead) if gains else None, site)
 
 
-def _grown(array: Any, shape: Sequence[int]) -> Any:
+def grown(array: Any, shape: Sequence[int]) -> Any:
     """An array padded with zeros to a shape; NumPy's stays NumPy's, so that nothing is compiled."""
     pads = [(0, after - before) for before, after in zip(array.shape, shape, strict=True)]
     if not any(after for _, after in pads):
@@ -126,7 +132,7 @@ def padded(held: Slots, update: Update | None) -> tuple[Any, Any, Any]:
             f"{site.path} has rank {found.rank}, the bank has room for {held.rank}: make it with a higher rank, or "
             "compress the adapter with lora.compose"
         )
-    a, b = (_grown(each, shape).astype(held.a.dtype) for each, shape in zip((found.a, found.b), shapes, strict=True))
+    a, b = (grown(each, shape).astype(held.a.dtype) for each, shape in zip((found.a, found.b), shapes, strict=True))
     return a, b, ones if found.gain is None else found.gain
 
 

@@ -105,19 +105,18 @@ def _asked(ctx: Context, router: Router, weight: Weight, x: Labelled, out: Seque
             "it has to give a number for each score"
         )
     chosen = Labelled(found.astype(jnp.float32), (*rows, SLOT))
-    _show(ctx, weight, chosen)
+    _show(ctx, weight.path, probe.entry, chosen)
     return chosen
 
 
-def _show(ctx: Context, weight: Weight, chosen: Labelled) -> None:
+def _show(ctx: Context, path: str, entry: Labelled, chosen: Labelled) -> None:
     """Show the observer, if there is one, the weights that the rows of every map of a stack got."""
-    if ctx.observe is None or weight.probe is None:
+    if ctx.observe is None:
         return
-    entry = weight.probe.entry
     free = [axis for axis in chosen.axes if axis not in (*entry.axes, SLOT)]
     seen = chosen.over([*entry.axes, *free, SLOT])
     seen = seen.reshape(*seen.shape[: len(entry.axes)], -1, seen.shape[-1])
-    ctx.observe(weight.path, entry.array, jnp.broadcast_to(seen, (*entry.array.shape, *seen.shape[-2:])), None)
+    ctx.observe(path, entry.array, jnp.broadcast_to(seen, (*entry.array.shape, *seen.shape[-2:])), None)
 
 
 def _routing(ctx: Context) -> Routing:

@@ -3,7 +3,6 @@
 PyTorch's modules are parameters here, by their own names and in layouts of their own.
 """
 
-from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from lora_jax.adapter import Adapter
 from lora_jax.io import orbax
-from lora_jax.io.contents import detect, strength
+from lora_jax.io.contents import detect, stacks, strength
 from lora_jax.io.peft_delta import Module
 from lora_jax.io.peft_files import PeftFiles
 from lora_jax.io.peft_read import read_peft
@@ -74,13 +73,9 @@ def _factors(files: PeftFiles, name: str, module: Module) -> LowRank | str:
     if scale is None:
         return "the file does not tell its scale"
     plain = module.plain(len(module.b) * module.a.shape[1])
-    if module.kind == "parameter":
-        a = plain.a.reshape(experts, rank, plain.a.shape[1])
-        return _update(name, a, plain.b.reshape(len(plain.b), rank, experts).transpose(2, 1, 0), scale)
-    if plain.b.shape[1] != len(plain.a):
+    if module.kind != "parameter" and plain.b.shape[1] != len(plain.a):
         return "a convolution in groups, whose A reads the channels of all of them"
-    a = plain.a.reshape(1, rank, prod(plain.a.shape[1:]))
-    return _update(name, a, plain.b.reshape(len(plain.b), rank).T[None], scale)
+    return _update(name, *stacks(plain, rank, experts), scale)
 
 
 def _update(name: str, a: np.ndarray, b: np.ndarray, scale: float) -> LowRank:

@@ -165,16 +165,24 @@ def _module(files: PeftFiles, name: str, module: Module) -> Entry:
         own = {part: array for part, array in module.arrays().items() if part not in ("a", "b")}
         norms, nbytes = (None, _norm(plain.b), None), sum(array.nbytes for array in own.values())
         return Entry(name, kind, module.outputs.shape, rank, alpha, scale, norms, str(module.outputs.dtype), nbytes)
-    if module.kind == "parameter":
-        a, b = plain.a.reshape(experts, rank, -1), plain.b.reshape(len(plain.b), rank, experts).transpose(2, 1, 0)
-        shape = (experts, b.shape[2], a.shape[2])
-    else:
-        a = plain.a.reshape(1, rank, prod(plain.a.shape[1:]))
-        b = plain.b.reshape(len(plain.b), prod(plain.b.shape[1:])).T[None]
-        shape = (module.b.shape[0], *module.a.shape[1:])
+    a, b = stacks(plain, rank, experts)
+    expert = (experts, b.shape[2], a.shape[2])
+    shape = expert if module.kind == "parameter" else (module.b.shape[0], *module.a.shape[1:])
     norms = (_norm(module.a), _norm(module.b), None if scale is None else abs(scale) * _product_norm(a, b))
     nbytes = sum(array.nbytes for array in module.arrays().values())
     return Entry(name, kind, shape, rank, alpha, scale, norms, str(module.a.dtype), nbytes)
+
+
+def stacks(module: Module, rank: int, experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of plain LoRA, `[stack, rank, inputs]` and `[stack, rank, outputs]`; a stack of one but for experts.
+
+    Of a convolution in groups B has fewer columns than A has rows, as each reads the channels of one group.
+    """
+    if module.kind == "parameter":
+        b = module.b.reshape(len(module.b), rank, experts).transpose(2, 1, 0)
+        return module.a.reshape(experts, rank, module.a.shape[1]), b
+    b = module.b.reshape(len(module.b), prod(module.b.shape[1:])).T[None]
+    return module.a.reshape(1, rank, prod(module.a.shape[1:])), b
 
 
 def strength(files: PeftFiles, name: str, module: Module) -> tuple[int, int, float | None, float | None]:
