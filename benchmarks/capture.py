@@ -18,7 +18,7 @@ from benchmarks.transformer import LINEARS, Shape, Transformer, initial, next_to
 from lora_jax.capture.batches import split
 from lora_jax.capture.gradient import gradient_step
 from lora_jax.capture.observe import observing_step, zeros
-from lora_jax.selection import select
+from lora_jax.config.selection import select
 
 CONFIG = lora.LoraConfig(targets=LINEARS)
 """All linear layers of the model."""

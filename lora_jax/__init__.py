@@ -8,66 +8,105 @@ adapter = lora.init(key, lora.LoraConfig(rank=16), variables, sites)
 adapted = lora.adapt(model.apply)                            # adapted(params, adapter, *args, lora_key=None)
 merged  = lora.merge(variables, adapter)                     # plain parameters for the plain model
 ```
+
+What to adapt:        `LoraConfig`, `find_sites`, `Sites`, `Site`, `explain`, `Explanation`
+Starting:             `init`, `initialisers`, `loftq`, `capture`, `Captured`, `redistribute`
+Running and training: `adapt`, `optimizer`, `trainable`, `optim`, `nnx`
+Adapters:             `Adapter`, `Update`, `LowRank`, `Replace`, `methods`, `scale`, `summary`, `trainable_line`,
+                      `adapter_sharding`
+Merging:              `merge`, `absorb`, `merge_report`
+Several as one:       `compose`, `compose_report`, `canonical`
+Many at once:         `route`, `routers`, `AdapterBank`, `AdapterCache`
+Looking at them:      `analysis`
+Disk:                 `save`, `load`, `load_config`, `peft`, `hub`
+Errors:               `LoraError`, `ConfigError`, `MatchError`, `ParameterError`, `MergeError`, `CheckpointError`
+
+Names are imported when they are first used, so that `import lora_jax` costs nothing beside `import jax`.
 """
 
-# Families of things, under their own names.
-from lora_jax import analysis as analysis
-from lora_jax import methods as methods
-from lora_jax import optim as optim
-from lora_jax import routers as routers
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
-# What to adapt, and where a program can be adapted.
-# Adapters.
-from lora_jax.adapter import Adapter as Adapter
-from lora_jax.adapter import scale as scale
-from lora_jax.adapter import trainable as trainable
+from lora_jax import lazy as _lazy
 
-# Running, training and merging.
-from lora_jax.apply import adapt as adapt
+if TYPE_CHECKING:  # What type checkers and editors see; a test holds it equal to the names below.
+    from lora_jax import analysis as analysis
+    from lora_jax import methods as methods
+    from lora_jax import nnx as nnx
+    from lora_jax import optim as optim
+    from lora_jax.adapter.adapter import Adapter as Adapter
+    from lora_jax.adapter.adapter import scale as scale
+    from lora_jax.adapter.adapter import trainable as trainable
+    from lora_jax.adapter.sharding import adapter_sharding as adapter_sharding
+    from lora_jax.adapter.site import Site as Site
+    from lora_jax.adapter.site import Sites as Sites
+    from lora_jax.adapter.summary import summary as summary
+    from lora_jax.adapter.summary import trainable_line as trainable_line
+    from lora_jax.adapter.updates import LowRank as LowRank
+    from lora_jax.adapter.updates import Replace as Replace
+    from lora_jax.adapter.updates import Update as Update
+    from lora_jax.apply import adapt as adapt
+    from lora_jax.capture import Captured as Captured
+    from lora_jax.capture import capture as capture
+    from lora_jax.capture import redistribute as redistribute
+    from lora_jax.compose import canonical as canonical
+    from lora_jax.compose import compose as compose
+    from lora_jax.compose import compose_report as compose_report
+    from lora_jax.config.config import LoraConfig as LoraConfig
+    from lora_jax.errors import CheckpointError as CheckpointError
+    from lora_jax.errors import ConfigError as ConfigError
+    from lora_jax.errors import LoraError as LoraError
+    from lora_jax.errors import MatchError as MatchError
+    from lora_jax.errors import MergeError as MergeError
+    from lora_jax.errors import ParameterError as ParameterError
+    from lora_jax.init import init as init
+    from lora_jax.init import initialisers as initialisers
+    from lora_jax.init import loftq as loftq
+    from lora_jax.io import hub as hub
+    from lora_jax.io import peft as peft
+    from lora_jax.io.own.orbax import load as load
+    from lora_jax.io.own.orbax import load_config as load_config
+    from lora_jax.io.own.orbax import save as save
+    from lora_jax.many import routers as routers
+    from lora_jax.many.bank import AdapterBank as AdapterBank
+    from lora_jax.many.cache import AdapterCache as AdapterCache
+    from lora_jax.many.route import route as route
+    from lora_jax.merge import absorb as absorb
+    from lora_jax.merge import merge as merge
+    from lora_jax.merge import merge_report as merge_report
+    from lora_jax.optim import optimizer as optimizer
+    from lora_jax.sites import Explanation as Explanation
+    from lora_jax.sites import explain as explain
+    from lora_jax.sites import find_sites as find_sites
 
-# Many adapters.
-from lora_jax.bank import AdapterBank as AdapterBank
-from lora_jax.cache import AdapterCache as AdapterCache
-from lora_jax.capture import Captured as Captured
-from lora_jax.capture import capture as capture
-from lora_jax.capture import redistribute as redistribute
+__version__ = _version("lora_jax")
 
-# Several adapters as one.
-from lora_jax.compose import canonical as canonical
-from lora_jax.compose import compose as compose
-from lora_jax.compose import compose_report as compose_report
-from lora_jax.config import LoraConfig as LoraConfig
-
-# Errors.
-from lora_jax.errors import CheckpointError as CheckpointError
-from lora_jax.errors import ConfigError as ConfigError
-from lora_jax.errors import LoraError as LoraError
-from lora_jax.errors import MatchError as MatchError
-from lora_jax.errors import MergeError as MergeError
-from lora_jax.errors import ParameterError as ParameterError
-from lora_jax.init import init as init
-from lora_jax.init import initialisers as initialisers
-from lora_jax.init import loftq as loftq
-
-# Disk.
-from lora_jax.io import hub as hub
-from lora_jax.io import peft as peft
-from lora_jax.io.orbax import load as load
-from lora_jax.io.orbax import load_config as load_config
-from lora_jax.io.orbax import save as save
-from lora_jax.merge import absorb as absorb
-from lora_jax.merge import merge as merge
-from lora_jax.merge_report import merge_report as merge_report
-from lora_jax.optim import optimizer as optimizer
-from lora_jax.route import route as route
-from lora_jax.sharding import adapter_sharding as adapter_sharding
-from lora_jax.site import Site as Site
-from lora_jax.site import Sites as Sites
-from lora_jax.sites import Explanation as Explanation
-from lora_jax.sites import explain as explain
-from lora_jax.sites import find_sites as find_sites
-from lora_jax.summary import summary as summary
-from lora_jax.summary import trainable_line as trainable_line
-from lora_jax.updates import LowRank as LowRank
-from lora_jax.updates import Replace as Replace
-from lora_jax.updates import Update as Update
+_lazy.face(
+    __name__,
+    {
+        "lora_jax.adapter.adapter": "Adapter scale trainable",
+        "lora_jax.adapter.sharding": "adapter_sharding",
+        "lora_jax.adapter.site": "Site Sites",
+        "lora_jax.adapter.summary": "summary trainable_line",
+        "lora_jax.adapter.updates": "LowRank Replace Update",
+        "lora_jax.analysis": "",
+        "lora_jax.apply": "adapt",
+        "lora_jax.capture": "Captured capture redistribute",
+        "lora_jax.compose": "canonical compose compose_report",
+        "lora_jax.config.config": "LoraConfig",
+        "lora_jax.errors": "CheckpointError ConfigError LoraError MatchError MergeError ParameterError",
+        "lora_jax.init": "init initialisers loftq",
+        "lora_jax.io.hub": "",
+        "lora_jax.io.own.orbax": "load load_config save",
+        "lora_jax.io.peft": "",
+        "lora_jax.many.bank": "AdapterBank",
+        "lora_jax.many.cache": "AdapterCache",
+        "lora_jax.many.route": "route",
+        "lora_jax.many.routers": "",
+        "lora_jax.merge": "absorb merge merge_report",
+        "lora_jax.methods": "",
+        "lora_jax.nnx": "",
+        "lora_jax.optim": "",
+        "lora_jax.sites": "Explanation explain find_sites",
+    },
+)

@@ -8,14 +8,14 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.by_path import Placed, adapter_list, fit
+from lora_jax.adapter.updates import combined, held
 from lora_jax.engine import Context, Log, Strategy, dense, interpret
 from lora_jax.engine.calls import Call, trace_call
 from lora_jax.engine.weight import RANK, Labelled, Term, Weight
 from lora_jax.errors import ConfigError
-from lora_jax.fit import Placed, adapter_list, fit
 from lora_jax.paths import is_array
-from lora_jax.updates import combined, held
 
 
 def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..., Any]:

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.by_path import adapter_list
+from lora_jax.adapter.site import Site, Sites, render
 from lora_jax.apply import run_adapted
 from lora_jax.engine import Context, Log, Strategy, Use, dense, interpret
 from lora_jax.engine.calls import Call, trace_call
 from lora_jax.engine.heads import head_equations
-from lora_jax.fit import adapter_list
-from lora_jax.site import Site, Sites, render
 
 
 def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:

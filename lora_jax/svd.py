@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import Array, matrices, widened
 from lora_jax.errors import ConfigError
-from lora_jax.site import Site
-from lora_jax.updates import Array, matrices, widened
 
 OVERSAMPLING = 10
 """Extra directions of the randomised range finder; torch's `svd_lowrank`, which PEFT calls, has none."""

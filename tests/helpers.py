@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.site import Site, Sites
+from lora_jax.adapter.updates import LowRank, exact_sum, held
 from lora_jax.paths import named_leaves, rebuild
-from lora_jax.site import Site, Sites
-from lora_jax.updates import LowRank, exact_sum, held
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 """Largest error of a result, relative to its largest element, by the dtype it was computed in."""

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import random_adapter
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import LowRank, Replace, pytree
 from lora_jax.methods import Dora, Rows
-from lora_jax.site import Site
-from lora_jax.updates import LowRank, Replace, pytree
 
 SITES = [
     Site(path="dense/kernel", shape=(6, 5), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,)),

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lora
-from lora_jax.io.names import Names, Rule
-from lora_jax.site import Site, Sites
+from lora_jax.adapter.site import Site, Sites
+from lora_jax.io.names.names import Names, Rule
 
 Params = dict[str, Any]
 

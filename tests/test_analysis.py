@@ -14,14 +14,14 @@ from helpers import cast_floats, random_adapter
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax as lora
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import exact_sum, matrices
 from lora_jax.analysis import intruders, overlap, rounding, spectra
 from lora_jax.analysis.codes import FORMATS
 from lora_jax.analysis.rounding import FACTOR_BYTES, FRACTIONS
 from lora_jax.cli import main
-from lora_jax.io.bare import bare
+from lora_jax.io.inspect.without_base import bare
 from lora_jax.methods import Rows, Shift, precompute
-from lora_jax.site import Site
-from lora_jax.updates import exact_sum, matrices
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPERTS: dict[str, Any] = {"in_axes": (2,), "out_axes": (3,), "batch_axes": (0, 1)}
@@ -470,7 +470,7 @@ def test_pictures_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", sorted(file.parent.name for file in GOLDEN.glob("*/adapter_config.json")))
 def test_factors_of_pefts_files(name: str) -> None:
     """Norms are those that `inspect` measures, which are held to PEFT's; what has no factors has a note."""
-    from lora_jax.io.contents import inspect
+    from lora_jax.io.inspect.contents import inspect
 
     adapter, notes = bare(GOLDEN / name)
     found = spectra(adapter).noted(notes)

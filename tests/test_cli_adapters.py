@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax.cli import main
-from lora_jax.io.contents import inspect
+from lora_jax.io.inspect.contents import inspect
 
 GOLDEN = Path(__file__).parent / "golden"
 SAVED = sorted(file.parent.name for file in GOLDEN.glob("*/expected.safetensors") if "vera" not in file.parent.name)

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax as lora
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import pytree
 from lora_jax.compose.elementwise import kept, majority
 from lora_jax.compose.methods import METHODS
 from lora_jax.compose.terms import triplets
 from lora_jax.methods import AdaLora, Dora, Gained, Rows, Shift, precompute
 from lora_jax.paths import named_leaves
-from lora_jax.site import Site
-from lora_jax.updates import pytree
 
 SEARCH = settings(max_examples=25, deadline=None, derandomize=True)
 EXPERTS: dict[str, Any] = {"in_axes": (2,), "out_axes": (3,), "batch_axes": (0, 1)}

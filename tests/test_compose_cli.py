@@ -15,8 +15,8 @@ from lora_jax.cli import main
 from lora_jax.io.hf.folder import open_checkpoint
 from lora_jax.io.hf.values import base_values
 from lora_jax.io.peft import Module, PeftFiles, read_peft, write_peft
-from lora_jax.io.peft_compose import compose_files
-from lora_jax.io.peft_tokens import SUFFIX, tokens_by_module, whole_tensors
+from lora_jax.io.peft.compose import compose_files
+from lora_jax.io.peft.tokens import SUFFIX, tokens_by_module, whole_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 COMPOSABLE = [

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_jax.config import LoraConfig
+from lora_jax.adapter.site import Site, Sites
+from lora_jax.config.config import LoraConfig
+from lora_jax.config.selection import select
 from lora_jax.errors import ConfigError, MatchError
-from lora_jax.selection import select
-from lora_jax.site import Site, Sites
 
 
 def site(path: str, kind: str = "dense", head: bool = False, stacked: bool = False) -> Site:

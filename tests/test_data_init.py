@@ -8,11 +8,11 @@ from helpers import assert_close, assert_same, cast_floats
 from jax import lax
 
 import lora_jax as lora
+from lora_jax.adapter.site import Site
 from lora_jax.capture.statistics import Inputs
 from lora_jax.errors import ConfigError, ParameterError
 from lora_jax.init.corda import corda
 from lora_jax.init.lora_ga import lora_ga
-from lora_jax.site import Site
 
 DRAW = np.random.default_rng(5)
 KEY = jax.random.key(2)

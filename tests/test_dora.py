@@ -10,9 +10,9 @@ import pytest
 from helpers import assert_close, assert_same, random_adapter
 
 import lora_jax as lora
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import held, outer
 from lora_jax.methods.norms import changed_squares, squares
-from lora_jax.site import Site
-from lora_jax.updates import held, outer
 
 SITES = {
     "dense": Site(path="w", shape=(12, 7), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,)),

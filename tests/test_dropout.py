@@ -7,7 +7,7 @@ import pytest
 from helpers import assert_close, assert_same, differ
 
 import lora_jax as lora
-from lora_jax.updates import LowRank
+from lora_jax.adapter.updates import LowRank
 
 KEY = jax.random.key(3)
 X = jnp.ones((2, 8))

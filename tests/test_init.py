@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.config import LoraConfig
+from lora_jax.adapter.site import Site, Sites
+from lora_jax.adapter.updates import LowRank, Replace
+from lora_jax.config.config import LoraConfig
 from lora_jax.errors import ConfigError, MatchError, ParameterError
 from lora_jax.init import init, initialisers, register
 from lora_jax.init.orthogonal import orthogonal
-from lora_jax.site import Site, Sites
-from lora_jax.updates import LowRank, Replace
 
 KEY = jax.random.key(7)
 PARAMS = {

@@ -11,12 +11,11 @@ from flax.core import FrozenDict
 from helpers import assert_close, assert_same, random_adapter
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax.adapter import Adapter, scale
+from lora_jax.adapter.adapter import Adapter, scale
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import LowRank, Replace
 from lora_jax.errors import MergeError, ParameterError
-from lora_jax.merge import merge
-from lora_jax.merge_report import merge_report
-from lora_jax.site import Site
-from lora_jax.updates import LowRank, Replace
+from lora_jax.merge import merge, merge_report
 
 
 def site(path: str = "w", shape: tuple[int, ...] = (32, 16), dtype: str = "float32") -> Site:

@@ -11,7 +11,7 @@ import pytest
 from helpers import assert_close, assert_same
 
 import lora_jax as lora
-from lora_jax.registry import METHODS
+from lora_jax.adapter.registry import METHODS
 
 KEY = jax.random.key(0)
 PARAMS = {

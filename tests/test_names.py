@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from peft_models import nested
 
 import lora_jax as lora
-from lora_jax.io.known_names import find_names
+from lora_jax.adapter.site import Kind, Site, Sites
+from lora_jax.io.names.known import find_names
 from lora_jax.io.peft import KNOWN, Module, Names, PeftFiles, Rule, read_peft, write_peft
-from lora_jax.site import Kind, Site, Sites
 
 Weights = dict[str, np.ndarray]
 

@@ -8,11 +8,11 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import LowRank, Replace, pytree
 from lora_jax.errors import ParameterError
 from lora_jax.optim import optimizer
-from lora_jax.site import Site
-from lora_jax.updates import LowRank, Replace, pytree
 
 SITE = Site(path="w", shape=(6, 5), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
 BIAS = Site(path="bias", shape=(5,), dtype="float32", kind="full")

@@ -16,14 +16,14 @@ from helpers import random_adapter
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from lora_jax.adapter import Adapter
-from lora_jax.config import LoraConfig
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import LowRank, Replace, pytree
+from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError, ParameterError
 from lora_jax.init import initialisers
-from lora_jax.io.orbax import load, load_config, save
+from lora_jax.io.own.orbax import load, load_config, save
 from lora_jax.optim import optimizer
-from lora_jax.site import Site
-from lora_jax.updates import LowRank, Replace, pytree
 
 DENSE = Site(path="params/mlp/kernel", shape=(16, 8), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
 STACK = Site(path="params/layers/w", shape=(3, 8, 2, 4), dtype="bfloat16", kind="dense", in_axes=(1,), out_axes=(2, 3), batch_axes=(0,), uses=2)  # fmt: skip  # noqa: E501

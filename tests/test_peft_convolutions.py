@@ -11,8 +11,8 @@ from helpers import assert_close, assert_same, random_adapter
 from peft_models import Model, Params, draw, flat, nested, replaced
 
 import lora_jax as lora
+from lora_jax.adapter.site import Site
 from lora_jax.io.peft import Module, Names, PeftFiles, read_peft, write_peft
-from lora_jax.site import Site
 
 LAYOUTS = ["HWIO", "OIHW", "OHWI", "IHWO", "HOWI"]
 

@@ -12,8 +12,8 @@ from helpers import assert_close, assert_same, random_adapter
 from peft_models import Params, nested
 
 import lora_jax as lora
+from lora_jax.adapter.site import Site, Sites
 from lora_jax.io.peft import Module, Names, PeftFiles, Rule, read_peft, write_peft
-from lora_jax.site import Site, Sites
 
 PARTS = {"q": (6, 4), "k": (6, 2), "v": (6, 3)}
 NAMES = Names([(tuple(f"h_{{i}}/{part}/kernel" for part in PARTS), "h.{i}.qkv"), ("h_{i}/out/kernel", "h.{i}.out")])

@@ -18,9 +18,10 @@ from peft_models import nested
 from safetensors.numpy import load_file, save, save_file
 
 import lora_jax as lora
-from lora_jax.io import peft_config, peft_write
+from lora_jax.adapter.site import Site, Sites
+from lora_jax.io.peft import config as peft_config
 from lora_jax.io.peft import read_peft
-from lora_jax.site import Site, Sites
+from lora_jax.io.peft import write as peft_write
 
 CONFIG, ARRAYS = "adapter_config.json", "adapter_model.safetensors"
 KEY = "base_model.model.layers.0.q.lora_A.weight"

@@ -35,8 +35,8 @@ from peft_models import (
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
+from lora_jax.adapter.site import Site, Sites
 from lora_jax.io.peft import Module, Names, PeftFiles, Rule, read_peft, write_peft
-from lora_jax.site import Site, Sites
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 ARRAYS = FILES[1]

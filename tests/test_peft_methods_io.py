@@ -28,12 +28,12 @@ from peft_models import (
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import LowRank
 from lora_jax.cli import main
-from lora_jax.io.contents import inspect
+from lora_jax.io.inspect.contents import inspect
 from lora_jax.io.peft import Module, Names, PeftFiles, Rule, read_peft, write_peft
 from lora_jax.methods import AdaLora, Vera
-from lora_jax.site import Site
-from lora_jax.updates import LowRank
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG, ARRAYS = "adapter_config.json", "adapter_model.safetensors"

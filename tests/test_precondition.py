@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 from optim_cases import SITES, Half, low_rank, mixed, noise
 
 import lora_jax as lora
-from lora_jax.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.updates import LowRank
 from lora_jax.errors import ConfigError, ParameterError
 from lora_jax.optim.precondition import divide
-from lora_jax.updates import LowRank
 
 REG, EPS = 0.03, 1e-8
 

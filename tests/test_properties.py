@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import lora_jax as lora
-from lora_jax.site import Site
+from lora_jax.adapter.site import Site
 
 Move = Callable[[Any], Any]
 SEARCH = settings(max_examples=80, deadline=None, derandomize=True)

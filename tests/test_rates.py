@@ -12,7 +12,7 @@ from helpers import assert_close, assert_same
 from optim_cases import full, low_rank, mixed, noise
 
 import lora_jax as lora
-from lora_jax.adapter import Adapter, leaves_by_name
+from lora_jax.adapter.adapter import Adapter, leaves_by_name
 from lora_jax.errors import ConfigError, MatchError, ParameterError
 
 GROUPS = {

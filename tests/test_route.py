@@ -13,7 +13,7 @@ from cases import CASES, Case
 from helpers import TOLERANCE, assert_close, assert_gradients_close, cast_floats, random_adapter
 
 import lora_jax as lora
-from lora_jax.engine.routing import Form, block_product
+from lora_jax.engine.routing.slots import Form, block_product
 
 ALONE = {
     # No axis of examples, or another one than the first of every argument.

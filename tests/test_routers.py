@@ -15,7 +15,7 @@ from cases import CASES, Case
 from helpers import assert_close, cast_floats, random_adapter
 
 import lora_jax as lora
-from lora_jax.routers import Arrow, Learned, Router, Strongest
+from lora_jax.many.routers import Arrow, Learned, Router, Strongest
 
 BOTH_WAYS = {"plain-used_both_ways", "plain-gradient_inside", "plain-fused_on_the_input"}
 """Rows of the shared table that apply a parameter to what has the axes of its outputs, or to parts of its inputs."""

@@ -20,8 +20,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
+from lora_jax.adapter.sharding import adapter_sharding
 from lora_jax.engine import Strategy
-from lora_jax.sharding import adapter_sharding
 
 B, T, D, F, RANK = 8, 16, 32, 64, 2
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}

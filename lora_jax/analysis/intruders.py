@@ -13,16 +13,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.by_path import fit
+from lora_jax.adapter.site import render
+from lora_jax.adapter.updates import Array, Update, exact_sum, matrices, widened
 from lora_jax.analysis.pictures import draw_intruders
 from lora_jax.analysis.rows import Row, left_out_line, short_table, table_of
 from lora_jax.compose.fuse import gathered, has_factors, plain_factors
 from lora_jax.compose.terms import product
 from lora_jax.errors import ConfigError, listed
-from lora_jax.fit import fit
 from lora_jax.paths import named_leaves
-from lora_jax.site import render
-from lora_jax.updates import Array, Update, exact_sum, matrices, widened
 
 
 @dataclass(frozen=True, eq=False)

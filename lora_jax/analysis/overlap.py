@@ -12,15 +12,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.site import Site, render
+from lora_jax.adapter.updates import Update
 from lora_jax.analysis.pictures import draw_overlap
 from lora_jax.analysis.rows import Row, left_out_line, number, short_table, table_of
 from lora_jax.analysis.terms import Directions, decomposed, part_of, why_without_factors
 from lora_jax.compose.fuse import gathered
 from lora_jax.compose.terms import Part, product
 from lora_jax.errors import ParameterError, listed
-from lora_jax.site import Site, render
-from lora_jax.updates import Update
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lora_jax.adapter.site import Site, render
+from lora_jax.adapter.updates import Array, matrices, widened
 from lora_jax.analysis.codes import FORMATS
 from lora_jax.analysis.pictures import draw_rounding
 from lora_jax.analysis.rows import Row, number, short_table, table_of
@@ -21,8 +23,6 @@ from lora_jax.compose.fuse import gathered
 from lora_jax.compose.terms import product
 from lora_jax.errors import ParameterError, listed, nearest
 from lora_jax.paths import is_array, named_leaves
-from lora_jax.site import Site, render
-from lora_jax.updates import Array, matrices, widened
 
 FACTOR_BYTES = 2
 """Of every number in the factors of a truncation: bfloat16 or float16."""

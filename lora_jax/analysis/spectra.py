@@ -10,15 +10,15 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.by_path import fit
+from lora_jax.adapter.site import Site, render
+from lora_jax.adapter.updates import Array, LowRank, Update, exact_sum, matrices, widened
 from lora_jax.analysis.pictures import draw_spectra
 from lora_jax.analysis.rows import Row, number, short_table, table_of
 from lora_jax.analysis.terms import decomposed, remark, why_without_factors
 from lora_jax.compose.fuse import gathered
-from lora_jax.fit import fit
 from lora_jax.paths import named_leaves
-from lora_jax.site import Site, render
-from lora_jax.updates import Array, LowRank, Update, exact_sum, matrices, widened
 
 
 @dataclass(frozen=True, eq=False)

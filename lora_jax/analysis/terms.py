@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lora_jax.adapter.updates import Replace, Update
 from lora_jax.compose.fuse import has_factors, plain_factors, stacked
 from lora_jax.compose.terms import Part, joined, significant
 from lora_jax.errors import ParameterError
 from lora_jax.methods import Dora, Gained, Rows, Shift
 from lora_jax.svd import Triplets
-from lora_jax.updates import Replace, Update
 
 
 class Directions(NamedTuple):

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.config import LoraConfig
+from lora_jax.adapter.site import Site
+from lora_jax.config.config import LoraConfig
+from lora_jax.config.selection import select
 from lora_jax.errors import ConfigError
 from lora_jax.models import Transformer, TransformerConfig
 from lora_jax.models.transformer import VOCABULARY
-from lora_jax.selection import select
-from lora_jax.site import Site
 from lora_jax.sites import find_sites
 
 

@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import LowRank
 from lora_jax.apply import adapt
-from lora_jax.bank import AdapterBank
 from lora_jax.bench.cases import Work, normal
 from lora_jax.bench.settings import Settings
 from lora_jax.errors import LoraError
+from lora_jax.many.bank import AdapterBank
+from lora_jax.many.route import route
 from lora_jax.merge import merge
-from lora_jax.route import route
-from lora_jax.site import Site
 from lora_jax.sites import Explanation, explain
-from lora_jax.updates import LowRank
 
 Mode = Literal["base", "adapter", "separate", "merged", "routed"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Group
 
+from lora_jax.adapter.site import render
 from lora_jax.bench.tables import Report
-from lora_jax.site import render
 
 _COLUMNS = ("mode", "form", "rank", "time", "/ base (quartiles)", "FLOPs", "bytes", "temporary")
 

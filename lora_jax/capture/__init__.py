@@ -15,9 +15,9 @@ from lora_jax.capture.redistribute import redistribute as redistribute
 from lora_jax.capture.statistics import Components as Components
 from lora_jax.capture.statistics import Gradient as Gradient
 from lora_jax.capture.statistics import Inputs as Inputs
-from lora_jax.config import LoraConfig
+from lora_jax.config.config import LoraConfig
+from lora_jax.config.selection import select
 from lora_jax.errors import ConfigError, ParameterError
-from lora_jax.selection import select
 from lora_jax.sites import find_sites
 
 

@@ -6,10 +6,10 @@ from typing import Any, Literal, TypeAlias
 import jax
 from rich.table import Table
 
-from lora_jax.adapter import leaves_by_name
+from lora_jax.adapter.adapter import leaves_by_name
+from lora_jax.adapter.site import render
 from lora_jax.capture.statistics import Components, Gradient, Inputs
 from lora_jax.errors import nearest
-from lora_jax.site import render
 
 What: TypeAlias = Literal["inputs", "components", "gradient"]
 Statistic: TypeAlias = Inputs | Components | Gradient

@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 
+from lora_jax.adapter.site import Site
 from lora_jax.capture.batches import joined, split
 from lora_jax.capture.captured import Statistic
 from lora_jax.capture.statistics import Moments, Sketch
 from lora_jax.engine import Context, Log, interpret
 from lora_jax.engine.calls import trace_call
-from lora_jax.engine.tap import probed
+from lora_jax.engine.hooks import probed
 from lora_jax.errors import ParameterError, listed
-from lora_jax.site import Site
 
 _COLLECTED = {"inputs": Moments, "components": Sketch}
 

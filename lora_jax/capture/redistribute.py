@@ -9,8 +9,8 @@ import numpy as np
 
 from lora_jax.capture.captured import Captured
 from lora_jax.capture.statistics import Components
-from lora_jax.checks import as_tuple
-from lora_jax.config import LoraConfig
+from lora_jax.config.checks import as_tuple
+from lora_jax.config.config import LoraConfig
 from lora_jax.errors import ConfigError
 
 

@@ -11,9 +11,9 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import pytree
 from lora_jax.capture.gram import add_at, add_gram, panels, products, whole
-from lora_jax.site import Site
-from lora_jax.updates import pytree
 
 
 @pytree()

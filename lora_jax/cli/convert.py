@@ -6,11 +6,12 @@ from pathlib import Path
 import jax
 import tyro
 
+from lora_jax.adapter.site import Sites
 from lora_jax.errors import MatchError
-from lora_jax.io import orbax, peft
-from lora_jax.io.contents import detect, inspect
-from lora_jax.io.known_names import find_names
-from lora_jax.site import Sites
+from lora_jax.io import peft
+from lora_jax.io.inspect.contents import detect, inspect
+from lora_jax.io.names.known import find_names
+from lora_jax.io.own import orbax
 from lora_jax.train.options import OptionError
 from lora_jax.train.report import make_console
 

@@ -7,8 +7,8 @@ import tyro
 
 from lora_jax.analysis import overlap, spectra
 from lora_jax.analysis.rows import left_out_line
-from lora_jax.io.bare import bare
-from lora_jax.io.contents import inspect
+from lora_jax.io.inspect.contents import inspect
+from lora_jax.io.inspect.without_base import bare
 from lora_jax.train.options import OptionError
 from lora_jax.train.report import make_console
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.updates import Update, over
 from lora_jax.compose.fuse import decomposed, gathered, has_factors
 from lora_jax.methods import AdaLora, Dora, Gained
-from lora_jax.updates import Update, over
 
 
 def canonical(adapter: Adapter) -> Adapter:

@@ -7,19 +7,19 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapter import Adapter
-from lora_jax.compose import whole
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.by_path import adapter_list, fit
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import Array, LowRank, Replace, Update, times, widened
+from lora_jax.compose import full as whole
+from lora_jax.compose.full import Blend, Weighted
 from lora_jax.compose.fuse import fused, gathered, has_factors
 from lora_jax.compose.methods import METHODS
 from lora_jax.compose.settings import checked, weighed
 from lora_jax.compose.terms import Fused, Options
-from lora_jax.compose.whole import Blend, Weighted
 from lora_jax.errors import ConfigError, ParameterError
-from lora_jax.fit import adapter_list, fit
 from lora_jax.methods import Dora, Gained, Rows, Shift
 from lora_jax.paths import named_leaves
-from lora_jax.site import Site
-from lora_jax.updates import Array, LowRank, Replace, Update, times, widened
 
 
 class Composed(NamedTuple):

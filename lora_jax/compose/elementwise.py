@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import svd
+from lora_jax.adapter.updates import Array
 from lora_jax.compose.terms import Fused, Options, Part, balanced, compressed, exactly, largest, product
-from lora_jax.updates import Array
 
 
 class Rule(NamedTuple):

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from lora_jax.adapter.registry import Table
+from lora_jax.adapter.updates import Array
 from lora_jax.compose import elementwise, selected, sums
 from lora_jax.compose.elementwise import PLAIN, Rule, merged
 from lora_jax.compose.terms import Fused, Options, Part, product
-from lora_jax.registry import Table
-from lora_jax.updates import Array
 
 Fuse: TypeAlias = Callable[[Sequence[Part], Options, Array | None], Fused]
 Tensors: TypeAlias = Callable[[Sequence[Array], Array, Options, Array | None], Array]
@@ -50,7 +50,7 @@ class Method:
         return merged(given, weights, self.rule, options, key)
 
 
-METHODS: Table[Method] = Table("method", "A method of composition")
+METHODS: Table[Method] = Table("method", "A method of composition", __name__)
 METHODS.entries.update({
     "cat": Method(sums.cat, rank=False),
     "svd": Method(sums.truncated),

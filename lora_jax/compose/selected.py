@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.adapter.updates import Array
 from lora_jax.compose.terms import Fused, Options, Part, energy, joined, triplets
 from lora_jax.errors import ConfigError
-from lora_jax.updates import Array
 
 
 def rank_one(parts: Sequence[Part], options: Options, key: Array | None) -> Fused:

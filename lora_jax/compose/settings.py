@@ -6,10 +6,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax.adapter.updates import Array, is_traced
 from lora_jax.compose.methods import METHODS, Method
 from lora_jax.compose.terms import Options
 from lora_jax.errors import ConfigError
-from lora_jax.updates import Array, is_traced
 
 
 def checked(

@@ -6,6 +6,7 @@ from itertools import accumulate
 import jax.numpy as jnp
 
 from lora_jax import svd
+from lora_jax.adapter.updates import Array
 from lora_jax.compose.elementwise import TIES, merged
 from lora_jax.compose.terms import (
     Fused,
@@ -18,7 +19,6 @@ from lora_jax.compose.terms import (
     largest,
     product,
 )
-from lora_jax.updates import Array
 
 PARALLEL = 0.9995
 """Cosine from which on two updates count as parallel, and are interpolated along a line."""

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from zlib import crc32
 
 import jax
 
+from lora_jax.adapter.site import Kind
 from lora_jax.engine.recompute import Frame
-from lora_jax.engine.routing import Routing
 from lora_jax.engine.weight import Weight
-from lora_jax.site import Kind
+
+if TYPE_CHECKING:
+    from lora_jax.engine.routing.slots import Routing
 
 Strategy = Literal["auto", "factored", "merged"]
 Route = Literal["factored", "merged", "look-up", "materialised", "rows", "mask", "blocks"]
@@ -100,7 +102,7 @@ class Context:
     look_inside: bool = False
     observe: Callable[[str, Any, Any, Any], None] | None = None
     mask: Any = None
-    routing: Routing | None = None
+    routing: "Routing | None" = None
 
     def at(self, position: int) -> "Context":
         """The context of the equation at a position of the current program."""

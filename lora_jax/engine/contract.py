@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.engine.placement import explicit, placed, spread, varying
+from lora_jax.engine.meshes import explicit, placed, spread, varying
 from lora_jax.engine.weight import RANK, Labelled, Term, flat_size
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.jaxprs import Program
-from lora_jax.engine.placement import mesh_of
+from lora_jax.engine.meshes import mesh_of
 from lora_jax.engine.recompute import Frame
 from lora_jax.engine.weight import Weight
 from lora_jax.errors import ParameterError

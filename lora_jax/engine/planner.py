@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from lora_jax.engine.context import Strategy
-from lora_jax.engine.placement import spread
+from lora_jax.engine.meshes import spread
 from lora_jax.engine.weight import Labelled, Weight, flat_size
 
 

@@ -22,7 +22,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from lora_jax.engine import contract
-from lora_jax.engine.placement import follow
+from lora_jax.engine.meshes import follow
 from lora_jax.engine.planner import Plan
 from lora_jax.engine.recompute import Recipe
 from lora_jax.engine.weight import RANK, Labelled, Term, Weight

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax.engine.placement import explicit, follow
+from lora_jax.engine.meshes import explicit, follow
 
 RANK = -1
 """The id of the rank axis of every factor."""

@@ -11,9 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapter import Adapter
-from lora_jax.checks import as_tuple
-from lora_jax.config import LoraConfig
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.registry import METHODS, Data, Entry, Initialiser, find_init, initialisers, register
+from lora_jax.adapter.site import Site, Sites, full_site
+from lora_jax.adapter.updates import Replace, Start, Update, matrices, over, widened
+from lora_jax.config.checks import as_tuple
+from lora_jax.config.config import LoraConfig
+from lora_jax.config.selection import select
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.init.corda import corda
 from lora_jax.init.data import captured_data
@@ -28,10 +32,6 @@ from lora_jax.init.pissa import milora, pissa, pissa_niter
 from lora_jax.methods.rows import Rows, rows_of
 from lora_jax.methods.shift import Shift
 from lora_jax.paths import is_array, named_leaves
-from lora_jax.registry import METHODS, Data, Entry, Initialiser, find_init, initialisers, register
-from lora_jax.selection import select
-from lora_jax.site import Site, Sites, full_site
-from lora_jax.updates import Replace, Start, Update, matrices, over, widened
 
 __all__ = [
     "Initialiser", "corda", "default", "eva", "gaussian", "init", "initialisers", "loftq", "lora_ga", "milora", "olora",

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import svd
+from lora_jax.adapter.registry import register
+from lora_jax.adapter.site import Site
 from lora_jax.capture.statistics import Inputs
 from lora_jax.errors import ConfigError
-from lora_jax.registry import register
-from lora_jax.site import Site
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

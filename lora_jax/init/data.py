@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
+from lora_jax.adapter.registry import Data
+from lora_jax.adapter.site import Site
 from lora_jax.capture.captured import Captured
 from lora_jax.errors import ParameterError, nearest
-from lora_jax.registry import Data
-from lora_jax.site import Site
 
 
 def captured_data(captured: Mapping[str, Any] | None, what: Data, init: str, site: Site) -> Any:

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from lora_jax.registry import register
-from lora_jax.site import Site
+from lora_jax.adapter.registry import register
+from lora_jax.adapter.site import Site
 
 
 @register("default")

@@ -7,11 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax import svd
-from lora_jax.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.by_path import fit
+from lora_jax.adapter.updates import Array, LowRank, outer, times, widened
 from lora_jax.errors import ConfigError, ParameterError
-from lora_jax.fit import fit
 from lora_jax.paths import named_leaves, rebuild
-from lora_jax.updates import Array, LowRank, outer, times, widened
 
 
 def loftq(adapter: Adapter, params: Any, quantise: Callable[[Array], Array], *, steps: int = 1) -> tuple[Adapter, Any]:

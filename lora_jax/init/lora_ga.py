@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import svd
+from lora_jax.adapter.registry import register
+from lora_jax.adapter.site import Site
 from lora_jax.capture.statistics import oriented
 from lora_jax.errors import ConfigError
-from lora_jax.registry import register
-from lora_jax.site import Site
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
 Scale = Literal["stable", "weight_svd", "gd_scale", "unit"]

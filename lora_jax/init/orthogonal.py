@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from lora_jax.adapter.registry import register
+from lora_jax.adapter.site import Site
 from lora_jax.errors import ConfigError
-from lora_jax.registry import register
-from lora_jax.site import Site
 
 
 @register("orthogonal")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.errors import CheckpointError
-from lora_jax.io.contents import Contents, inspect
-from lora_jax.io.peft_disk import CONFIG, WEIGHTS, read_config
+from lora_jax.io.inspect.contents import Contents, inspect
+from lora_jax.io.peft.disk import CONFIG, WEIGHTS, read_config
 
 _INSTALL = 'This needs huggingface_hub: pip install "lora_jax[hub]"'
 _CARD = "README.md"

@@ -1,5 +1,7 @@
 """One module per variant of LoRA: what an adapter holds at a parameter, and what that makes of the parameter."""
 
+from lora_jax.adapter.registry import method_names as names
+from lora_jax.adapter.registry import register_method
 from lora_jax.methods.adalora import AdaLora, trim
 from lora_jax.methods.alora import ALora, invoked
 from lora_jax.methods.dora import Dora, Gained, precompute
@@ -8,8 +10,6 @@ from lora_jax.methods.lora_xs import LoraXS
 from lora_jax.methods.rows import Rows
 from lora_jax.methods.shift import Shift
 from lora_jax.methods.vera import Vera
-from lora_jax.registry import method_names as names
-from lora_jax.registry import register_method
 
 __all__ = [
     "ALora", "AdaLora", "Dora", "FrozenA", "Gained", "LoraXS", "Rows", "Shift", "Vera", "invoked", "names",

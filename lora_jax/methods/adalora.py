@@ -6,9 +6,9 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapter import Adapter
-from lora_jax.registry import register_method
-from lora_jax.updates import Array, LowRank, Start, over, pytree, times
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.registry import register_method
+from lora_jax.adapter.updates import Array, LowRank, Start, over, pytree, times
 
 DEVIATION = 0.02
 """Of both factors at the start, as in PEFT."""
@@ -89,7 +89,7 @@ def trim(adapter: Adapter) -> Adapter:
       An adapter that computes the same.
 
     Example:
-      >>> from lora_jax.site import Site
+      >>> from lora_jax.adapter.site import Site
       >>> site = Site(path="w", shape=(4, 3), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
       >>> update = AdaLora(jnp.ones((3, 4)), jnp.ones((3, 3)), jnp.float32(1), site, values=jnp.float32([2, 0, 1]))
       >>> trim(Adapter({"w": update}))["w"].b[:, 0].tolist()

@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 
-from lora_jax.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.registry import register_method
+from lora_jax.adapter.updates import Array, LowRank, Start, pytree
 from lora_jax.errors import ConfigError
-from lora_jax.registry import register_method
-from lora_jax.updates import Array, LowRank, Start, pytree
 
 
 @register_method("alora", lora_bias=False)

@@ -6,13 +6,13 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapter import Adapter
-from lora_jax.fit import fit
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.by_path import fit
+from lora_jax.adapter.registry import register_method
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import Array, Change, LowRank, Start, Update, joined, over, pytree
 from lora_jax.methods.norms import beside, changed_squares, squares
 from lora_jax.paths import named_leaves
-from lora_jax.registry import register_method
-from lora_jax.site import Site
-from lora_jax.updates import Array, Change, LowRank, Start, Update, joined, over, pytree
 
 
 @register_method("dora", lora_bias=False)

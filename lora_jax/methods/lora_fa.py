@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Self
 
+from lora_jax.adapter.registry import register_method
+from lora_jax.adapter.updates import LowRank, Start, pytree
 from lora_jax.errors import ConfigError
-from lora_jax.registry import register_method
-from lora_jax.updates import LowRank, Start, pytree
 
 
 @register_method("lora-fa")

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lora_jax.site import Site
-from lora_jax.updates import Array, Change, Update, pytree, unscalable, widened
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import Array, Change, Update, pytree, unscalable, widened
 
 
 @pytree("site", "rows")

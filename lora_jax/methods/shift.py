@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from lora_jax.site import Site
-from lora_jax.updates import Array, Change, Update, pytree, times, widened
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import Array, Change, Update, pytree, times, widened
 
 
 @pytree("site")

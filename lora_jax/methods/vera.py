@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from lora_jax.adapter.registry import register_method
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import Array, Change, LowRank, Start, Update, over, pytree, times
 from lora_jax.errors import ConfigError
-from lora_jax.registry import register_method
-from lora_jax.site import Site
-from lora_jax.updates import Array, Change, LowRank, Start, Update, over, pytree, times
 
 D_START = 0.1
 """PEFT's `d_initial`."""

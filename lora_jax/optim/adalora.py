@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax.checks import positive_int, probability
+from lora_jax.adapter.updates import Array, is_update
+from lora_jax.config.checks import positive_int, probability
 from lora_jax.errors import ConfigError, ParameterError
 from lora_jax.methods.adalora import AdaLora
-from lora_jax.updates import Array, is_update
 
 Terms = dict[str, dict[str, Array]]
 """By the place of an update in the tree: an array like each of its `a`, `b` and `values`."""

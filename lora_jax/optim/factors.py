@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import optax
 
+from lora_jax.adapter.updates import is_update
 from lora_jax.errors import ParameterError
-from lora_jax.updates import is_update
 
 
 def is_masked(node: Any) -> bool:

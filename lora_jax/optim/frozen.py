@@ -1,15 +1,15 @@
 """Freezing: an optimizer that keeps state for, and changes, only what trains."""
 
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
-from lora_jax.adapter import trainable
+from lora_jax.adapter.adapter import trainable
+from lora_jax.adapter.updates import is_update
 from lora_jax.errors import ParameterError
-from lora_jax.updates import is_update
 
 
 def optimizer(tx: optax.GradientTransformation, tree: Any) -> optax.GradientTransformationExtraArgs:
@@ -64,7 +64,8 @@ def optimizer(tx: optax.GradientTransformation, tree: Any) -> optax.GradientTran
 
     def init(params: Any) -> optax.OptState:
         # nnx.Optimizer hands over boxed variables here and plain arrays in `update`.
-        return masked.init(nnx.as_pure(params))
+        nnx = sys.modules.get("flax.nnx")
+        return masked.init(nnx.as_pure(params) if nnx else params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         extra = {"unmasked_params": params, **extra}

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.adapter.stack import lanes_of
+from lora_jax.adapter.updates import Array
 from lora_jax.errors import ConfigError
-from lora_jax.lanes import lanes_of
 from lora_jax.optim.frozen import optimizer
-from lora_jax.updates import Array
 
 
 class LanesState(NamedTuple):

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax.scipy.linalg import cho_solve
 
-from lora_jax.checks import positive
-from lora_jax.engine.placement import explicit
+from lora_jax.adapter.updates import is_update, map_updates, over, widened
+from lora_jax.config.checks import positive
+from lora_jax.engine.meshes import explicit
 from lora_jax.errors import ParameterError
 from lora_jax.optim.factors import check_factors, has_factors, is_masked, map_trained
-from lora_jax.updates import is_update, map_updates, over, widened
 
 OTHER = {"a": "b", "b": "a"}
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax import checks
-from lora_jax.checks import Patterns
+from lora_jax.adapter.updates import is_traced, map_updates
+from lora_jax.config import checks
+from lora_jax.config.checks import Patterns
+from lora_jax.config.selection import check_patterns
 from lora_jax.optim.factors import check_factors, has_factors, map_trained, updates_in
 from lora_jax.paths import lookup
-from lora_jax.selection import check_patterns
-from lora_jax.updates import is_traced, map_updates
 
 Group: TypeAlias = Literal["a", "b", "embedding", "frozen"]
 """A group of LoRA+, as `lora_plus_labels` names it."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-from lora_jax.config import LoraConfig
+from lora_jax.config.config import LoraConfig
 from lora_jax.errors import LoraError
 from lora_jax.paths import ALL_LINEAR
 from lora_jax.train.loop import Schedule

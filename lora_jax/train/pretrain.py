@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lora_jax.adapter.site import Sites
 from lora_jax.models import Transformer, transformer
 from lora_jax.paths import named_leaves, rebuild
-from lora_jax.site import Sites
 from lora_jax.train.data import Corpus, batch
 from lora_jax.train.evaluate import cross_entropy
 from lora_jax.train.log import Reporter

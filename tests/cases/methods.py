@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lora_jax.adapter.updates import LowRank, Update
 from lora_jax.methods import AdaLora, Dora, FrozenA, LoraXS, Vera
-from lora_jax.updates import LowRank, Update
 
 
 class Method(NamedTuple):

@@ -13,10 +13,10 @@ from helpers import random_adapter
 
 import lora_jax as lora
 from cases.methods import METHODS
-from lora_jax.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.site import Site, Sites
+from lora_jax.adapter.updates import LowRank, Update
 from lora_jax.paths import named_leaves
-from lora_jax.site import Site, Sites
-from lora_jax.updates import LowRank, Update
 
 
 class Model(NamedTuple):

@@ -19,7 +19,7 @@ from torch_side import adapted, opened, run
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 import lora_jax as lora
-from lora_jax.site import Site, Sites
+from lora_jax.adapter.site import Site, Sites
 
 TOKENS = np.random.default_rng(0).integers(24, size=(3, 7))
 X = torch.from_numpy(TOKENS)

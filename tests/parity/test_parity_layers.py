@@ -21,8 +21,8 @@ from safetensors.numpy import load_file
 from torch_side import adapted, numbers, opened, run
 
 import lora_jax as lora
+from lora_jax.adapter.site import full_site
 from lora_jax.paths import named_leaves
-from lora_jax.site import full_site
 
 NET: dict[str, dict[str, Any]] = {
     "all linear": {"r": 2, "target_modules": "all-linear"},

@@ -12,11 +12,11 @@ from lora_jax.io.hf.changes import Change, Part, bias_part, merged_with
 from lora_jax.io.hf.folder import Checkpoint
 from lora_jax.io.hf.tensors import Tensor
 from lora_jax.io.hf.ties import is_head, settle, tied_tables
-from lora_jax.io.peft_config import setting
-from lora_jax.io.peft_delta import Module, matrices
-from lora_jax.io.peft_files import PeftFiles
-from lora_jax.io.peft_match import saves
-from lora_jax.io.peft_tokens import table_name, token_indices, tokens_by_module, whole_tensors
+from lora_jax.io.peft.config import setting
+from lora_jax.io.peft.delta import Module, matrices
+from lora_jax.io.peft.files import PeftFiles
+from lora_jax.io.peft.match import saves
+from lora_jax.io.peft.tokens import table_name, token_indices, tokens_by_module, whole_tensors
 
 # Models whose dense layers are Conv1D, all but the head.
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}

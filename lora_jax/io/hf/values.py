@@ -11,9 +11,9 @@ from lora_jax.io.hf.changes import Change
 from lora_jax.io.hf.folder import Checkpoint
 from lora_jax.io.hf.plan import OnBase
 from lora_jax.io.hf.tensors import Tensor
-from lora_jax.io.peft_compose import MAGNITUDE
-from lora_jax.io.peft_files import PeftFiles
-from lora_jax.io.peft_tokens import SUFFIX, tokens_by_module, whole_tensors
+from lora_jax.io.peft.compose import MAGNITUDE
+from lora_jax.io.peft.files import PeftFiles
+from lora_jax.io.peft.tokens import SUFFIX, tokens_by_module, whole_tensors
 
 
 def base_values(base: Checkpoint, adapters: Sequence[PeftFiles]) -> dict[str, np.ndarray]:

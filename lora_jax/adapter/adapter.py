@@ -1,0 +1,194 @@
+"""Adapter: the pytree of everything that trains, one update per adapted parameter."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from lora_jax.adapter.site import render
+from lora_jax.adapter.stack import check_alike, lanes_of
+from lora_jax.adapter.updates import Update, map_updates
+from lora_jax.errors import ParameterError, nearest
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Adapter(Mapping[str, Update]):
+    """A read-only mapping from parameter path to update, and a pytree of their arrays.
+
+    Everything that works on trees works on it: `jax.tree.map`, `jax.vmap` over stacked adapters, optax,
+    Orbax, `jax.device_put`. Facts that shape the compiled program (paths, axes, dropout rates) are in its
+    tree structure; everything else, the scales included, is an array, so a swapped adapter of the same
+    shapes never recompiles.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
+      >>> fn = lambda params, x: x @ params["dense"]["kernel"]
+      >>> sites = lora.find_sites(fn, params, jnp.ones((2, 4)))
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="dense"), params, sites)
+      >>> list(adapter), adapter["dense/kernel"].a.shape
+      (['dense/kernel'], (2, 4))
+    """
+
+    def __init__(self, updates: Mapping[str, Update]):
+        self._updates = dict(sorted(updates.items()))
+
+    def __getitem__(self, path: str) -> Update:
+        try:
+            return self._updates[path]
+        except KeyError:
+            raise KeyError(f"{path!r} is not adapted; nearest adapted paths: {nearest(path, self)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._updates)
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._updates
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        """Identity: array contents are compared with `jax.tree.map`, as on any tree."""
+        return self is other
+
+    def without(self, *paths: str) -> "Adapter":
+        """The adapter with the given paths left out.
+
+        Raises:
+          ParameterError: a path is not adapted.
+        """
+        for path in paths:
+            if path not in self._updates:
+                raise ParameterError(f"{path!r} is not adapted; nearest adapted paths: {nearest(path, self)}")
+        return Adapter({path: update for path, update in self.items() if path not in paths})
+
+    @classmethod
+    def stack(cls, adapters: Sequence["Adapter"]) -> "Adapter":
+        """Several adapters of one form as the lanes of one tree, to be trained in one step.
+
+        Every array gets an axis of lanes in front, for `jax.vmap`, with `lora_jax.optim.lanes` for their optimizers.
+        Values of arrays may differ from lane to lane: factors, and scales, so `alpha` too.
+
+        Args:
+          adapters: of the same paths, methods, ranks, dropout rates, shapes and dtypes.
+
+        Returns:
+          The stack; `unstack` takes it apart.
+
+        Raises:
+          ParameterError: there is no adapter, or two differ in form; the message names the first path where they do.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, lora_jax as lora
+          >>> params = {"w": jnp.ones((4, 3))}
+          >>> fn, x = lambda params, x: x @ params["w"], jnp.ones((2, 4))
+          >>> sites = lora.find_sites(fn, params, x)
+          >>> config = lora.LoraConfig(rank=2, targets="w")
+          >>> seeds = [lora.init(jax.random.key(seed), config, params, sites) for seed in range(5)]
+          >>> stacked = lora.Adapter.stack(seeds)
+          >>> stacked["w"].a.shape
+          (5, 2, 4)
+          >>> jax.vmap(lora.adapt(fn), in_axes=(None, 0, None))(params, stacked, x).shape
+          (5, 2, 3)
+          >>> len(stacked.unstack())
+          5
+        """
+        check_alike(adapters)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
+
+    def unstack(self) -> list["Adapter"]:
+        """The adapters in a stack, bit for bit as they are in it.
+
+        Raises:
+          ParameterError: the adapter is not a stack.
+        """
+        lanes_of(self)
+        leaves, structure = jax.tree.flatten(self)
+        return [jax.tree.unflatten(structure, lane) for lane in zip(*map(jnp.unstack, leaves), strict=True)]
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Update]], tuple[str, ...]]:
+        """The updates with their paths as keys, as JAX asks of a pytree."""
+        children = [(jax.tree_util.DictKey(path), update) for path, update in self._updates.items()]
+        return children, tuple(self._updates)
+
+    @classmethod
+    def tree_unflatten(cls, paths: tuple[str, ...], updates: Any) -> "Adapter":
+        """Inverse of the flattening; the updates may be anything JAX puts in their place."""
+        adapter = object.__new__(cls)
+        adapter._updates = dict(zip(paths, updates, strict=True))
+        return adapter
+
+    def __rich__(self) -> Table:
+        table = Table("path", "update", "leaves")
+        for path, update in self.items():
+            table.add_row(path, type(update).__name__, "  ".join(map(_spelled, leaves_by_name(update))))
+        return table
+
+    def __repr__(self) -> str:
+        return render(self)
+
+
+def _spelled(named: tuple[str, Any]) -> str:
+    """A leaf as `a float32[8,64]`, or as it prints itself if it is no array (a mask, say)."""
+    name, leaf = named
+    shape = getattr(leaf, "shape", None)
+    return f"{name} {leaf}" if shape is None else f"{name} {leaf.dtype}[{','.join(map(str, shape))}]"
+
+
+def leaves_by_name(update: Any) -> list[tuple[str, Any]]:
+    """The leaves of an update with the names of their fields."""
+    entries, _ = jax.tree_util.tree_flatten_with_path(update)
+    return [(jax.tree_util.keystr(keys, simple=True), leaf) for keys, leaf in entries]
+
+
+def trainable(tree: Any) -> Any:
+    """Mark what trains: a tree like `tree` with True on the trained leaves of adapters, False elsewhere.
+
+    Args:
+      tree: an `Adapter`, or any tree that contains some, such as `{"params": base, "lora": adapter}`.
+
+    Returns:
+      A tree of the same structure, with booleans for leaves. This is the mask for `optax.masked` and
+      friends; `lora_jax.optimizer` applies it for you.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)))
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
+      >>> lora.trainable({"params": params, "lora": adapter})["params"]
+      {'w': False}
+      >>> jax.tree.leaves(lora.trainable(adapter))  # a, b and the frozen scale
+      [True, True, False]
+    """
+    return map_updates(lambda update: update.trains(), tree, lambda leaf: False)
+
+
+def scale(adapter: Adapter, factor: Any) -> Adapter:
+    """Multiply the effect of an adapter by `factor`, without recompiling anything that uses it.
+
+    Args:
+      adapter: the adapter.
+      factor: a number or a scalar array; 0 gives the base model, 1 leaves the adapter as it is.
+
+    Returns:
+      A new adapter that shares the factors and has every scale multiplied.
+
+    Raises:
+      TypeError: the adapter holds a parameter trained in full, which has no scale.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)))
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
+      >>> float(adapter["w"].scale), float(lora.scale(adapter, 0.5)["w"].scale)
+      (2.0, 1.0)
+    """
+    return Adapter({path: update.scaled(factor) for path, update in adapter.items()})

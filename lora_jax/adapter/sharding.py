@@ -1,0 +1,68 @@
+"""adapter_sharding: factors laid out over a mesh beside the parameters they adapt."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.by_path import fit
+from lora_jax.adapter.updates import Update
+from lora_jax.errors import ParameterError
+from lora_jax.paths import named_leaves
+
+
+def adapter_sharding(adapter: Adapter, params: Any) -> Adapter:
+    """Derive where an adapter's arrays go from where the parameters are.
+
+    A follows the input axes of its parameter and B the output axes; both, and the scale, follow its stacked
+    axes (layers, experts); the rank axis is replicated. So the thin products need no more communication
+    than the base's own, and the gradients and the optimizer's state are spread in the same way. What is
+    trained in full goes where its parameter is.
+
+    Args:
+      adapter: the adapter, or the tree of `jax.ShapeDtypeStruct` that `jax.eval_shape` makes of `init`.
+      params: the parameters: arrays, or `jax.ShapeDtypeStruct` with shardings.
+
+    Returns:
+      An `Adapter` with a sharding for every array: `out_shardings` for `jax.jit` of `init`, a target for
+      `jax.device_put`.
+
+    Raises:
+      ParameterError: an adapted parameter is missing, shaped differently, or on no known device.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from lora_jax.adapter.sharding import adapter_sharding
+      >>> mesh = jax.make_mesh((1,), ("model",))
+      >>> params = {"w": jax.device_put(jnp.ones((4, 3)), NamedSharding(mesh, P(None, "model")))}
+      >>> sites = lora.find_sites(lambda params, x: x @ params["w"], params, jnp.ones((2, 4)))
+      >>> start = lambda key: lora.init(key, lora.LoraConfig(rank=2, targets="w"), params, sites)
+      >>> places = adapter_sharding(jax.eval_shape(start, jax.random.key(0)), params)
+      >>> adapter = jax.jit(start, out_shardings=places)(jax.random.key(0))
+      >>> adapter["w"].a.sharding.spec, adapter["w"].b.sharding.spec
+      (P(None, None), P(None, 'model'))
+    """
+    leaves, _ = named_leaves(params)
+    return Adapter({path: _placed(placed[0].update, leaves) for path, placed in fit(adapter, leaves).items()})
+
+
+def _placed(update: Update, leaves: Mapping[str, Any]) -> Any:
+    path = update.site.path
+    base = getattr(leaves[path], "sharding", None)
+    if not isinstance(base, (NamedSharding, SingleDeviceSharding)):
+        where = "no sharding" if base is None else f"a {type(base).__name__}"
+        raise ParameterError(
+            f"{path!r} has {where}, so there is nothing that its factors could follow. Put the parameters on devices "
+            "first: jax.device_put(params, ...) with a jax.sharding.NamedSharding for each of them."
+        )
+    return jax.tree.map(lambda axes: _follow(base, axes), update.axes(), is_leaf=lambda axes: isinstance(axes, tuple))
+
+
+def _follow(base: Sharding, axes: tuple[int | None, ...]) -> Sharding:
+    if not isinstance(base, NamedSharding):
+        return base
+    spec = dict(enumerate(base.spec))
+    return NamedSharding(base.mesh, PartitionSpec(*[spec.get(axis) if axis is not None else None for axis in axes]))

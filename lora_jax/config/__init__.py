@@ -1,0 +1,1 @@
+"""What a user asks for: `LoraConfig`, its checks, and which parameters it selects."""

@@ -1,0 +1,1 @@
+"""Calls in which every example meets an adapter of its own."""

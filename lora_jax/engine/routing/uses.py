@@ -1,0 +1,200 @@
+"""Routed uses of a weight: the rules of products, convolutions and look-ups where every row has its own factors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.engine import contract
+from lora_jax.engine.context import Context
+from lora_jax.engine.hooks import check_whole
+from lora_jax.engine.lift import unroutable
+from lora_jax.engine.product import adapted_result, times
+from lora_jax.engine.routing.axes import Axis, length
+from lora_jax.engine.routing.router import Router
+from lora_jax.engine.routing.slots import Routed, Routing, chosen, gate, own_gain, split
+from lora_jax.engine.terms import inputs
+from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight
+from lora_jax.errors import ParameterError
+
+IMAGE = SLOT - 1
+"""The id of a convolution's axis of images."""
+
+
+def routed_product(
+    ctx: Context, eqn: Any, side: int, x: Labelled, weight: Weight, out: Sequence[int], dot: Callable[[Any, Any], Any]
+) -> Any:
+    """A product of an activation with a weight of which each row has its own.
+
+    Args:
+      ctx: the context.
+      eqn: the equation.
+      side: which of its operands the activation is.
+      x: the activation.
+      weight: the weight; its factors have an axis of slots.
+      out: ids of the result's axes.
+      dot: the program's product of activation and base.
+    """
+    routing = _routing(ctx)
+    read, found, new = x, [], {}
+    if not isinstance(routing.given, Router):
+        read, found, new = split(x, routing.operand(ctx.trail, side, x.array.shape), weight)
+    inner = tuple(part for name in out for part in new.get(name, [name]))
+    if isinstance(routing.given, Router):
+        choice = _asked(ctx, routing.given, weight, x, inner)
+    else:
+        choice = routing.choice(weight.path, found, read.axes)
+    if not {*choice.axes} <= {*inner, SLOT}:
+        raise ParameterError(
+            f"{weight.path} is applied over the axis of examples (or tokens) itself, which have adapters of their own: "
+            "leave it out of the bank"
+        )
+    gain = weight.gain and own_gain(weight.gain, choice)
+    before = gain is not None and not {*gain.axes} <= {*inner}
+    if gain is not None and before and not {*gain.axes} <= {*read.axes}:
+        raise unroutable(weight.path, "its gain runs along axes of both its inputs and its outputs")
+    met = times(read.array, read.axes, gain).astype(x.array.dtype).reshape(x.array.shape) if before else x.array
+    y = dot(met, weight.base)
+    sizes = {name: size for name, size in zip(read.axes, read.array.shape, strict=True)}
+    sizes |= {name: n for name, n in zip(out, y.shape, strict=True) if name not in new}
+    like = y.reshape([sizes[name] for name in inner]) if new else y
+    product = Routed(routing, choice, inner, eqn.params["precision"], like)
+    pairs = [contract.ordered(term, read.axes, inner) for term in weight.terms]
+    _record_product(ctx, eqn, weight, product, read, pairs)
+    with jax.named_scope("lora"):
+        reads = inputs(ctx, weight, read)
+        terms = [product.term(each, first, second) for each, (first, second) in zip(reads, pairs, strict=True)]
+        return adapted_result(like, inner, None if before else gain, terms).reshape(y.shape)
+
+
+def _asked(ctx: Context, router: Router, weight: Weight, x: Labelled, out: Sequence[int]) -> Labelled:
+    """What the router gives each row of an activation: `[*rows, SLOT]` float32.
+
+    Args:
+      ctx: the context.
+      router: the router.
+      weight: the weight, with keys.
+      x: the activation.
+      out: ids of the result's axes; those of the activation that are not among them are contracted.
+
+    Raises:
+      ParameterError: the parameter is applied to something else than its whole inputs, or the router gives another
+        shape.
+    """
+    keys, probe, into = weight.keys, weight.probe, {*x.axes} - {*out}
+    assert keys is not None
+    assert probe is not None
+    strange = [axis for axis in into if axis not in keys.axes and x.size(axis) > 1]
+    if strange or not {*probe.position.axes} <= into or {*keys.axes} - {*x.axes, *out, SLOT}:
+        raise ParameterError(
+            f"A router decides by the inputs of {weight.path}, and here the program does not apply it to whole inputs: "
+            "it keeps parts of them apart, or applies it the other way round. Leave it out of the bank, or give ids or "
+            "weights of examples"
+        )
+    check_whole(weight.path, x, into, probe.inputs)
+    scores = contract.product(x, keys.astype(x.array.dtype), {*out, SLOT}, jax.lax.Precision.HIGHEST, (x,))
+    rows = tuple(axis for axis in scores.axes if axis != SLOT)
+    given = scores.ordered((*rows, SLOT)).array.astype(jnp.float32)
+    found = router.weights(given)
+    if jnp.shape(found) != given.shape:
+        raise ParameterError(
+            f"{type(router).__name__}.weights gave shape {jnp.shape(found)} for scores {given.shape} at {weight.path}: "
+            "it has to give a number for each score"
+        )
+    chosen = Labelled(found.astype(jnp.float32), (*rows, SLOT))
+    _show(ctx, weight.path, probe.entry, chosen)
+    return chosen
+
+
+def _show(ctx: Context, path: str, entry: Labelled, chosen: Labelled) -> None:
+    """Show the observer, if there is one, the weights that the rows of every map of a stack got."""
+    if ctx.observe is None:
+        return
+    free = [axis for axis in chosen.axes if axis not in (*entry.axes, SLOT)]
+    seen = chosen.over([*entry.axes, *free, SLOT])
+    seen = seen.reshape(*seen.shape[: len(entry.axes)], -1, seen.shape[-1])
+    ctx.observe(path, entry.array, jnp.broadcast_to(seen, (*entry.array.shape, *seen.shape[-2:])), None)
+
+
+def _routing(ctx: Context) -> Routing:
+    assert ctx.routing is not None
+    return ctx.routing
+
+
+def _record_product(
+    ctx: Context, eqn: Any, weight: Weight, product: Routed, x: Labelled, pairs: Sequence[tuple[Labelled, Labelled]]
+) -> None:
+    """Log the form, and what it adds to one forward evaluation."""
+    form, slots = product.form(x, *pairs[0]), product.routing.slots
+    into = [axis for axis in weight.axes if axis in x.axes and axis not in product.out]
+    left = [axis for axis in weight.axes if axis not in x.axes]
+    tokens = prod(n for axis, n in zip(x.axes, x.array.shape, strict=True) if axis not in weight.axes)
+    rank = sum(first.size(RANK) for first, _ in pairs) * (slots if form == "mask" else 1)
+    lengths = dict(zip(weight.axes, weight.base.shape, strict=True))
+    ends = prod(lengths[axis] for axis in into) + prod(lengths[axis] for axis in left)
+    roles = ctx.roles(weight.path, into=into, out=left)
+    ctx.record(weight, eqn, form, kind="dense", flops=2 * tokens * rank * ends, nbytes=4 * tokens * rank, **roles)
+
+
+def of_images(ctx: Context, eqn: Any, kernel: Weight) -> tuple[Any, Labelled | None]:
+    """What each image of a convolution keeps of every slot, `[images, slots]`, and its gain, with axis `IMAGE`.
+
+    Raises:
+      ParameterError: positions within an image have adapters of their own.
+    """
+    routing, shape = _routing(ctx), eqn.invars[0].aval.shape
+    axes = routing.operand(ctx.trail, 0, shape)
+    batch = eqn.params["dimension_numbers"].lhs_spec[0]
+    names = [IMAGE if i == batch else IMAGE - 1 for i in range(len(axes))]
+    choice = routing.choice(kernel.path, axes, names)
+    if not {*choice.axes} <= {IMAGE, SLOT}:
+        raise ParameterError(
+            f"{kernel.path} convolves over tokens that have adapters of their own: each result reads several of them. "
+            "Leave it out of the bank, or route by examples alone"
+        )
+    keeps = gate(choice, routing.slots, jnp.float32).over((IMAGE, SLOT))
+    gain = kernel.gain and own_gain(kernel.gain, choice)
+    return jnp.broadcast_to(keeps, (shape[batch], routing.slots)), gain
+
+
+def look_up(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[int], taken: Weight) -> Any:
+    """Rows of a table, each with what its own adapter adds.
+
+    Args:
+      ctx: the context.
+      table: the table.
+      axes: what runs along the axes of the indices.
+      rows: ids of these axes in the result.
+      taken: the rows; factors that the index does not choose from have an axis of slots, the others too if examples
+        have weights of all slots.
+    """
+    routing = _routing(ctx)
+    choice = routing.choice(table.path, axes, rows)
+    product = Routed(routing, choice, taken.axes, jax.lax.Precision.HIGHEST, taken.base)
+    wide = jnp.promote_types(taken.base.dtype, jnp.float32)
+    terms = []
+    for term in taken.terms:
+        first, second = (term.a, term.b) if {*rows} & {*term.a.axes} else (term.b, term.a)
+        first, second = first.astype(wide), second.astype(wide)
+        if not routing.mixes:  # The base's rows looked up some slot too.
+            own = replace(choice, array=choice.array < routing.slots).over(first.axes)
+            first = replace(first, array=jnp.where(own, first.array, 0))
+        form = product.form(first, second, second)
+        terms.append(product.mixed(first, second if form == "mask" else chosen(second, choice)))
+    gain = taken.gain and own_gain(taken.gain, choice)
+    return adapted_result(taken.base, taken.axes, gain, terms)
+
+
+def slot_of_rows(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[int]) -> Any | None:
+    """`[*rows]` integers: the slot that each look-up is made in; None where examples have weights of all slots.
+
+    Rows of the base look up some slot too, to no effect.
+    """
+    routing = _routing(ctx)
+    if routing.mixes:
+        return None
+    sizes = [length(axis) for axis in axes]
+    return jnp.minimum(jnp.broadcast_to(routing.choice(table.path, axes, rows).over(rows), sizes), routing.slots - 1)

@@ -1,0 +1,1 @@
+"""Rules of the engine: one module for each kind of operation."""

@@ -1,0 +1,1 @@
+"""What an adapter on disk holds, without the base it belongs to."""

@@ -1,0 +1,108 @@
+"""The PyTorch twin of a JAX model: every name that a map gives to its parameters, and the way back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lora_jax.adapter.site import Site, Sites
+from lora_jax.errors import MatchError
+from lora_jax.io.names.names import Names
+from lora_jax.io.names.targets import Target
+
+_WEIGHTS = ("kernel", "embedding", "scale", "w", "weight", "input_embedding", "embeddings")
+_BIASES = ("bias", "b")
+
+
+class Place(NamedTuple):
+    """Where a PyTorch module, or a part of one, is in the JAX model."""
+
+    site: Site
+    target: Target
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Names of a model's parameters in PyTorch.
+
+    Attributes:
+      modules: places of linear weights by the name of their module, or of their stacked parameter; several, in the
+        order of its outputs, where the module fuses several parameters.
+      tensors: paths by the name of the tensor, for parameters that PyTorch has whole.
+      unnamed: why other sites have no name.
+    """
+
+    modules: Mapping[str, tuple[Place, ...]]
+    tensors: Mapping[str, str]
+    unnamed: Mapping[str, MatchError] = field(default_factory=dict)
+
+    def known(self) -> set[str]:
+        """Every module, those that contain others included."""
+        owners = {name.rpartition(".")[0] for name in (*self.tensors, *self.parameters())}
+        names = {*self.modules} - {*self.parameters()} | owners
+        return {".".join(parts[:end]) for parts in (n.split(".") for n in names) for end in range(1, len(parts) + 1)}
+
+    def parameters(self) -> list[str]:
+        """Names of stacked parameters."""
+        return [name for name, places in self.modules.items() if places[0].target.parameter]
+
+    def shapes(self, names: Names) -> dict[str, tuple[int, ...]]:
+        """Shapes of stacked parameters, in the order of the rules, and of the weights of modules."""
+        found: dict[str, tuple[int, ...]] = {}
+        stacks = self.parameters()
+        for name in sorted(stacks, key=lambda name: names.order(self.modules[name][0].site.path)):
+            site, target = self.modules[name][0]
+            found[name] = (site.batch_shape[-1], target.part.span.total, site.fan_in)
+        for name, ((site, target), *_) in self.modules.items():
+            if name not in stacks:
+                found[f"{name}.weight"] = (target.part.span.total, site.fan_in)
+        return found
+
+
+def twin(names: Names, sites: Sites) -> Twin:
+    """Name everything that the map can name.
+
+    Raises:
+      MatchError: two sites have the same name.
+    """
+    unnamed: dict[str, MatchError] = {}
+    named: list[Site] = []
+    for site in sites.values():
+        try:
+            names.targets(site, sites)
+            named.append(site)
+        except MatchError as error:
+            unnamed[site.path] = error
+    places: dict[str, list[Place]] = {}
+    for path, targets in names.resolve(named, sites).items():
+        for target in targets:
+            places.setdefault(target.name, []).append(Place(sites[path], target))
+    tensors: dict[str, str] = {}
+    for path in sites.all_paths:
+        try:
+            tensors[tensor_name(names, path, sites.get(path))] = path
+        except MatchError:
+            continue
+    ordered = {name: tuple(sorted(each, key=_start)) for name, each in places.items()}
+    return Twin(ordered, tensors, unnamed)
+
+
+def _start(place: Place) -> int:
+    return place.target.part.span.start
+
+
+def tensor_name(names: Names, path: str, site: Site | None) -> str:
+    """What PyTorch calls a parameter that it has whole.
+
+    Raises:
+      MatchError: it has no name, or is stacked or fused.
+    """
+    leaf = path.rpartition("/")[2]
+    if site is not None and site.batch_axes:
+        raise MatchError(f"{path!r} is a stack of weights, and PEFT trains whole modules only, one at a time")
+    weight = leaf in _WEIGHTS or (site is not None and site.kind != "full")
+    return f"{names.module(path)}.{'weight' if weight else 'bias' if leaf in _BIASES else leaf}"
+
+
+def is_tied(site: Site) -> bool:
+    """Whether a look-up table is the output head too."""
+    return site.kind == "embedding" and site.head and site.uses > 1

@@ -1,0 +1,1 @@
+"""lora_jax's own format of adapters on disk."""

@@ -1,0 +1,155 @@
+"""What a checkpoint says about an adapter beside its arrays: kinds of update, sites, config and base, as JSON."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from json import dumps
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import Update
+from lora_jax.config.config import LoraConfig
+from lora_jax.errors import CheckpointError
+from lora_jax.paths import is_array, named_leaves
+
+FORMAT = 1
+"""Version of what `describe` returns; to be raised whenever an older lora_jax could not read the new one."""
+
+_SHOWN = 5
+
+
+def describe(adapter: Adapter, config: LoraConfig | None, params: Any) -> dict[str, Any]:
+    """Everything about an adapter that is no array."""
+    base = None if params is None else _fingerprint(params)
+    return {
+        "format": FORMAT,
+        "version": _version(),
+        "config": None if config is None else asdict(config),
+        "updates": {path: {"type": type(update).__name__, **_statics(update)} for path, update in adapter.items()},
+        "base": None if base is None else {"sha256": _digest(base), "parameters": base},
+    }
+
+
+def assemble(notes: Mapping[str, Any], leaves: Mapping[str, Mapping[str, Any]]) -> Adapter:
+    """Inverse of `describe` and `arrays`: the adapter with the given leaves, by path and field."""
+    return Adapter({path: _update(entry, leaves[path]) for path, entry in notes["updates"].items()})
+
+
+def arrays(update: Update) -> dict[str, Any]:
+    """The arrays of an update by field."""
+    entries, _ = jax.tree_util.tree_flatten_with_path(update)
+    return {jax.tree_util.keystr(keys, simple=True): leaf for keys, leaf in entries}
+
+
+def check_format(where: str, notes: Any) -> None:
+    """Refuse metadata that is missing, garbled, or from a newer version.
+
+    Raises:
+      CheckpointError: it is.
+    """
+    if not isinstance(notes, Mapping) or not {"format", "updates", "config", "base"} <= notes.keys():
+        raise CheckpointError(
+            f"{where} is a checkpoint without the metadata of an adapter: it was not written by lora_jax.save, or its "
+            "file _CHECKPOINT_METADATA is damaged. Copy it again, or save the adapter again."
+        )
+    if notes["format"] != FORMAT:
+        raise CheckpointError(
+            f"{where} has format {notes['format']!r}, written by lora_jax {notes.get('version')}; this is lora_jax "
+            f"{_version()}, which reads format {FORMAT}. Install the version that wrote it, or a newer one."
+        )
+
+
+def check_base(where: str, notes: Mapping[str, Any], params: Any) -> None:
+    """Refuse a base other than the one recorded; None is never refused.
+
+    Raises:
+      CheckpointError: a parameter is missing, new, or has another shape or dtype.
+    """
+    if params is None:
+        return
+    given = _fingerprint(params)
+    base = notes["base"]
+    if base is not None and base["sha256"] == _digest(given):
+        return
+    expected = base["parameters"] if base is not None else _adapted(notes)
+    known = set(expected) | (set(given) if base is not None else set())
+    different = [path for path in sorted(known) if expected.get(path) != given.get(path)]
+    if different:
+        shown = "; ".join(_difference(path, expected.get(path), given.get(path)) for path in different[:_SHOWN])
+        more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+        raise CheckpointError(
+            f"{where} belongs to another base: {len(different)} of {len(known)} parameters differ: {shown}{more}.\n"
+            "Load it with the parameters it was trained on, or leave params out to load it without this check."
+        )
+
+
+def base_shapes(notes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct] | None:
+    """The base's parameters by path, or None if they were not recorded."""
+    base = notes["base"]
+    return None if base is None else {path: _unspelled(text) for path, text in base["parameters"].items()}
+
+
+def _difference(path: str, expected: str | None, given: str | None) -> str:
+    if given is None:
+        return f"{path} ({expected}) is missing"
+    return f"{path} ({given}) is new" if expected is None else f"{path} is {given}, not {expected}"
+
+
+def _adapted(notes: Mapping[str, Any]) -> dict[str, str]:
+    sites = {path: entry["site"] for path, entry in notes["updates"].items()}
+    return {path: _spell(site["shape"], site["dtype"]) for path, site in sites.items()}
+
+
+def _fingerprint(params: Any) -> dict[str, str]:
+    leaves, _ = named_leaves(params)
+    return {path: _spell(leaf.shape, leaf.dtype) for path, leaf in sorted(leaves.items()) if is_array(leaf)}
+
+
+def _spell(shape: Any, dtype: Any) -> str:
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def _unspelled(text: str) -> jax.ShapeDtypeStruct:
+    dtype, _, sizes = text.removesuffix("]").partition("[")
+    return jax.ShapeDtypeStruct(tuple(int(size) for size in sizes.split(",") if size), jnp.dtype(dtype))
+
+
+def _digest(base: Mapping[str, str]) -> str:
+    return sha256(dumps(base, sort_keys=True).encode()).hexdigest()
+
+
+def _statics(update: Update) -> dict[str, Any]:
+    names = {field.name for field in fields(cast(Any, update))} - set(arrays(update))
+    values = {name: getattr(update, name) for name in sorted(names)}
+    return {name: asdict(value) if isinstance(value, Site) else value for name, value in values.items()}
+
+
+def _update(entry: Mapping[str, Any], leaves: Mapping[str, Any]) -> Update:
+    kinds = {kind.__name__: kind for kind in _kinds(Update)}
+    statics = {name: _static(name, value) for name, value in entry.items() if name != "type"}
+    return kinds[entry["type"]](**leaves, **statics)
+
+
+def _static(name: str, value: Any) -> Any:
+    if name == "site":
+        return Site(**{field: _static(field, item) for field, item in value.items()})
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _kinds(kind: Any) -> Iterator[Any]:
+    """Every subclass, so that a new kind of update needs no entry here."""
+    for child in kind.__subclasses__():
+        yield child
+        yield from _kinds(child)
+
+
+def _version() -> str:
+    try:
+        return version("lora_jax")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,232 @@
+"""Adapter checkpoints through Orbax: what the adapter holds, and enough to know what it belongs to.
+
+The directory is an ordinary Orbax checkpoint: a tree `{path: {field: array}}`, and under `lora_jax` in its custom
+metadata everything that is no array. Orbax writes to a temporary directory and renames it at the end, so a save
+that was cut short never loads.
+
+An `Adapter` is a plain pytree too: to resume training exactly, save it together with the optimizer's state through
+`ocp.training.Checkpointer` or `CheckpointManager`, with the freshly made state as the abstract tree to restore into.
+"""
+
+from collections.abc import Callable
+from os import PathLike, fspath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+from orbax.checkpoint import v1 as ocp
+
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.by_path import fit
+from lora_jax.config.config import LoraConfig
+from lora_jax.errors import CheckpointError, LoraError
+from lora_jax.io.own import manifest
+from lora_jax.paths import named_leaves
+
+_KEY = "lora_jax"
+_BROKEN = (ValueError, TypeError, LookupError, AttributeError, OSError, RuntimeError)
+
+
+def save(
+    path: str | PathLike[str],
+    adapter: Adapter,
+    *,
+    config: LoraConfig | None = None,
+    params: Any = None,
+    overwrite: bool = False,
+) -> None:
+    """Write an adapter, and nothing of the base, to a directory.
+
+    Arrays are kept bit for bit, bfloat16 and sharded ones included. Every process of a multi-host program must call it.
+
+    Differs from PEFT, which needs `adapter_config.json` and the base model to make sense of the arrays: here the
+    checkpoint says by itself what it holds.
+
+    Args:
+      path: the directory to create; anything `epath` understands, such as `gs://bucket/adapter`.
+      adapter: what to save.
+      config: the config it was made with, to be read back by `load_config`.
+      params: the base's parameters (arrays or `jax.ShapeDtypeStruct`). Paths, shapes and dtypes of all of them are
+        recorded, and checked when the adapter is loaded for a base. Without it, those of adapted parameters are.
+      overwrite: replace an adapter that is there already. The old one is deleted first. Anything else found at
+        `path` is never deleted.
+
+    Raises:
+      CheckpointError: `path` exists, or the adapter is empty.
+      ParameterError: the adapter does not fit `params`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora, tempfile
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)))
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
+      >>> folder = tempfile.mkdtemp() + "/adapter"
+      >>> lora.save(folder, adapter, params=params)
+      >>> bool((lora.load(folder, params)["w"].a == adapter["w"].a).all())
+      True
+    """
+    where = _resolve(path)
+    if not adapter:
+        raise CheckpointError(f"Nothing to save at {where}: the adapter is empty")
+    if params is not None:
+        fit(adapter, named_leaves(params)[0])
+    if where.exists():
+        _check_replaceable(where, overwrite)
+    arrays = {name: {field: _array(leaf) for field, leaf in manifest.arrays(adapter[name]).items()} for name in adapter}
+    notes: Any = {_KEY: manifest.describe(adapter, config, params)}
+    ocp.save(where, arrays, overwrite=overwrite, custom_metadata=notes)
+
+
+def load(
+    path: str | PathLike[str],
+    params: Any = None,
+    *,
+    sharding: Sharding | Callable[[Adapter], Any] | None = None,
+) -> Adapter:
+    """Read an adapter back; nothing else is needed.
+
+    Args:
+      path: the directory that `save` wrote.
+      params: the base's parameters (arrays or `jax.ShapeDtypeStruct`), to make sure that they are the ones the
+        adapter was trained on. None skips the check.
+      sharding: where to put the arrays: one sharding for all, or a function from the abstract adapter (with
+        `jax.ShapeDtypeStruct` leaves) to a tree of shardings, or a prefix of one. By default they are
+        uncommitted, like freshly made arrays, and follow whatever they are used with.
+
+    Returns:
+      The adapter, bit for bit.
+
+    Raises:
+      CheckpointError: there is no adapter at `path`, it is damaged or from a newer lora_jax, or it belongs to
+        another base, in which case the message names the parameters that differ.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora, tempfile
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)))
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
+      >>> folder = tempfile.mkdtemp() + "/adapter"
+      >>> lora.save(folder, adapter)
+      >>> try:
+      ...     lora.load(folder, {"w": jnp.ones((4, 7))})
+      ... except lora.CheckpointError as error:
+      ...     print("w is float32[4,7], not float32[4,3]" in str(error))
+      True
+    """
+    where = _resolve(path)
+    notes, stored = _read(where)
+    abstract = _guarded(where, _abstract, notes, stored)
+    _guarded(where, manifest.check_base, str(where), notes, params)
+    _check_dtypes(where, abstract)
+    target = _target(abstract, sharding)
+    arrays = _guarded(where, ocp.load, where, {name: manifest.arrays(target[name]) for name in target})
+    return manifest.assemble(notes, arrays if sharding is not None else jax.tree.map(jnp.asarray, arrays))
+
+
+def load_config(path: str | PathLike[str]) -> LoraConfig | None:
+    """Read the config that an adapter was saved with.
+
+    Args:
+      path: the directory that `save` wrote.
+
+    Returns:
+      The config, or None if it was saved without one.
+
+    Raises:
+      CheckpointError: there is no adapter at `path`, or it is damaged.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora, tempfile
+      >>> params, config = {"w": jnp.ones((4, 3))}, lora.LoraConfig(rank=2, targets="w")
+      >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)))
+      >>> folder = tempfile.mkdtemp() + "/adapter"
+      >>> lora.save(folder, lora.init(jax.random.key(0), config, params, sites), config=config)
+      >>> load_config(folder) == config
+      True
+    """
+    where = _resolve(path)
+    fields = _read(where)[0]["config"]
+    return None if fields is None else _guarded(where, lambda: LoraConfig(**fields))
+
+
+def load_base(path: str | PathLike[str]) -> dict[str, jax.ShapeDtypeStruct] | None:
+    """Read which base an adapter was saved for.
+
+    Args:
+      path: the directory that `save` wrote.
+
+    Returns:
+      Shapes and dtypes of the base's parameters by path, or None if it was saved without `params`.
+
+    Raises:
+      CheckpointError: there is no adapter at `path`, or it is damaged.
+    """
+    where = _resolve(path)
+    return _guarded(where, manifest.base_shapes, _read(where)[0])
+
+
+def _resolve(path: str | PathLike[str]) -> Any:
+    where = ocp.path.Path(fspath(path))
+    return where if "://" in fspath(path) else where.expanduser().absolute()
+
+
+def _check_replaceable(where: Any, overwrite: bool) -> None:
+    if not overwrite:
+        raise CheckpointError(f"{where} exists already. Choose another path, or pass overwrite=True to replace it.")
+    try:
+        _read(where)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{where} exists and is no adapter that could be replaced, so it is left alone. Choose another path, or "
+            "delete it yourself."
+        ) from error
+
+
+def _array(leaf: Any) -> jax.Array | np.ndarray:
+    return leaf if isinstance(leaf, (jax.Array, np.ndarray)) else jnp.asarray(leaf)
+
+
+def _read(where: Any) -> tuple[dict[str, Any], Any]:
+    """The metadata, checked, and the abstract arrays as they are stored."""
+    if not where.exists():
+        raise CheckpointError(f"There is nothing at {where}. Check the path; lora_jax.save creates such a directory.")
+    found = _guarded(where, ocp.metadata, where)
+    notes: Any = (found.custom_metadata or {}).get(_KEY)
+    manifest.check_format(str(where), notes)
+    return notes, found.metadata
+
+
+def _guarded(where: Any, function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except LoraError:
+        raise
+    except _BROKEN as error:
+        reason = str(error).partition("\n")[0][:300]
+        raise CheckpointError(
+            f"{where} cannot be read as an adapter: it is incomplete, damaged, or something else. Copy it again from "
+            f"where it was saved, or save it again. Reason: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _abstract(notes: Any, stored: Any) -> Adapter:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), manifest.assemble(notes, stored))
+
+
+def _check_dtypes(where: Any, abstract: Adapter) -> None:
+    for leaf in jax.tree.leaves(abstract):
+        if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+            raise CheckpointError(
+                f"{where} holds {leaf.dtype} arrays, which JAX would truncate: "
+                'call jax.config.update("jax_enable_x64", True) before loading it.'
+            )
+
+
+def _target(abstract: Adapter, sharding: Any) -> Adapter:
+    """What Orbax restores into: NumPy arrays when no placement is asked for, because its JAX arrays are committed."""
+    if sharding is None:
+        return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
+    placed = jax.tree.broadcast(sharding if isinstance(sharding, Sharding) else sharding(abstract), abstract)
+    return jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), abstract, placed)

@@ -1,0 +1,204 @@
+"""Composing PEFT adapters as they are on disk, without the model they belong to.
+
+PyTorch's modules become parameters of their own kind: an adapter by module name, in PyTorch's layout. What PEFT stores
+whole is a value there, DoRA's magnitudes too: their differences to the base are known only with it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.site import Kind, Site
+from lora_jax.adapter.updates import LowRank, Replace, Update
+from lora_jax.compose import compose_report
+from lora_jax.compose.report import ComposeReport
+from lora_jax.errors import CheckpointError
+from lora_jax.io.peft import config as peft_config
+from lora_jax.io.peft.delta import Module, ModuleKind
+from lora_jax.io.peft.files import PeftFiles
+from lora_jax.io.peft.kinds import LORA, kind_of
+from lora_jax.io.peft.tokens import SUFFIX, token_indices, tokens_by_module, whole_tensors
+from lora_jax.methods import Rows, Shift
+
+_KINDS: dict[str, Kind] = {"linear": "dense", "conv": "conv", "embedding": "embedding"}
+MAGNITUDE = ".lora_magnitude_vector"
+"""What follows a module's name in that of its DoRA magnitudes."""
+
+_BIAS = ".lora_B.bias"
+_ROWS = 1 << 31
+"""Rows of a table that is known by some of its rows only."""
+
+_CONVERT = "Convert the adapters first (lora-jax convert), and compose them in lora_jax's own format."
+
+
+def compose_files(
+    files: Sequence[PeftFiles],
+    weights: Sequence[float] | None = None,
+    base: Mapping[str, np.ndarray] | None = None,
+    **settings: Any,
+) -> tuple[PeftFiles, ComposeReport]:
+    """Compose PEFT adapters; see `lora_jax.compose`.
+
+    Args:
+      files: what to compose.
+      weights: as for `lora_jax.compose`.
+      base: of `lora_jax.io.hf.values.base_values`; without it, values that replace the base's need weights that add up
+        to 1.
+      **settings: likewise, but for `params`.
+
+    Returns:
+      The composition, with a scale of 1 everywhere, and the report on it, by module name.
+
+    Raises:
+      CheckpointError: the adapters do not go together, or hold what cannot be composed without the model.
+      LoraError: as `lora_jax.compose` does.
+
+    Example:
+      >>> module = Module("linear", np.ones((2, 4), np.float32), np.ones((3, 2), np.float32))
+      >>> files = PeftFiles({"r": 2, "lora_alpha": 2, "target_modules": ["q"]}, {"q": module})
+      >>> made, report = compose_files([files, files], [1.0, -0.5])
+      >>> made.rank("q"), float(made.delta("q", (3, 4))[0, 0]), report.rows[0].rank
+      (4, 1.0, 4)
+    """
+    _check_alike(files)
+    adapters = [_adapter(each, base or {}) for each in files]
+    params = None if base is None else _params(adapters, base)
+    report = compose_report(adapters, weights, params=params, **settings)
+    return _files(report.adapter, files), report
+
+
+def _params(adapters: Sequence[Adapter], base: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The base as parameters; zeros without memory where only its shape counts."""
+    sites = {path: update.site for adapter in adapters for path, update in adapter.items()}
+    return {path: base.get(path, np.broadcast_to(np.float32(0), site.shape)) for path, site in sites.items()}
+
+
+def _adapter(files: PeftFiles, base: Mapping[str, np.ndarray]) -> Adapter:
+    updates: dict[str, Update] = {}
+    dropout = float(files.config.get("lora_dropout") or 0.0)
+    for name, module in files.modules.items():
+        scale = jnp.float32(files.scale(name))
+        updates[name] = _factors(files.where, name, module, scale, dropout)
+        if module.magnitude is not None:
+            updates[name + MAGNITUDE] = _whole(files.where, name + MAGNITUDE, module.magnitude)
+        if module.b_bias is not None:
+            bias = _whole(files.where, name + _BIAS, module.b_bias)
+            updates[bias.site.path] = Shift(bias.value, scale, bias.site)
+    for name, value in tokens_by_module(files.saved).items():
+        numbers = token_indices(files.where, files.config, name, value)
+        shape = base[name + SUFFIX].shape if name + SUFFIX in base else (_ROWS, value.shape[1])
+        site = Site(path=name + SUFFIX, shape=shape, dtype="float32", kind="embedding", in_axes=(0,), out_axes=(1,))
+        updates[site.path] = Rows(jnp.asarray(value), site, numbers)
+    for name, value in whole_tensors(files.saved).items():
+        updates[name] = _whole(files.where, name, value)
+    return Adapter(updates)
+
+
+def _factors(where: str, name: str, module: Module, scale: Any, dropout: float) -> LowRank:
+    if module.kind == "parameter" or module.b.shape[1] != len(module.a):
+        what = "a parameter adapted by itself" if module.kind == "parameter" else "a convolution in groups"
+        raise CheckpointError(f"{where}: {name} is {what}, of which the files do not tell the layout. {_CONVERT}")
+    outputs, inputs = len(module.b), module.a.shape[1:]
+    last = module.kind == "embedding"
+    shape = (*inputs, outputs) if last else (outputs, *inputs)
+    into = (0,) if last else tuple(range(1, len(shape)))
+    site = Site(
+        path=name, shape=shape, dtype="float32", kind=_KINDS[module.kind],
+        in_axes=into, out_axes=(len(shape) - 1,) if last else (0,),
+    )  # fmt: skip
+    return LowRank(jnp.asarray(module.a), jnp.asarray(module.b.reshape(outputs, -1).T), scale, site, dropout)
+
+
+def _whole(where: str, name: str, value: np.ndarray) -> Replace:
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise CheckpointError(f"{where}: {name} is {value.dtype}, and integers cannot be composed")
+    site = Site(path=name, shape=value.shape, dtype="float32", kind="full")
+    return Replace(jnp.asarray(value), site)
+
+
+def _files(adapter: Adapter, sources: Sequence[PeftFiles]) -> PeftFiles:
+    arrays = {path: _array(update) for path, update in adapter.items() if not isinstance(update, LowRank)}
+    modules: dict[str, Module] = {}
+    kinds: dict[str, ModuleKind] = {name: module.kind for each in sources for name, module in each.modules.items()}
+    for name, update in adapter.items():
+        if isinstance(update, LowRank):
+            kind = kinds[name]
+            a, b = np.asarray(update.a), _laid_out(kind, np.asarray(update.b).T, update.a.ndim)
+            modules[name] = Module(kind, a, b, arrays.pop(name + MAGNITUDE, None), arrays.pop(name + _BIAS, None))
+    rows = {path.removesuffix(SUFFIX): each.rows for path, each in adapter.items() if isinstance(each, Rows)}
+    return PeftFiles(_config(modules, rows, adapter, [each.config for each in sources]), modules, arrays)
+
+
+def _laid_out(kind: ModuleKind, b: np.ndarray, axes: int) -> np.ndarray:
+    return b.reshape(*b.shape, *[1] * (axes - 2)) if kind == "conv" else b
+
+
+def _array(update: Any) -> np.ndarray:
+    return np.asarray(update.value)
+
+
+def _config(
+    modules: Mapping[str, Module],
+    rows: Mapping[str, tuple[int, ...]],
+    adapter: Adapter,
+    configs: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What the files of the composition say: a scale of 1, and what those of its parts have in common."""
+    ranks = {name: len(module.a) for name, module in modules.items()}
+    known = {name: _first(configs, name) for name in ("base_model_name_or_path", "task_type", "fan_in_fan_out")}
+    biases = {config.get("bias") or "none" for config in configs}
+    factors = [update for update in adapter.values() if isinstance(update, LowRank)]
+    return {
+        **peft_config.inferred(ranks, _union(configs, "modules_to_save")),
+        **known,
+        "target_modules": _targets(configs) or sorted(modules),
+        "bias": next((name for name in ("all", "lora_only") if name in biases), "none"),
+        "lora_dropout": factors[0].dropout if factors else 0.0,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": any(module.magnitude is not None for module in modules.values()),
+        "lora_bias": any(module.b_bias is not None for module in modules.values()),
+        "trainable_token_indices": {name: list(numbers) for name, numbers in rows.items()} or None,
+    }
+
+
+def _first(configs: Sequence[Mapping[str, Any]], field: str) -> Any:
+    return next((config[field] for config in configs if config.get(field)), None)
+
+
+def _union(configs: Sequence[Mapping[str, Any]], field: str) -> list[str]:
+    return sorted({name for config in configs for name in config.get(field) or ()})
+
+
+def _targets(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The union of all targets; nothing where a regex, layers or exclusions decide too, so that names must."""
+    plain = all(
+        isinstance(config.get("target_modules"), list)
+        and not config.get("exclude_modules")
+        and config.get("layers_to_transform") is None
+        for config in configs
+    )
+    return _union(configs, "target_modules") if plain else []
+
+
+def _check_alike(files: Sequence[PeftFiles]) -> None:
+    """Refuse files of which names do not tell what goes with what."""
+    if len({bool(each.config.get("fan_in_fan_out")) for each in files}) > 1:
+        raise CheckpointError("fan_in_fan_out differs between the adapters: they are not of the same model")
+    for each in files:
+        if kind_of(each.config) is not LORA:
+            raise CheckpointError(f"{each.where} is {kind_of(each.config).label}, no plain LoRA. {_CONVERT}")
+        if each.config.get("alora_invocation_tokens"):
+            raise CheckpointError(f"{each.where} is aLoRA: adapters that act on different tokens cannot become one")
+        if each.config.get("ensure_weight_tying"):
+            raise CheckpointError(f"{each.where}: ensure_weight_tying stores the factors of a table twice. {_CONVERT}")
+    for name in sorted({name for each in files for name in each.modules}):
+        dora = {each.modules[name].magnitude is not None for each in files if name in each.modules}
+        if len(dora) > 1:
+            raise CheckpointError(
+                f"{name} is DoRA in one adapter and not in another, which cannot become one without the base. Compose "
+                "them in Python: lora_jax.methods.precompute(params, adapter) takes DoRA's norm out."
+            )

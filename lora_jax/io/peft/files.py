@@ -1,0 +1,140 @@
+"""PEFT adapters as plain NumPy: what `adapter_model.safetensors` and `adapter_config.json` say.
+
+Neither a model nor a JAX program is involved. Names are those of PyTorch modules relative to the base model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from lora_jax.errors import CheckpointError
+from lora_jax.io.peft import config as peft_config
+from lora_jax.io.peft.delta import Module, delta, owners
+from lora_jax.io.peft.kinds import mask_of
+
+# Layers that `save_embedding_layers` writes although no config names them.
+EMBEDDINGS = (
+    "embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_in", "embed_out", "tok_embeddings",
+    "token_embedding", "embed", "embedding", "embeddings", "output", "head",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PeftFiles:
+    """An adapter as PEFT stores it.
+
+    Attributes:
+      config: `adapter_config.json` as it is; what it lacks is completed from the arrays.
+      modules: factors by the name of their module, as in `model.layers.0.self_attn.q_proj`. Where several parameters
+        of one module are adapted, PEFT nests them: `experts` is the outermost, `experts.base_layer` the next.
+      saved: whole tensors by the name they have in the base model (`modules_to_save`, biases, saved embeddings), and
+        rows as `<module>.token_adapter.trainable_tokens_delta`.
+      where: the file they come from, for error messages.
+
+    Example:
+      >>> files = PeftFiles({"r": 2, "lora_alpha": 4}, {"q": Module("linear", np.ones((2, 4)), np.ones((3, 2)))}, {})
+      >>> files.rank("q"), files.scale("q"), float(files.delta("q", (3, 4))[0, 0])
+      (2, 2.0, 4.0)
+    """
+
+    config: Mapping[str, Any]
+    modules: Mapping[str, Module]
+    saved: Mapping[str, np.ndarray] = field(default_factory=dict)
+    where: str = "the adapter"
+
+    def rank(self, module: str, experts: int = 1) -> int:
+        """The rank of a module: that of its arrays, which is per weight where a parameter stacks several."""
+        return self.modules[module].a.shape[0] // experts
+
+    def whole(self, module: str) -> Module:
+        """A module with the terms that AdaLoRA pruned back in their places, as zeros.
+
+        Example:
+          >>> config = {"peft_type": "ADALORA", "init_r": 3, "rank_pattern": {"q.lora_E": [False, True, True]}}
+          >>> kept = Module("linear", np.ones((2, 4)), np.ones((5, 2)), values=np.ones(2))
+          >>> PeftFiles(config, {"q": kept}).whole("q").values.tolist()
+          [0.0, 1.0, 1.0]
+        """
+        found, mask = self.modules[module], mask_of(self.config, module)
+        if mask is None or found.values is None:
+            return found
+        rank, kept = len(mask), np.array(mask)
+        a, values = (np.zeros((rank, *each.shape[1:]), each.dtype) for each in (found.a, found.values))
+        b = np.zeros((len(found.b), rank), found.b.dtype)
+        a[kept], b[:, kept], values[kept] = found.a, found.b, found.values
+        return replace(found, a=a, b=b, values=values)
+
+    def alpha(self, module: str, parameter: str | None = None) -> float:
+        """Alpha of a module: the first `alpha_pattern` key that matches, else `lora_alpha`, else PEFT's 8; VeRA's is r.
+
+        Args:
+          module: its name.
+          parameter: full name of the adapted parameter, for kind `parameter`: PEFT looks that up in its patterns.
+        """
+        return peft_config.alpha_of(self.config, parameter or module, self.rank(module))
+
+    def scale(self, module: str, parameter: str | None = None, experts: int = 1) -> float:
+        """`alpha / rank` of a module, or what its kind has instead; arguments as above."""
+        return peft_config.scale_of(self.config, parameter or module, self.rank(module, experts))
+
+    def delta(
+        self, module: str, shape: tuple[int, ...], *, parameter: str | None = None, transposed: bool | None = None
+    ) -> np.ndarray:
+        """What the adapter adds to a weight, scale included, in PyTorch's layout.
+
+        Args:
+          module: name of the module.
+          shape: shape of the tensor to add to: it tells a stack of experts, groups, and how the weight lies.
+          parameter: full name of the adapted parameter, for kind `parameter`.
+          transposed: whether the weight is stored `(in, out)`, or `(experts, in, out)`. By default it is read off
+            the shape, and off `fan_in_fan_out` for a square one.
+
+        Returns:
+          Float32 array of the given shape.
+
+        Raises:
+          CheckpointError: the factors do not fit the shape, a square stack of experts needs `transposed`, or the
+            change is not one of the weight alone (DoRA, convolutions in groups).
+
+        Example:
+          >>> module = Module("embedding", np.ones((2, 9)), np.ones((4, 2)))
+          >>> PeftFiles({"lora_alpha": 2}, {"wte": module}).delta("wte", (9, 4)).shape
+          (9, 4)
+        """
+        found = self.modules[module]
+        if self.config.get("alora_invocation_tokens"):
+            raise CheckpointError(f"{self.where}: aLoRA acts only after its invocation tokens, as no delta can")
+        if found.magnitude is not None:
+            raise CheckpointError(
+                f"{self.where}: {module} uses DoRA, which rescales the weight itself, so it has no delta to add. "
+                "Merge it in PEFT (merge_and_unload)."
+            )
+        stacked = found.kind == "parameter" and len(shape) == 3
+        scale = self.scale(module, parameter, shape[0] if stacked else 1)
+        return delta(f"{self.where}: {parameter or module}", found, scale, shape, self._transposed(found, transposed))
+
+    def _transposed(self, module: Module, given: bool | None) -> bool | None:
+        if given is not None or module.kind == "parameter":
+            return given
+        return bool(peft_config.setting(self.config, "fan_in_fan_out")) if module.kind == "linear" else None
+
+    def owners(self, shapes: Mapping[str, tuple[int, ...]], *, ordered: bool = False) -> dict[str, str]:
+        """Which entry of `modules` belongs to which parameter, for modules of kind `parameter`.
+
+        The files say only how deep the entries of one module are nested; the parameters that PyTorch declares first
+        are nested deepest.
+
+        Args:
+          shapes: shapes of the base's tensors by full name; those that `target_parameters` does not name are ignored.
+          ordered: whether `shapes` is in the order in which the modules declare their parameters. If not, parameters
+            of one module are told apart by their shapes.
+
+        Returns:
+          Name in `modules` by full name of the parameter.
+
+        Raises:
+          CheckpointError: an entry has no parameter, or shapes cannot tell them apart.
+        """
+        return owners(self.where, self.modules, self.config.get("target_parameters") or (), shapes, ordered)

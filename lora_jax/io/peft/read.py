@@ -1,0 +1,201 @@
+"""Reading a PEFT adapter directory: every tensor means something, or is refused."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.errors import CheckpointError, listed
+from lora_jax.io.peft import config as peft_config
+from lora_jax.io.peft.delta import Module, ModuleKind
+from lora_jax.io.peft.disk import CONFIG, locate, read_arrays, read_config
+from lora_jax.io.peft.files import EMBEDDINGS, PeftFiles
+from lora_jax.io.peft.keys import parse, unparse
+from lora_jax.io.peft.kinds import ADALORA, LORA, Kind, kind_of
+from lora_jax.io.peft.match import saves, targets
+
+_MAX_RANK = 1 << 16
+
+
+def read_peft(path: str | PathLike[str], subfolder: str | None = None) -> PeftFiles:
+    """Read a PEFT adapter from a directory, or from a `.safetensors` file with or without a config beside it.
+
+    Arrays keep their dtype. Keys are taken with or without the prefix `base_model.model.`, with `_orig_mod.` and
+    `_fsdp_wrapped_module.` anywhere, and with the name of an adapter in them, as in the state of a live model.
+
+    Args:
+      path: the directory that `save_pretrained` wrote, or a file.
+      subfolder: name of an adapter in a subdirectory; PEFT puts every adapter not called `default` into one.
+
+    Returns:
+      The files' contents; see `PeftFiles`.
+
+    Raises:
+      CheckpointError: there is no adapter, it is damaged, it has keys that mean nothing, or its config says that
+        the arrays mean something that cannot be represented.
+
+    Example:
+      >>> import tempfile
+      >>> from lora_jax.io.peft.write import write_peft
+      >>> folder = tempfile.mkdtemp() + "/adapter"
+      >>> modules = {"q": Module("linear", np.ones((2, 4), np.float32), np.ones((3, 2), np.float32))}
+      >>> write_peft(folder, PeftFiles({"r": 2, "lora_alpha": 4, "target_modules": ["q"]}, modules))
+      >>> read_peft(folder).modules["q"].a.shape
+      (2, 4)
+    """
+    weights, config_path = locate(Path(path).expanduser(), subfolder)
+    config = read_config(config_path)
+    if config is not None:
+        peft_config.check(str(config_path), config)
+    return _assemble(str(weights), config, read_arrays(weights, pruned=kind_of(config or {}) is ADALORA))
+
+
+def _assemble(where: str, config: dict[str, Any] | None, arrays: Mapping[str, np.ndarray]) -> PeftFiles:
+    found = _Found(where, kind_of(config or {}), arrays)
+    if config is None:
+        ranks = {name: each["a"].shape[0] for name, each in found.parts.items() if "a" in each and each["a"].ndim}
+        config = peft_config.inferred(ranks, sorted({name.rpartition(".")[0] for name in found.whole}))
+    _refuse_unknown(where, [*found.unknown, *(n for n in found.whole if not _belongs(n, config, found.parts))])
+    modules = {
+        name: _module(where, name, found.shared | each, name in found.embeddings, config)
+        for name, each in sorted(found.parts.items())
+    }  # fmt: skip
+    if not modules and not found.whole:
+        raise CheckpointError(f"{where} holds no tensors at all")
+    return PeftFiles(_completed(config, modules), modules, dict(sorted(found.whole.items())), where)
+
+
+class _Found:
+    """The tensors of a file, sorted by what their keys say they are."""
+
+    def __init__(self, where: str, kind: Kind, arrays: Mapping[str, np.ndarray]):
+        self.kind = kind
+        self.parts: dict[str, dict[str, np.ndarray]] = {}
+        # Projections that all modules share.
+        self.shared: dict[str, np.ndarray] = {}
+        self.embeddings: set[str] = set()
+        self.whole: dict[str, np.ndarray] = {}
+        self.unknown: list[str] = []
+        for raw, array in arrays.items():
+            # With bias="all" PEFT writes the biases of saved modules again, under the name of its wrapper.
+            plain = arrays.get(raw.replace(".modules_to_save.", "."))
+            if ".modules_to_save." not in raw or plain is None or not np.array_equal(plain, array):
+                self._add(where, raw, array)
+
+    def _add(self, where: str, raw: str, array: np.ndarray) -> None:
+        key = parse(where, raw)
+        if key.part is None:
+            _put(where, self.whole, key.name, array, raw)
+        elif key.part == "unknown":
+            self.unknown.append(raw)
+        elif key.part != "unused":
+            if key.form not in self.kind.forms:
+                raise CheckpointError(
+                    f"{where}: {raw} is no key of an adapter of peft_type={self.kind.name!r}, which {CONFIG} says (or "
+                    "LORA, if it is missing). One of the two files belongs to another adapter, or is lost."
+                )
+            _put(where, self.parts.setdefault(key.name, {}) if key.name else self.shared, key.part, array, raw)
+            self.embeddings |= {key.name} if key.form == "embedding" else set()
+
+
+def _put(where: str, group: dict[str, np.ndarray], name: str, array: np.ndarray, raw: str) -> None:
+    if name in group:
+        raise CheckpointError(
+            f"{where}: {raw} and another key mean the same tensor: the file holds several adapters. Save one of them."
+        )
+    group[name] = array
+
+
+def _belongs(name: str, config: Mapping[str, Any], modules: Iterable[str]) -> bool:
+    """Whether PEFT has a reason to store a whole tensor under this name."""
+    owner, _, leaf = name.rpartition(".")
+    if leaf == "trainable_tokens_delta":
+        return bool(config.get("trainable_token_indices"))
+    if owner in modules or saves(config.get("modules_to_save"), name):
+        return True
+    if leaf == "bias" and peft_config.setting(config, "bias") != "none":
+        return True
+    return leaf in ("weight", "bias") and owner.rpartition(".")[2] in EMBEDDINGS
+
+
+def _refuse_unknown(where: str, keys: list[str]) -> None:
+    if keys:
+        raise CheckpointError(
+            f"{where}: {len(keys)} tensors are neither factors nor anything its config asks for "
+            f"(modules_to_save, bias, trainable_token_indices): {listed(sorted(keys))}. "
+            "They would be lost; remove them, or complete the config."
+        )
+
+
+def _module(
+    where: str, name: str, found: Mapping[str, np.ndarray], embedding: bool, config: Mapping[str, Any]
+) -> Module:
+    adapter = kind_of(config)
+    missing = [part for part in adapter.parts if part not in found]
+    key = unparse(name, missing[0] if missing else "a", "embedding" if embedding else adapter.forms[0])
+    if missing and key.startswith("base_model.vera_"):
+        raise CheckpointError(
+            f"{where}: {key} is missing (save_projection=False): PyTorch draws it again from projection_prng_key, and "
+            "JAX cannot. Save the adapter in PEFT with save_projection=True; docs/from-peft.md has the lines."
+        )
+    if missing:
+        raise CheckpointError(f"{where}: {key} is missing, although the module's other tensors are there")
+    kind = _kind(name, found["a"], embedding, config)
+    module = Module(kind, **found)
+    _check_rank(where, name, module, peft_config.rank_of(config, name) if kind != "parameter" else None)
+    if module.form == "adalora" and module.values is not None and module.values.shape[1:] == (1,):
+        # PEFT's lora_E has a second axis.
+        module = replace(module, values=module.values[:, 0])
+    _check_vectors(where, name, module)
+    return module
+
+
+def _check_vectors(where: str, name: str, module: Module) -> None:
+    """Refuse vectors that do not fit the factors they multiply."""
+    rank, most = len(module.a), len(module.b)
+    if module.values is not None and module.values.shape != (rank,):
+        key = unparse(name, "values", module.form)
+        raise CheckpointError(f"{where}: {key} of shape {module.values.shape} does not fit rank {rank}")
+    if module.outputs is not None and (module.outputs.ndim != 1 or not 0 < module.outputs.size <= most):
+        key = unparse(name, "outputs", module.form)
+        raise CheckpointError(f"{where}: {key} of shape {module.outputs.shape} does not fit vera_B with {most} rows")
+
+
+def _kind(name: str, a: np.ndarray, embedding: bool, config: Mapping[str, Any]) -> ModuleKind:
+    if embedding:
+        return "embedding"
+    if kind_of(config) is not LORA:
+        return "linear"
+    if name.endswith(".base_layer") or (
+        config.get("target_parameters") and not targets(config.get("target_modules"), name)
+    ):
+        return "parameter"
+    return "conv" if a.ndim > 2 else "linear"
+
+
+def _check_rank(where: str, name: str, module: Module, wanted: int | None) -> None:
+    a, b = module.a.shape, module.b.shape
+    key, other = f"{unparse(name, 'a', module.form)} of shape {a}", "vera_B" if module.form == "vera" else "lora_B"
+    flat = module.kind != "conv"
+    if len(a) != len(b) or len(a) < 2 or (flat and (len(a) > 2 or a[0] != b[1])) or a[0] % max(b[1], 1):
+        raise CheckpointError(f"{where}: {key} does not fit {other} of shape {b}: they must share the rank")
+    if a[0] > _MAX_RANK and module.kind != "parameter":
+        raise CheckpointError(f"{where}: {key} has rank {a[0]}, more than the {_MAX_RANK} that is believable")
+    if wanted is not None and wanted != a[0]:
+        raise CheckpointError(
+            f"{where}: {key} has rank {a[0]}, but {CONFIG} says {wanted} (r or init_r, and rank_pattern). One of the "
+            "two files belongs to another adapter."
+        )
+
+
+def _completed(config: Mapping[str, Any], modules: Mapping[str, Module]) -> dict[str, Any]:
+    """The config with the fields it lacks, from the arrays."""
+    ranks = {name: len(module.a) for name, module in modules.items() if module.kind != "parameter"}
+    guess = peft_config.inferred(ranks, [])
+    lacking = {"r", "rank_pattern"} if config.get("r") is None and ranks and kind_of(config) is LORA else set()
+    if not config.get("target_modules") and not config.get("target_parameters") and ranks:
+        lacking.add("target_modules")
+    return {**config, **{name: guess[name] for name in lacking}}

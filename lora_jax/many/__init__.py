@@ -1,0 +1,1 @@
+"""Many adapters of one base: banks, caches, routed calls and routers."""
