@@ -1,6 +1,7 @@
 """What the tests share: one tolerance per dtype, random adapters, and the merged model as the reference."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,9 @@ from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.site import Site, Sites
 from lora_jax.adapter.updates import LowRank, exact_sum, held
 from lora_jax.paths import named_leaves, rebuild
+
+GOLDEN = Path(__file__).parent / "golden"
+"""Adapters that real PEFT wrote, and what PEFT makes of the base with them; `golden/make.py` makes them."""
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 """Largest error of a result, relative to its largest element, by the dtype it was computed in."""

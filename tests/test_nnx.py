@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import CASES
-from cases.registry import Draw
 from flax import nnx
 from helpers import assert_close, assert_same, differ, merged, random_adapter
+from table import CASES
+from table.registry import Draw
 
 import lora_jax as lora
 from lora_jax.nnx import functional

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from cases.registry import Draw, Model, case
+from table.registry import Draw, Model, case
 
 
 def layer(name: str, make: Any, call: Any, sites: dict[str, str], *shapes: Any, **facts: Any) -> None:

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from cases import equinox_models, fallbacks, haiku_models, linen_models, nnx_models, plain_ops, plain_programs
-from cases.registry import CASES as CASES
-from cases.registry import Case as Case
+from table import equinox_models, fallbacks, haiku_models, linen_models, nnx_models, plain_ops, plain_programs
+from table.registry import CASES as CASES
+from table.registry import Case as Case
 
 BROAD = (
     "linen-attention", "linen-conv2d_circular", "linen-scan_of_remat", "nnx-tied_attend", "nnx-scan",

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases.methods import METHODS
 from helpers import assert_close, assert_same, differ, random_adapter
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from table.methods import METHODS
 
 import lora_jax as lora
 from lora_jax.adapter.sharding import adapter_sharding

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cases.registry import Draw, Model, case
+from table.registry import Draw, Model, case
 
 linen = partial(case, "linen")
 

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, Case
-from cases.registry import roles
 from helpers import (
     TOLERANCE,
     assert_close,
@@ -22,6 +20,8 @@ from helpers import (
 )
 
 import lora_jax as lora
+from table import CASES, Case
+from table.registry import roles
 
 Call = Callable[[Any, Any, Any], Any]
 """A model as a function of base, adapter and inputs, all of them floating-point arrays."""

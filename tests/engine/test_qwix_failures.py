@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import CASES
 from flax import nnx
 from helpers import assert_close, assert_same, differ, merged, random_adapter
+from table import CASES
 
 import lora_jax as lora
 from lora_jax.nnx import functional

@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from cases.registry import Draw, Model, case
 from lora_jax.nnx import functional
+from table.registry import Draw, Model, case
 
 
 def layer(name: str, make: Callable[..., nnx.Module], sites: dict[str, str], *shapes: Any, **facts: Any) -> None:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, Case
 from helpers import TOLERANCE, assert_close, assert_gradients_close, cast_floats, random_adapter
+from table import CASES, Case
 
 import lora_jax as lora
 from lora_jax.engine.routing.slots import Form, block_product

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import cast_floats, random_adapter
+from helpers import GOLDEN, cast_floats, random_adapter
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax as lora
@@ -23,7 +23,6 @@ from lora_jax.cli import main
 from lora_jax.io.inspect.without_base import bare
 from lora_jax.methods import Rows, Shift, precompute
 
-GOLDEN = Path(__file__).parent / "golden"
 EXPERTS: dict[str, Any] = {"in_axes": (2,), "out_axes": (3,), "batch_axes": (0, 1)}
 SITES = (
     Site(path="dense", shape=(12, 10), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,)),

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same, random_adapter
+from helpers import GOLDEN, assert_close, assert_same, random_adapter
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
@@ -18,7 +18,6 @@ from lora_jax.io.peft import Module, PeftFiles, read_peft, write_peft
 from lora_jax.io.peft.compose import compose_files
 from lora_jax.io.peft.tokens import SUFFIX, tokens_by_module, whole_tensors
 
-GOLDEN = Path(__file__).parent / "golden"
 COMPOSABLE = [
     file.parent.name
     for file in sorted(GOLDEN.glob("*/expected.safetensors"))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import CASES, Case
 from helpers import assert_close, assert_same, random_adapter
+from table import CASES, Case
 
 import lora_jax as lora
 from benchmarks.harness import compilations

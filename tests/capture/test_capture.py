@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES
 from helpers import assert_close, assert_same
 from jax import lax
+from table import CASES
 
 import lora_jax as lora
 from benchmarks.harness import compilations

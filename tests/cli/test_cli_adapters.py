@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same, random_adapter
+from helpers import GOLDEN, assert_close, assert_same, random_adapter
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax.cli import main
 from lora_jax.io.inspect.contents import inspect
 
-GOLDEN = Path(__file__).parent / "golden"
 SAVED = sorted(file.parent.name for file in GOLDEN.glob("*/expected.safetensors") if "vera" not in file.parent.name)
 
 

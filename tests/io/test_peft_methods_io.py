@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, assert_same, differ, random_adapter
+from helpers import GOLDEN, assert_close, assert_same, differ, random_adapter
 from peft_models import (
     CONV1D,
     SCANNED,
@@ -35,7 +35,6 @@ from lora_jax.io.inspect.contents import inspect
 from lora_jax.io.peft import Module, Names, PeftFiles, Rule, read_peft, write_peft
 from lora_jax.methods import AdaLora, Vera
 
-GOLDEN = Path(__file__).parent / "golden"
 CONFIG, ARRAYS = "adapter_config.json", "adapter_model.safetensors"
 TOKENS = jnp.asarray([[1, 7, 3], [0, 2, 2]])
 

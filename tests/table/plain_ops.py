@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cases.registry import Draw, Model, case
+from table.registry import Draw, Model, case
 
 plain = partial(case, "plain")
 

@@ -12,11 +12,11 @@ import numpy as np
 from helpers import random_adapter
 
 import lora_jax as lora
-from cases.methods import METHODS
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.site import Site, Sites
 from lora_jax.adapter.updates import LowRank, Update
 from lora_jax.paths import named_leaves
+from table.methods import METHODS
 
 
 class Model(NamedTuple):

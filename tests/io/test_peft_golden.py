@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same
+from helpers import GOLDEN, assert_close, assert_same
 from peft_models import CASES, SCANNED, Params, from_torch, net, scanned_net, stacked
 from safetensors.numpy import load_file
 
 import lora_jax as lora
 
-GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "expected.safetensors").exists())
 SCANNABLE = (
     "linear", "embedding", "patterns", "rslora", "dora", "lora_bias", "tokens", "adalora", "adalora_pruned", "vera",

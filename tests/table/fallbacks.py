@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from cases.registry import Draw, Model, case
+from table.registry import Draw, Model, case
 
 
 def fallback(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cases.registry import Draw, Model, case
+from table.registry import Draw, Model, case
 
 
 def program(sites: dict[str, str], shapes: dict[str, tuple[int, ...]], *inputs: tuple[int, ...], **facts: Any) -> Any:

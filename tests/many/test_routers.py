@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import CASES, Case
 from helpers import assert_close, cast_floats, random_adapter
+from table import CASES, Case
 
 import lora_jax as lora
 from lora_jax.many.routers import Arrow, Learned, Router, Strongest

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES
-from cases.registry import Case
 from helpers import assert_close, assert_same, cast_floats, random_adapter
 from peft_models import (
     CONV1D,
@@ -33,6 +31,8 @@ from peft_models import (
     stacked,
 )
 from safetensors.numpy import load_file, save_file
+from table import CASES
+from table.registry import Case
 
 import lora_jax as lora
 from lora_jax.adapter.site import Site, Sites

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same
+from helpers import GOLDEN, assert_close, assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -19,7 +19,6 @@ import lora_jax as lora
 from lora_jax.io.hf import changes
 from lora_jax.io.peft import Module, PeftFiles, merge_checkpoint, write_peft
 
-GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(str(file.parent.relative_to(GOLDEN)) for file in GOLDEN.rglob("expected.safetensors"))
 
 
