@@ -1,4 +1,4 @@
-"""Spans: which outputs of a PyTorch module belong to which of the parameters that it fuses."""
+"""Fused modules (`qkv_proj`, `gate_up_proj`): which outputs of a PyTorch module belong to which JAX parameter."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from lora_jax.errors import MatchError
 
 
 @dataclass(frozen=True)
-class Span:
+class OutputSlice:
     """The outputs of a module that one parameter has, in PyTorch's order.
 
     Attributes:
@@ -20,7 +20,7 @@ class Span:
       groups: how often that repeats: more than once where a module interleaves its parts.
 
     Example:
-      >>> Span(1, 2, 3, groups=2).picked(np.arange(6))
+      >>> OutputSlice(1, 2, 3, groups=2).take(np.arange(6))
       array([1, 4])
     """
 
@@ -30,9 +30,9 @@ class Span:
     groups: int = 1
 
     @property
-    def whole(self) -> bool:
-        """Whether the module has no outputs of other parameters."""
-        return self.stop - self.start == self.size
+    def is_fused(self) -> bool:
+        """Whether the module has outputs of other parameters too."""
+        return self.stop - self.start != self.size
 
     @property
     def total(self) -> int:
@@ -45,13 +45,13 @@ class Span:
         return (self.stop - self.start) * self.groups
 
     @property
-    def where(self) -> tuple[slice, slice]:
+    def index(self) -> tuple[slice, slice]:
         """The same as an index into the module's outputs, with groups and outputs of a group on two axes."""
         return slice(None), slice(self.start, self.stop)
 
-    def picked(self, values: np.ndarray) -> np.ndarray:
+    def take(self, values: np.ndarray) -> np.ndarray:
         """`[..., count]`: the parameter's own of the module's outputs `[..., total]`."""
-        return self.grouped(values, self.size)[..., *self.where].reshape(*values.shape[:-1], self.count)
+        return self.grouped(values, self.size)[..., *self.index].reshape(*values.shape[:-1], self.count)
 
     def spread(self, own: np.ndarray) -> np.ndarray:
         """`[..., groups, count / groups]`: the parameter's outputs as they are in each group."""
@@ -62,9 +62,29 @@ class Span:
         return values.reshape(*values.shape[:-1], self.groups, size)
 
 
-def find_span(
+@dataclass(frozen=True)
+class Part:
+    """The outputs that a parameter and a module have in common.
+
+    Attributes:
+      start, stop: range along the output axis `axis` of the parameter.
+      slice: the same outputs, counted among the module's.
+      axis: counted among output axes.
+      rotary: features per head to reorder from neighbours to halves, or 0.
+      gain: the parameter is PyTorch's weight times this.
+    """
+
+    start: int
+    stop: int
+    slice: OutputSlice
+    axis: int = 0
+    rotary: int = 0
+    gain: float = 1.0
+
+
+def fused_slice(
     own: str, paths: Sequence[str], sites: Mapping[str, Site], shares: Sequence[int], interleaved: int
-) -> Span:
+) -> OutputSlice:
     """Where a parameter is in the module that fuses it with others.
 
     Args:
@@ -80,8 +100,8 @@ def find_span(
     Example:
       >>> axes = {"dtype": "float32", "kind": "dense", "in_axes": (0,), "out_axes": (1,)}
       >>> sites = {"q": Site(path="q", shape=(6, 8), **axes), "k": Site(path="k", shape=(6, 2), **axes)}
-      >>> find_span("k", ["q", "k"], sites, (), 1)
-      Span(start=8, stop=10, size=10, groups=1)
+      >>> fused_slice("k", ["q", "k"], sites, (), 1)
+      OutputSlice(start=8, stop=10, size=10, groups=1)
     """
     missing = [path for path in paths if path not in sites]
     if missing and (not shares or interleaved < 0):
@@ -95,7 +115,7 @@ def find_span(
     groups = _groups(paths, sites, sizes, interleaved)
     place = list(paths).index(own)
     start, stop = (sum(sizes[:end]) // groups for end in (place, place + 1))
-    return Span(start, stop, sum(sizes) // groups, groups)
+    return OutputSlice(start, stop, sum(sizes) // groups, groups)
 
 
 def _sizes(own: str, paths: Sequence[str], sites: Mapping[str, Site], shares: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Maps for models that people have: this project's own, Hugging Face's former Flax classes, tunix, gemma, MaxText."""
+"""Known maps of names, for models of tunix, gemma, MaxText, Hugging Face's former Flax classes, and lora_jax's own."""
 
 from collections.abc import Mapping
 from typing import Any

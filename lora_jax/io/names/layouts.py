@@ -1,4 +1,6 @@
-"""Arrays between this library's layout and PyTorch's: NumPy, one weight (or one stack of experts) at a time.
+"""Layouts: factors, weights and vectors (DoRA magnitudes, biases) in the axes of JAX's parameters and of PyTorch's.
+
+All are NumPy arrays, of one weight or of one stack of experts at a time.
 
 Here `a` is `[rank, *in]` and `b` is `[rank, *out]`, on the axes of the parameter. PEFT has `A (rank, in)` and
 `B (out, rank)`. Between them lies a form with PyTorch's order of inputs and outputs, in which factors of several
@@ -6,11 +8,15 @@ parameters are put together and taken apart: `[*experts, rank, in]`, or `[rank, 
 and `[*experts, rank, out]`.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 
 from lora_jax.adapter.site import Site
 from lora_jax.errors import CheckpointError
-from lora_jax.io.names.targets import Part, Target
+from lora_jax.io.names.fused import Part
+from lora_jax.io.names.names import Target
 
 
 def a_to_torch(site: Site, a: np.ndarray) -> np.ndarray:
@@ -58,7 +64,7 @@ def unpacked(a: np.ndarray, b: np.ndarray, *, experts: int = 0) -> tuple[np.ndar
 
 def shapes(site: Site, target: Target, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of PEFT's A and B of the given rank, for the module that a parameter belongs to."""
-    into, out = site.sizes(site.in_axes), target.part.span.total
+    into, out = site.sizes(site.in_axes), target.part.slice.total
     if site.kind == "conv":
         channels = _channels(site)
         kernel = into[:channels] + into[channels + 1 :]
@@ -105,6 +111,49 @@ def weight_from_torch(site: Site, value: np.ndarray, *, transposed: bool) -> np.
     elif transposed and site.kind == "dense":
         value = value.T
     return value.reshape(site.sizes(order)).transpose(np.argsort(order))
+
+
+class ParameterVector(NamedTuple):
+    """A vector `[*out]` of a parameter, of which a module has a part."""
+
+    site: Site
+    part: Part
+    value: np.ndarray
+
+
+class ModuleVector(NamedTuple):
+    """A vector of one module, `[*out]` on the module's part of a parameter's outputs."""
+
+    target: Target
+    value: np.ndarray
+
+
+def vector_from_torch(site: Site, target: Target, vector: np.ndarray) -> ModuleVector:
+    """The numbers for a parameter's outputs, of a module's vector (which may have axes of length one)."""
+    own = target.part.slice.take(vector.astype(np.float32).reshape(-1))
+    return ModuleVector(target, b_from_torch(site, target.part, own))
+
+
+def vector_to_torch(parts: Sequence[ParameterVector]) -> np.ndarray:
+    """A module's vector, from the `[*out]` of its parameters; zero for those that are not given."""
+    outputs = parts[0].part.slice
+    vector = np.zeros((outputs.groups, outputs.size), np.float32)
+    for site, part, value in parts:
+        vector[part.slice.index] = part.slice.spread(b_to_torch(site, part, value))
+    return vector.reshape(-1)
+
+
+def fill_vector(vector: np.ndarray, site: Site, shares: Sequence[ModuleVector]) -> None:
+    """Put shares where they belong in an array `[*batch, *out]`."""
+    for target, value in shares:
+        vector[(*target.index, *part_index(site, target.part))] = value
+
+
+def part_index(site: Site, part: Part) -> tuple[slice, ...]:
+    """Index of a part's outputs among the parameter's `[*out]`."""
+    found = [slice(None)] * len(site.out_axes)
+    found[part.axis] = slice(part.start, part.stop)
+    return tuple(found)
 
 
 def _channels(site: Site) -> int:

@@ -1,4 +1,4 @@
-"""Names: the declarative map between the paths of a JAX model's parameters and the modules of its PyTorch twin.
+"""Names: the map from the paths of a JAX model's parameters to the names of PyTorch's modules, as in PEFT's files.
 
 A rule pairs two templates. Most layout follows from the roles of a parameter's axes, which its `Site` knows: heads are
 flattened, kernels transposed, stacked layers taken apart. A rule says only what axes cannot tell.
@@ -12,10 +12,25 @@ from typing import Any
 
 from lora_jax.adapter.site import Site
 from lora_jax.errors import MatchError, nearest
-from lora_jax.io.names.fused import Span
-from lora_jax.io.names.rules import Rule
-from lora_jax.io.names.targets import Part, Target
-from lora_jax.io.names.templates import bare, filled, holes
+from lora_jax.io.names.fused import OutputSlice, Part
+from lora_jax.io.names.rules import Rule, filled, holes, without_params
+
+
+@dataclass(frozen=True)
+class Target:
+    """One PyTorch module, or stacked parameter, and the part of it that a JAX parameter has.
+
+    Attributes:
+      name: of the module; of the parameter itself if `parameter`.
+      part: the outputs in common.
+      index: position along the stacked axes that the name counts.
+      parameter: whether this is a stack of experts, which PEFT adapts as one parameter.
+    """
+
+    name: str
+    part: Part
+    index: tuple[int, ...] = ()
+    parameter: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,18 +104,18 @@ class Names:
         sites = list(sites)
         others = {**(others or {}), **{site.path: site for site in sites}}
         found = {site.path: self.targets(site, others) for site in sites}
-        owners: dict[str, dict[Span, str]] = {}
+        owners: dict[str, dict[OutputSlice, str]] = {}
         for path, target in ((path, target) for path, targets in found.items() for target in targets):
             taken = owners.setdefault(target.name, {})
             self._check_apart(path, target, taken)
-            taken[target.part.span] = path
+            taken[target.part.slice] = path
         return found
 
-    def _check_apart(self, path: str, target: Target, taken: Mapping[Span, str]) -> None:
+    def _check_apart(self, path: str, target: Target, taken: Mapping[OutputSlice, str]) -> None:
         """Parameters of one module stand in one rule, which gives each its outputs."""
         rule, _ = self._rule(path)
-        for span, owner in taken.items():
-            if span == target.part.span or span.whole or rule is not self._rule(owner)[0]:
+        for outputs, owner in taken.items():
+            if outputs == target.part.slice or not outputs.is_fused or rule is not self._rule(owner)[0]:
                 raise MatchError(
                     f"{owner!r} and {path!r} are both called {target.name!r} in PyTorch. Every parameter needs a name "
                     "of its own: correct the rules of this Names. Where PyTorch has them in one module, one rule names "
@@ -135,12 +150,12 @@ class Names:
             known = rule.match(path)
             if known is not None:
                 return rule, known
-        for rule in self._given() if sibling and "/" in bare(path) else ():
+        for rule in self._given() if sibling and "/" in without_params(path) else ():
             known = rule.beside(path)
             if known is not None:
                 return rule, known
         if self._given():
-            near = nearest(bare(path), (own for rule in self._given() for own in rule.paths))
+            near = nearest(without_params(path), (own for rule in self._given() for own in rule.paths))
             raise MatchError(
                 f"No rule names {path!r} for PyTorch; nearest rules: {near}. Add one, Rule(path, module), or do not "
                 "adapt it."
@@ -148,7 +163,7 @@ class Names:
         return None, {}
 
     def _identity(self, path: str) -> str:
-        module = bare(path).rpartition("/")[0]
+        module = without_params(path).rpartition("/")[0]
         return ".".join(part if self.literal else re.sub(r"_(\d+)$", r".\1", part) for part in module.split("/"))
 
     def _given(self) -> tuple[Rule, ...]:
@@ -158,7 +173,7 @@ class Names:
 
 def _all_of(site: Site) -> Part:
     """A parameter that is one module, as it is."""
-    return Part(0, site.sizes(site.out_axes)[0], Span(0, site.fan_out, site.fan_out))
+    return Part(0, site.sizes(site.out_axes)[0], OutputSlice(0, site.fan_out, site.fan_out))
 
 
 def _checked(name: str, path: str) -> str:

@@ -1,16 +1,20 @@
-"""One line of a map of names: two templates, and what the axes of a parameter do not say about its layout."""
+"""Rules: the lines of a map of names, `layers_{i}/q/kernel` to `layers.{i}.q_proj`, with what tells their layouts."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from math import sqrt
 from typing import TypeVar
 
 from lora_jax.adapter.site import Site
 from lora_jax.errors import MatchError
-from lora_jax.io.names.fused import Span, find_span
-from lora_jax.io.names.targets import Part
-from lora_jax.io.names.templates import NUMBERS, bare, filled, holes, match
+from lora_jax.io.names.fused import OutputSlice, Part, fused_slice
+
+_HOLE = re.compile(r"\{(\w+)\}")
+NUMBERS = ("i", "j")
+"""What stands for numbers; any other name in braces is part of one component."""
 
 _Each = TypeVar("_Each", int, bool)
 
@@ -89,13 +93,13 @@ class Rule:
 
     def match(self, path: str) -> dict[str, str] | None:
         """What stands in the braces, if the rule is for this path."""
-        found = (match(bare(own), bare(path)) for own in self.paths)
+        found = (match(without_params(own), without_params(path)) for own in self.paths)
         return next((known for known in found if known is not None), None)
 
     def beside(self, path: str) -> dict[str, str] | None:
         """The same for another parameter of the rule's module."""
-        folder = bare(path).rpartition("/")[0]
-        found = (match(bare(own).rpartition("/")[0], folder) for own in self.paths)
+        folder = without_params(path).rpartition("/")[0]
+        found = (match(without_params(own).rpartition("/")[0], folder) for own in self.paths)
         return next((known for known in found if known is not None), None)
 
     def parts(self, site: Site, others: Mapping[str, Site]) -> list[Part]:
@@ -108,7 +112,7 @@ class Rule:
         Raises:
           MatchError: its sizes do not allow that.
         """
-        return self._split(site) if len(self.paths) == 1 else [self._joined(site, others)]
+        return self._split(site) if len(self.paths) == 1 else [self._in_fused(site, others)]
 
     def _split(self, site: Site) -> list[Part]:
         sizes = site.sizes(site.out_axes)
@@ -126,20 +130,22 @@ class Rule:
             )
         ends = [unit * sum(shares[:end]) for end in range(len(shares) + 1)]
         inner = site.fan_out // sizes[self.axis]
-        spans = [Span(0, (stop - start) * inner, (stop - start) * inner) for start, stop in pairwise(ends)]
-        return [self._part(site, place, spans[place], ends[place : place + 2]) for place in range(self._count)]
+        slices = [OutputSlice(0, (stop - start) * inner, (stop - start) * inner) for start, stop in pairwise(ends)]
+        return [self._part(site, place, slices[place], ends[place : place + 2]) for place in range(self._count)]
 
-    def _joined(self, site: Site, others: Mapping[str, Site]) -> Part:
-        place = next(at for at, own in enumerate(self.paths) if match(bare(own), bare(site.path)) is not None)
+    def _in_fused(self, site: Site, others: Mapping[str, Site]) -> Part:
+        place = next(
+            at for at, own in enumerate(self.paths) if match(without_params(own), without_params(site.path)) is not None
+        )
         known, root = self.match(site.path) or {}, "params/" if site.path.startswith("params/") else ""
-        paths = [root + filled(bare(own), known) for own in self.paths]
-        span = find_span(site.path, paths, {**others, site.path: site}, self.shares, self.interleaved)
-        return self._part(site, place, span, [0, site.sizes(site.out_axes)[0]])
+        paths = [root + filled(without_params(own), known) for own in self.paths]
+        outputs = fused_slice(site.path, paths, {**others, site.path: site}, self.shares, self.interleaved)
+        return self._part(site, place, outputs, [0, site.sizes(site.out_axes)[0]])
 
-    def _part(self, site: Site, place: int, span: Span, ends: list[int]) -> Part:
+    def _part(self, site: Site, place: int, outputs: OutputSlice, ends: list[int]) -> Part:
         gain = 1 / sqrt(site.sizes(site.out_axes)[-1]) if self._each(self.query_scaled)[place] else 1.0
-        rotary = self._checked_rotary(site, self._each(self.rotary)[place], span.count)
-        return Part(ends[0], ends[1], span, self.axis, rotary, gain)
+        rotary = self._checked_rotary(site, self._each(self.rotary)[place], outputs.count)
+        return Part(ends[0], ends[1], outputs, self.axis, rotary, gain)
 
     @property
     def _count(self) -> int:
@@ -165,7 +171,7 @@ class Rule:
             raise self._error("axis is for several modules: several parameters have all outputs of a module")
         if self.interleaved != 1 and (not several or self.interleaved < -1 or not self.interleaved):
             raise self._error(f"interleaved={self.interleaved} is a number of groups (or -1), for several paths")
-        if len({bare(path) for path in self.paths}) < len(self.paths):
+        if len({without_params(path) for path in self.paths}) < len(self.paths):
             raise self._error("it names a parameter twice, and every output belongs to one")
 
     def _check_holes(self) -> None:
@@ -178,3 +184,45 @@ class Rule:
 
     def _error(self, why: str) -> MatchError:
         return MatchError(f"Rule for {self.path!r}: {why}")
+
+
+def without_params(path: str) -> str:
+    """The path without the collection `params`."""
+    return path.removeprefix("params/")
+
+
+def match(template: str, path: str) -> dict[str, str] | None:
+    """What stands in the braces of a template, if it is for this path.
+
+    >>> match("layers_{i}/{name}/kernel", "layers_3/query/kernel"), match("layers_{i}/q", "layers_a/q")
+    ({'i': '3', 'name': 'query'}, None)
+    """
+    found = _compiled(template).fullmatch(path)
+    return None if found is None else found.groupdict()
+
+
+@lru_cache(maxsize=4096)
+def _compiled(template: str) -> re.Pattern[str]:
+    pattern, end, seen = "", 0, set()
+    for hole in _HOLE.finditer(template):
+        name = hole[1]
+        kind = r"\d+" if name in NUMBERS else r"[^/]+"
+        pattern += re.escape(template[end : hole.start()])
+        pattern += f"(?P={name})" if name in seen else f"(?P<{name}>{kind})"
+        seen.add(name)
+        end = hole.end()
+    return re.compile(pattern + re.escape(template[end:]))
+
+
+def holes(templates: tuple[str, ...]) -> list[str]:
+    """Names in braces, in the order in which they come first."""
+    return list(dict.fromkeys(_HOLE.findall("".join(templates))))
+
+
+def filled(template: str, values: Mapping[str, str]) -> str:
+    """The template with its braces filled.
+
+    >>> filled("layers.{i}.{name}", {"i": "3", "name": "q"})
+    'layers.3.q'
+    """
+    return _HOLE.sub(lambda hole: values[hole[1]], template)

@@ -1,4 +1,4 @@
-"""The PyTorch twin of a JAX model: every name that a map gives to its parameters, and the way back."""
+"""The PyTorch counterpart of a JAX model, by its names: which module or tensor is which parameter, for all of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from lora_jax.adapter.site import Site, Sites
 from lora_jax.errors import MatchError
-from lora_jax.io.names.names import Names
-from lora_jax.io.names.targets import Target
+from lora_jax.io.names.names import Names, Target
 
 _WEIGHTS = ("kernel", "embedding", "scale", "w", "weight", "input_embedding", "embeddings")
 _BIASES = ("bias", "b")
@@ -21,8 +20,8 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Twin:
-    """Names of a model's parameters in PyTorch.
+class TorchModel:
+    """The modules and tensors of the PyTorch counterpart of a JAX model, by name.
 
     Attributes:
       modules: places of linear weights by the name of their module, or of their stacked parameter; several, in the
@@ -51,14 +50,14 @@ class Twin:
         stacks = self.parameters()
         for name in sorted(stacks, key=lambda name: names.order(self.modules[name][0].site.path)):
             site, target = self.modules[name][0]
-            found[name] = (site.batch_shape[-1], target.part.span.total, site.fan_in)
+            found[name] = (site.batch_shape[-1], target.part.slice.total, site.fan_in)
         for name, ((site, target), *_) in self.modules.items():
             if name not in stacks:
-                found[f"{name}.weight"] = (target.part.span.total, site.fan_in)
+                found[f"{name}.weight"] = (target.part.slice.total, site.fan_in)
         return found
 
 
-def twin(names: Names, sites: Sites) -> Twin:
+def torch_model(names: Names, sites: Sites) -> TorchModel:
     """Name everything that the map can name.
 
     Raises:
@@ -83,11 +82,11 @@ def twin(names: Names, sites: Sites) -> Twin:
         except MatchError:
             continue
     ordered = {name: tuple(sorted(each, key=_start)) for name, each in places.items()}
-    return Twin(ordered, tensors, unnamed)
+    return TorchModel(ordered, tensors, unnamed)
 
 
 def _start(place: Place) -> int:
-    return place.target.part.span.start
+    return place.target.part.slice.start
 
 
 def tensor_name(names: Names, path: str, site: Site | None) -> str:

@@ -12,7 +12,7 @@ from lora_jax.adapter.updates import Replace, Update
 from lora_jax.errors import CheckpointError
 from lora_jax.io.names import layouts
 from lora_jax.io.names.names import Names
-from lora_jax.io.names.torch_model import Twin, is_tied
+from lora_jax.io.names.torch_model import TorchModel, is_tied
 from lora_jax.io.peft.config import setting
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.match import saves
@@ -28,8 +28,10 @@ class WholeReader:
       mismatched: tensors that are shaped differently, with both shapes.
     """
 
-    def __init__(self, files: PeftFiles, leaves: Mapping[str, Any], sites: Sites, names: Names, twin: Twin):
-        self.files, self.leaves, self.sites, self.twin = files, leaves, sites, twin
+    def __init__(
+        self, files: PeftFiles, leaves: Mapping[str, Any], sites: Sites, names: Names, torch_model: TorchModel
+    ):
+        self.files, self.leaves, self.sites, self.torch_model = files, leaves, sites, torch_model
         self.embeddings = {f"{head}.weight": f"{embedding}.weight" for embedding, head in names.tied.items()}
         self.transposed = bool(setting(files.config, "fan_in_fan_out"))
         self.unexpected: list[str] = []
@@ -78,7 +80,7 @@ class WholeReader:
         updates[path] = Rows(value, site, numbers)
 
     def _path(self, name: str) -> str | None:
-        path = self.twin.tensors.get(name) or self.twin.tensors.get(self.embeddings.get(name, ""))
+        path = self.torch_model.tensors.get(name) or self.torch_model.tensors.get(self.embeddings.get(name, ""))
         if path is None:
             self._note(name)
         return path
@@ -86,8 +88,8 @@ class WholeReader:
     def _note(self, name: str) -> None:
         """A tensor without a parameter: the model has none, or has it in parts, or with other numbers."""
         module = name.rpartition(".")[0]
-        parts = [place.site.path for place in self.twin.modules.get(module, ())]
-        if not parts or f"{module}.weight" in self.twin.tensors:
+        parts = [place.site.path for place in self.torch_model.modules.get(module, ())]
+        if not parts or f"{module}.weight" in self.torch_model.tensors:
             self.unexpected.append(name)
         else:
             self.mismatched.append(

@@ -14,7 +14,7 @@ from lora_jax.adapter.updates import Replace
 from lora_jax.errors import CheckpointError, ParameterError
 from lora_jax.io.names import layouts
 from lora_jax.io.names.names import Names
-from lora_jax.io.names.torch_model import Twin, is_tied, tensor_name
+from lora_jax.io.names.torch_model import TorchModel, is_tied, tensor_name
 from lora_jax.io.peft.files import EMBEDDINGS
 from lora_jax.io.peft.tokens import SUFFIX, whole_tensors
 from lora_jax.methods import Rows
@@ -61,11 +61,11 @@ class WholeWriter:
         transposed = layouts.is_transposed(site, self.names.fan_in_fan_out)
         return layouts.weight_to_torch(site, value, transposed=transposed)
 
-    def config(self, twin: Twin, adapted: Collection[str]) -> tuple[list[str], str]:
+    def config(self, torch_model: TorchModel, adapted: Collection[str]) -> tuple[list[str], str]:
         """`modules_to_save` and `bias` that make PEFT load the tensors; modules are completed from the base.
 
         Args:
-          twin: every name of the model.
+          torch_model: every name of the model.
           adapted: modules that have factors.
         """
         owners: dict[str, set[str]] = {}
@@ -78,7 +78,7 @@ class WholeWriter:
         modules = sorted(owners.keys() - biases - heads)
         for owner in modules:
             self._complete(owner)
-            _check_alone(owner, (twin.known() | {*adapted} | {*modules}) - heads)
+            _check_alone(owner, (torch_model.known() | {*adapted} | {*modules}) - heads)
         return modules, "none" if not biases else "lora_only" if biases <= {*adapted} else "all"
 
     def _complete(self, owner: str) -> None:
@@ -94,10 +94,10 @@ class WholeWriter:
                 full = site or Site(path=path, shape=value.shape, dtype=str(value.dtype), kind="full")
                 self.saved[name] = self._weight(full, value)
 
-    def tables(self, twin: Twin) -> dict[str, np.ndarray]:
+    def tables(self, torch_model: TorchModel) -> dict[str, np.ndarray]:
         """The base's look-up tables and output heads, of the names that PEFT knows for them."""
         wanted = {
-            name: site for name, ((site, _), *_) in twin.modules.items()
+            name: site for name, ((site, _), *_) in torch_model.modules.items()
             if not site.batch_axes and (site.kind == "embedding" or site.head)
             and name.rpartition(".")[2] in EMBEDDINGS
         }  # fmt: skip

@@ -15,7 +15,7 @@ from lora_jax.errors import CheckpointError, listed, nearest
 from lora_jax.io.names import layouts
 from lora_jax.io.names.known import find_names
 from lora_jax.io.names.names import Names
-from lora_jax.io.names.torch_model import Place, Twin, is_tied, twin
+from lora_jax.io.names.torch_model import Place, TorchModel, is_tied, torch_model
 from lora_jax.io.peft.delta import Module
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.full_load import WholeReader
@@ -128,7 +128,7 @@ class _Reader:
 
     def __init__(self, files: PeftFiles, leaves: Mapping[str, Any], sites: Sites, names: Names):
         self.files, self.leaves, self.sites, self.names = files, leaves, sites, names
-        self.twin: Twin = twin(names, sites)
+        self.torch_model: TorchModel = torch_model(names, sites)
         config = files.config
         dropout, seed = config.get(kind_of(config).dropout) or 0.0, config.get("projection_prng_key") or 0
         self.maker = UpdateMaker(files.where, leaves, float(dropout), seed)
@@ -151,7 +151,7 @@ class _Reader:
         if sequence := self.files.config.get("alora_invocation_tokens"):
             updates = {path: ALora.after(update, sequence) for path, update in updates.items()}
         updates |= {shift.site.path: shift for shift in shifts}
-        whole = WholeReader(self.files, self.leaves, self.sites, self.names, self.twin)
+        whole = WholeReader(self.files, self.leaves, self.sites, self.names, self.torch_model)
         updates |= whole.updates(updates.keys())
         unexpected, mismatched = self.unexpected + whole.unexpected, self.mismatched + whole.mismatched
         missing = self._missing({*placed, *self.files.modules})
@@ -162,16 +162,16 @@ class _Reader:
         lines = [f"{self.files.where} does not fit these parameters."]
         if unmatched.unexpected:
             first = unmatched.unexpected[0]
-            known = self.twin.tensors if first in self.files.saved else self.twin.modules
+            known = self.torch_model.tensors if first in self.files.saved else self.torch_model.modules
             near = nearest(first, known, separator=".")
             lines.append(f"Unexpected: {listed(unmatched.unexpected, '; ')}. Nearest to {first}: {near}.")
         if unmatched.missing:
             lines.append(f"Missing, although its config names them: {listed(unmatched.missing, '; ')}.")
         if unmatched.mismatched:
             lines.append(f"Shaped differently: {listed(unmatched.mismatched, '; ')}.")
-        if self.twin.unnamed:
-            path, error = next(iter(self.twin.unnamed.items()))
-            lines.append(f"{len(self.twin.unnamed)} sites have no PyTorch name, e.g. {path}: {error}")
+        if self.torch_model.unnamed:
+            path, error = next(iter(self.torch_model.unnamed.items()))
+            lines.append(f"{len(self.torch_model.unnamed)} sites have no PyTorch name, e.g. {path}: {error}")
         return "\n".join([*lines, "Pass the map of names for this model (names=), or strict=False to leave these out."])
 
     def _placed(self) -> dict[str, tuple[tuple[Place, ...], str]]:
@@ -180,12 +180,15 @@ class _Reader:
         found: dict[str, tuple[tuple[Place, ...], str]] = {}
         stacked = {name for name, module in modules.items() if module.kind == "parameter"}
         if stacked:
-            shapes = self.twin.shapes(self.names)
+            shapes = self.torch_model.shapes(self.names)
             for name, owner in self.files.owners(shapes, ordered=bool(tuple(self.names.rules))).items():
-                found[name] = (self.twin.modules.get(name) or self.twin.modules[name.removesuffix(".weight")], owner)
+                found[name] = (
+                    self.torch_model.modules.get(name) or self.torch_model.modules[name.removesuffix(".weight")],
+                    owner,
+                )
         heads = self._tied_heads(modules)
         for name in modules:
-            places = self.twin.modules.get(name)
+            places = self.torch_model.modules.get(name)
             if name in stacked or name in heads:
                 continue
             if places is None or places[0].target.parameter:
@@ -197,7 +200,7 @@ class _Reader:
     def _tied_heads(self, modules: Mapping[str, Module]) -> set[str]:
         """Output heads that are the embedding; PEFT stores the embedding's factors for them again, transposed."""
         heads = set()
-        for name, (place, *_) in self.twin.modules.items():
+        for name, (place, *_) in self.torch_model.modules.items():
             head = self.names.tied.get(name, "")
             embedding, other = modules.get(name), modules.get(head)
             if not is_tied(place.site) or (embedding is None and other is None):
@@ -224,13 +227,13 @@ class _Reader:
             given = f"A {module.a.shape} and B {module.b.shape}"
             self.mismatched.append(f"{name} has {given}, where {site.path} needs {wanted[0]} and {wanted[1]}")
             return False
-        known = sum(place.target.part.span.count for place in places)
-        if known < target.part.span.total:
+        known = sum(place.target.part.slice.count for place in places)
+        if known < target.part.slice.total:
             named = " and ".join(place.site.path for place in places)
             self.mismatched.append(
-                f"{name} has {target.part.span.total} outputs, and only {known} of them are those of sites ({named})"
+                f"{name} has {target.part.slice.total} outputs, and only {known} of them are those of sites ({named})"
             )
-        return known == target.part.span.total
+        return known == target.part.slice.total
 
     def _missing(self, present: set[str]) -> tuple[str, ...]:
         """Modules that the config adapts or saves, and that the file does not have."""
@@ -239,12 +242,12 @@ class _Reader:
         absent = [
             entry for entry in config.get("modules_to_save") or ()
             if not any(name.endswith(entry) for name in saved)
-            and any(name.endswith(entry) for name in self.twin.known())
+            and any(name.endswith(entry) for name in self.torch_model.known())
         ]  # fmt: skip
         # What layers_to_transform leaves out is left out on purpose.
         if config.get("layers_to_transform") is None:
             absent += [
-                name for name, (place, *_) in self.twin.modules.items()
+                name for name, (place, *_) in self.torch_model.modules.items()
                 if name not in present and not place.target.parameter
                 and targets(config.get("target_modules"), name) and not targets(config.get("exclude_modules"), name)
                 and not saves(config.get("modules_to_save"), f"{name}.weight")

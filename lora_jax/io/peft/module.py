@@ -10,13 +10,11 @@ import numpy as np
 from lora_jax.adapter.updates import LowRank
 from lora_jax.errors import CheckpointError, ParameterError
 from lora_jax.io.names import layouts
-from lora_jax.io.names import vectors as columns
-from lora_jax.io.names.join import Piece, join
-from lora_jax.io.names.targets import Target
-from lora_jax.io.names.torch_model import Twin
-from lora_jax.io.names.vectors import Column
+from lora_jax.io.names.layouts import ParameterVector
+from lora_jax.io.names.names import Target
+from lora_jax.io.names.torch_model import TorchModel
+from lora_jax.io.peft.concatenate import Piece, concatenate, grouped
 from lora_jax.io.peft.delta import Module, ModuleKind
-from lora_jax.io.peft.groups import grouped
 from lora_jax.methods import AdaLora, Dora, Shift
 from lora_jax.methods.norms import squares
 from lora_jax.paths import bias_beside
@@ -47,8 +45,8 @@ class Made(NamedTuple):
 class ModuleMaker:
     """What the modules of one adapter are made with: biases that change too, and the rest of the model."""
 
-    def __init__(self, shifts: Mapping[str, Shift], twin: Twin, leaves: Mapping[str, Any]):
-        self.shifts, self.twin, self.leaves = shifts, twin, leaves
+    def __init__(self, shifts: Mapping[str, Shift], torch_model: TorchModel, leaves: Mapping[str, Any]):
+        self.shifts, self.torch_model, self.leaves = shifts, torch_model, leaves
 
     def make(self, owned: Sequence[Own]) -> Made | None:
         """A module, from the updates of some or all of its parameters; None where a stack holds nothing."""
@@ -56,9 +54,9 @@ class ModuleMaker:
         if not pieces:
             return None
         site, target = owned[0].update.site, owned[0].target
-        span, stacked = target.part.span, target.parameter
-        a, b, scale, values = join(pieces, (span.groups, span.size), stacked=stacked)
-        a, b = layouts.packed(a, b.reshape(*b.shape[:-2], span.total), stacked=stacked)
+        outputs, stacked = target.part.slice, target.parameter
+        a, b, scale, values = concatenate(pieces, (outputs.groups, outputs.size), stacked=stacked)
+        a, b = layouts.packed(a, b.reshape(*b.shape[:-2], outputs.total), stacked=stacked)
         if site.groups > 1:
             a, b = grouped(a, b, site.groups)
         rank = len(a) // (site.batch_shape[-1] if stacked else 1)
@@ -72,13 +70,13 @@ class ModuleMaker:
         found = [_magnitudes(own.update, own.target) for own in owned if isinstance(own.update, Dora)]
         if not found:
             return None
-        flat = columns.to_torch([*found, *self._norms(owned)])
+        flat = layouts.vector_to_torch([*found, *self._norms(owned)])
         return flat.reshape(1, -1, *b.shape[2:]) if b.ndim > 2 else flat
 
-    def _norms(self, owned: Sequence[Own]) -> list[Column]:
+    def _norms(self, owned: Sequence[Own]) -> list[ParameterVector]:
         """Norms of the columns of those parameters of a module that have no update."""
         target, adapted = owned[0].target, {own.update.site.path for own in owned}
-        places = [place for place in self.twin.modules.get(target.name, ()) if place.site.path not in adapted]
+        places = [place for place in self.torch_model.modules.get(target.name, ()) if place.site.path not in adapted]
         found = []
         for site, other in places:
             leaf = self.leaves.get(site.path)
@@ -88,8 +86,8 @@ class ModuleMaker:
                     "is not adapted, are the norms of the base: pass params=, with arrays"
                 )
             norms = np.asarray(jnp.sqrt(squares(site, jnp.asarray(leaf))))[other.index]
-            found.append(Column(site, other.part, norms / np.float32(other.part.gain)))
-        if sum(each.target.part.span.count for each in (*owned, *places)) < target.part.span.total:
+            found.append(ParameterVector(site, other.part, norms / np.float32(other.part.gain)))
+        if sum(each.target.part.slice.count for each in (*owned, *places)) < target.part.slice.total:
             raise CheckpointError(f"DoRA's magnitudes of {target.name} need all of its parameters: pass sites=")
         return found
 
@@ -100,19 +98,19 @@ class ModuleMaker:
         site, target = owned[0].update.site, owned[0].target
         if target.parameter or site.kind == "embedding":
             raise CheckpointError(f"PEFT has no lora_bias for {target.name}, and one switch for all. Save it apart.")
-        return columns.to_torch([self._shifted(own, scale) for own in owned])
+        return layouts.vector_to_torch([self._shifted(own, scale) for own in owned])
 
-    def _shifted(self, own: Own, scale: float) -> Column:
+    def _shifted(self, own: Own, scale: float) -> ParameterVector:
         site, target = own.update.site, own.target
         shift = self.shifts.get(bias_beside(site.path, self.shifts) or "")
         if shift is None:
-            return Column(site, target.part, np.zeros(site.sizes(site.out_axes), np.float32))
+            return ParameterVector(site, target.part, np.zeros(site.sizes(site.out_axes), np.float32))
         value = np.asarray(shift.value[target.index], np.float32)
         own_scale = np.asarray(shift.scale[target.index])
         if not scale and value.any() and own_scale.any():
             raise CheckpointError(f"{shift.site.path!r}: the factors beside it have scale 0, and PEFT has one for both")
         ratio = np.float32(own_scale / np.float32(scale * target.part.gain)) if scale else np.float32(0)
-        return Column(site, target.part, value if ratio == 1 else value * ratio)
+        return ParameterVector(site, target.part, value if ratio == 1 else value * ratio)
 
 
 def _piece(own: Own) -> Piece | None:
@@ -156,24 +154,25 @@ def _valued(own: Own, update: AdaLora) -> Piece | None:
 
 def _laid_out(own: Own, a: np.ndarray, b: np.ndarray, scale: float, values: np.ndarray | None = None) -> Piece:
     site, part = own.update.site, own.target.part
-    spread = part.span.spread(layouts.b_to_torch(site, part, b))
-    return Piece(layouts.a_to_torch(site, a), spread, scale, part.span.where, values)
+    spread = part.slice.spread(layouts.b_to_torch(site, part, b))
+    return Piece(layouts.a_to_torch(site, a), spread, scale, part.slice.index, values)
 
 
 def _outputs(owned: Sequence[Own]) -> np.ndarray | None:
     """What VeRA multiplies the outputs by."""
     found = [
-        Column(own.update.site, own.target.part, own.outputs[own.target.index] / np.float32(own.target.part.gain))
-        for own in owned if own.outputs is not None
-    ]  # fmt: skip
-    return columns.to_torch(found) if found else None
+        ParameterVector(site, target.part, outputs[target.index] / np.float32(target.part.gain))
+        for (site, target, outputs) in ((own.update.site, own.target, own.outputs) for own in owned)
+        if outputs is not None
+    ]
+    return layouts.vector_to_torch(found) if found else None
 
 
-def _magnitudes(update: Dora, target: Target) -> Column:
+def _magnitudes(update: Dora, target: Target) -> ParameterVector:
     if target.parameter or update.site.groups > 1 or (np.asarray(update.strength) != 1).any():
         kind = "a stack of experts" if target.parameter else "a convolution in groups"
         scaled = not target.parameter and update.site.groups == 1
         why = "PEFT cannot scale DoRA's effect" if scaled else f"PEFT has no DoRA for {kind}"
         raise CheckpointError(f"{update.site.path!r}: {why}. Leave it out, or merge it.")
     own = np.asarray(update.magnitude[target.index], np.float32)
-    return Column(update.site, target.part, own / np.float32(target.part.gain))
+    return ParameterVector(update.site, target.part, own / np.float32(target.part.gain))

@@ -15,7 +15,7 @@ from lora_jax.adapter.updates import Replace
 from lora_jax.errors import CheckpointError
 from lora_jax.io.names.known import find_names
 from lora_jax.io.names.names import Names
-from lora_jax.io.names.torch_model import is_tied, twin
+from lora_jax.io.names.torch_model import is_tied, torch_model
 from lora_jax.io.peft.delta import Module
 from lora_jax.io.peft.export import check_alike, exported, invocation, kinds_for, no_adalora
 from lora_jax.io.peft.files import PeftFiles
@@ -92,7 +92,7 @@ def save(
     writers = (_Writer(adapter, find_names(names), sites, leaves, kind) for kind in kinds_for(adapter))
     writer, files = next((writer, files) for writer in writers if (files := writer.files()) is not None)
     if save_embedding_layers is True or (save_embedding_layers == "auto" and writer.whole.resized(base_model)):
-        files = PeftFiles(files.config, files.modules, {**writer.whole.tables(writer.twin), **files.saved})
+        files = PeftFiles(files.config, files.modules, {**writer.whole.tables(writer.torch_model), **files.saved})
     extra = {"base_model_name_or_path": base_model, "task_type": task_type}
     write_peft(path, PeftFiles({**files.config, **extra}, files.modules, files.saved), overwrite=overwrite)
 
@@ -117,11 +117,11 @@ class _Writer:
         own = [update.site for update in adapter.values()]
         self.sites = sites or Sites([site for site in own if site.kind != "full"], tuple(adapter))
         self.targets = names.resolve((update.site for update in self.low_rank.values()), self.sites)
-        self.twin = twin(names, self.sites)
+        self.torch_model = torch_model(names, self.sites)
         # Endings are short only against every other name: a module without one could end alike.
-        self.complete = sites is not None and not self.twin.unnamed
+        self.complete = sites is not None and not self.torch_model.unnamed
         self.whole = WholeWriter(whole, names, self.sites, leaves)
-        self.maker = ModuleMaker(self.shifts, self.twin, leaves)
+        self.maker = ModuleMaker(self.shifts, self.torch_model, leaves)
         # By the name that PEFT's patterns go by.
         self.made: dict[str, Made] = {}
         self.ties = False
@@ -200,7 +200,7 @@ class _Writer:
 
     def _config(self, plain: set[str], parameters: list[str]) -> dict[str, Any]:
         """What a config says beside ranks and scales."""
-        modules_to_save, bias = self.whole.config(self.twin, plain)
+        modules_to_save, bias = self.whole.config(self.torch_model, plain)
         common = {
             "peft_type": self.kind.name,
             "target_modules": self._wanted(plain, modules_to_save),
@@ -249,7 +249,7 @@ class _Writer:
 
     def _wanted(self, plain: set[str], modules_to_save: list[str]) -> list[str] | str:
         """`target_modules` that hit the adapted modules and nothing else that is known."""
-        others = self.twin.known() - plain
+        others = self.torch_model.known() - plain
         # Nothing inside a saved module is ever targeted.
         others = {name for name in others if not any(name.endswith(entry) for entry in modules_to_save)}
         chosen = shortest(plain, others) if self.complete else sorted(plain)

@@ -12,13 +12,11 @@ from lora_jax.adapter.site import Site, full_site
 from lora_jax.adapter.updates import LowRank
 from lora_jax.errors import CheckpointError
 from lora_jax.io.names import layouts
-from lora_jax.io.names import vectors as columns
-from lora_jax.io.names.join import Joined, Piece, Stacked, join, stack
-from lora_jax.io.names.targets import Target
+from lora_jax.io.names.layouts import ModuleVector
+from lora_jax.io.names.names import Target
 from lora_jax.io.names.torch_model import Place
-from lora_jax.io.names.vectors import Share
+from lora_jax.io.peft.concatenate import Concatenated, Piece, Stacked, concatenate, stack, ungrouped
 from lora_jax.io.peft.delta import Module
-from lora_jax.io.peft.groups import ungrouped
 from lora_jax.methods import AdaLora, Dora, Shift, Vera
 from lora_jax.paths import bias_beside
 
@@ -28,9 +26,9 @@ class Found(NamedTuple):
 
     target: Target
     piece: Piece
-    magnitude: Share | None
-    bias: Share | None
-    outputs: Share | None
+    magnitude: ModuleVector | None
+    bias: ModuleVector | None
+    outputs: ModuleVector | None
 
 
 class UpdateMaker:
@@ -47,31 +45,31 @@ class UpdateMaker:
         a, b = layouts.unpacked(a, b, experts=experts)
         values = None if module.values is None else module.values.astype(np.float32)
         vectors = (module.magnitude, module.b_bias, module.outputs)
-        magnitude, bias, outputs = (self._columns(name, place, each) for each in vectors)
-        if magnitude is None and outputs is None and not target.part.span.whole:
+        magnitude, bias, outputs = (self._vector(name, place, each) for each in vectors)
+        if magnitude is None and outputs is None and target.part.slice.is_fused:
             used = _used(target, b)
             if not used.any() and (bias is None or not bias.value.any()):
                 return None
             kept = used if used.any() else slice(None)
             a, b = (np.moveaxis(np.moveaxis(each, -2, 0)[kept], 0, -2) for each in (a, b))
             values = None if values is None else values[kept]
-        a, b = layouts.a_from_torch(site, a), layouts.b_from_torch(site, target.part, target.part.span.picked(b))
+        a, b = layouts.a_from_torch(site, a), layouts.b_from_torch(site, target.part, target.part.slice.take(b))
         # VeRA's projections stay as they are: what the parameter is multiplied by goes into the outputs' numbers.
         scale = scale if outputs is not None else scale * target.part.gain
-        piece = Piece(a, b, scale, columns.where(site, target.part), values)
+        piece = Piece(a, b, scale, layouts.part_index(site, target.part), values)
         return Found(target, piece, magnitude, bias, outputs)
 
-    def _columns(self, name: str, place: Place, vector: np.ndarray | None) -> Share | None:
+    def _vector(self, name: str, place: Place, vector: np.ndarray | None) -> ModuleVector | None:
         """The place's share of a vector with a number for each output."""
         if vector is None:
             return None
         site, target = place
-        if target.parameter or vector.size != target.part.span.total:
+        if target.parameter or vector.size != target.part.slice.total:
             raise CheckpointError(
                 f"{self.where}: {name} has a vector of {vector.size} numbers for its outputs (DoRA magnitudes, a bias "
-                f"on B or VeRA's), which does not fit {site.path!r} with {target.part.span.total}"
+                f"on B or VeRA's), which does not fit {site.path!r} with {target.part.slice.total}"
             )
-        return columns.from_torch(site, target, vector)
+        return layouts.vector_from_torch(site, target, vector)
 
     def update(self, site: Site, found: Sequence[Found]) -> LowRank | Vera:
         """Low-rank factors, or what the file's kind has instead, of everything that was found for a parameter."""
@@ -79,7 +77,7 @@ class UpdateMaker:
         for each in found:
             by_index.setdefault(each.target.index, []).append(each.piece)
         out, stacked = site.sizes(site.out_axes), found[0].target.parameter
-        joined = {index: join(pieces, out, stacked=stacked) for index, pieces in by_index.items()}
+        joined = {index: concatenate(pieces, out, stacked=stacked) for index, pieces in by_index.items()}
         whole = stack(site, joined)
         if found[0].outputs is not None:
             return self._vera(site, found, joined, whole)
@@ -96,7 +94,7 @@ class UpdateMaker:
             )
         return self._dora(factors, shares)
 
-    def _dora(self, factors: LowRank, shares: Sequence[Share]) -> Dora:
+    def _dora(self, factors: LowRank, shares: Sequence[ModuleVector]) -> Dora:
         """Columns that the file says nothing about keep the length they have."""
         leaf, site = self.leaves[factors.site.path], factors.site
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -106,11 +104,13 @@ class UpdateMaker:
             )
         update = Dora.around(factors, jnp.asarray(leaf))
         magnitude = np.array(update.magnitude)
-        columns.fill(magnitude, site, [Share(to, value * np.float32(to.part.gain)) for to, value in shares])
+        layouts.fill_vector(
+            magnitude, site, [ModuleVector(to, value * np.float32(to.part.gain)) for to, value in shares]
+        )
         return replace(update, magnitude=jnp.asarray(magnitude))
 
     def _vera(
-        self, site: Site, found: Sequence[Found], joined: Mapping[tuple[int, ...], Joined], whole: Stacked
+        self, site: Site, found: Sequence[Found], joined: Mapping[tuple[int, ...], Concatenated], whole: Stacked
     ) -> Vera:
         """Weights that the file leaves out have vectors of zeros."""
         first, *others = joined.values()
@@ -121,7 +121,7 @@ class UpdateMaker:
             )
         b = np.zeros(site.batch_shape + site.sizes(site.out_axes), np.float32)
         shares = [each.outputs for each in found if each.outputs is not None]
-        columns.fill(b, site, [Share(to, value * np.float32(to.part.gain)) for to, value in shares])
+        layouts.fill_vector(b, site, [ModuleVector(to, value * np.float32(to.part.gain)) for to, value in shares])
         d, b, scale, *pair = (jnp.asarray(each) for each in (whole.values, b, whole.scale, first.a, first.b))
         return Vera(d, b, scale, site, self.seed, self.dropout, *pair)
 
@@ -144,7 +144,9 @@ class UpdateMaker:
             # The largest, so that the others become factors below one, as for B.
             scale[share.target.index] = max(scale[share.target.index], own, key=abs)
         for own, (target, vector) in given:
-            columns.fill(value, site, [Share(target, vector * np.float32(own / (scale[target.index] or 1)))])
+            layouts.fill_vector(
+                value, site, [ModuleVector(target, vector * np.float32(own / (scale[target.index] or 1)))]
+            )
         return [Shift(jnp.asarray(value), jnp.asarray(scale), full_site(path, self.leaves[path]))]
 
 
@@ -153,8 +155,8 @@ def _used(target: Target, b: np.ndarray) -> np.ndarray:
 
     So factors of several parameters that were written as one module, with zeros in B, come back as they were.
     """
-    span = target.part.span
-    groups = np.abs(span.grouped(b, span.size)).max(-2)
-    own, others = groups[..., span.start : span.stop], np.delete(groups, np.s_[span.start : span.stop], -1)
+    outputs = target.part.slice
+    groups = np.abs(outputs.grouped(b, outputs.size)).max(-2)
+    own, others = groups[..., outputs.start : outputs.stop], np.delete(groups, np.s_[outputs.start : outputs.stop], -1)
     own, others = (each.any(-1).reshape(-1, b.shape[-2]).any(0) for each in (own, others))
     return own | ~others
