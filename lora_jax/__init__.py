@@ -74,7 +74,7 @@ if TYPE_CHECKING:  # What type checkers and editors see; a test holds it equal t
     from lora_jax.merge import absorb as absorb
     from lora_jax.merge import merge as merge
     from lora_jax.merge import merge_report as merge_report
-    from lora_jax.optim import optimizer as optimizer
+    from lora_jax.optim.frozen import optimizer as optimizer
     from lora_jax.sites import Explanation as Explanation
     from lora_jax.sites import explain as explain
     from lora_jax.sites import find_sites as find_sites
@@ -107,6 +107,7 @@ _lazy.face(
         "lora_jax.methods": "",
         "lora_jax.nnx": "",
         "lora_jax.optim": "",
+        "lora_jax.optim.frozen": "optimizer",
         "lora_jax.sites": "Explanation explain find_sites",
     },
 )

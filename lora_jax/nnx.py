@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+__all__ = ["functional"]
+
 
 def functional(model: nnx.Module) -> tuple[Callable[..., Any], nnx.State]:
     """Split an NNX model into a pure function and its parameters.

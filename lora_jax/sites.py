@@ -28,7 +28,8 @@ def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     Args:
       fn: the function `fn(params, *args, **kwargs)`.
       params: its parameters: arrays or `jax.ShapeDtypeStruct`, in any tree.
-      *args, **kwargs: example arguments. Arrays may be `jax.ShapeDtypeStruct`.
+      *args: example arguments. Arrays may be `jax.ShapeDtypeStruct`.
+      **kwargs: likewise.
 
     Returns:
       A mapping from path to `Site` that prints as a table.
@@ -132,9 +133,12 @@ def explain(
 
     Args:
       fn: the function that `adapt` gets.
-      params, adapter, *args, **kwargs: as in the call of the adapted function; nothing is computed.
+      params: as in the call of the adapted function; nothing is computed.
+      adapter: likewise.
+      *args: likewise.
       strategy: as given to `adapt`.
       lora_key: as given to the call; dropout rules out the merged form.
+      **kwargs: as in the call.
 
     Returns:
       An `Explanation`: its `uses`, its totals, and a table when printed.

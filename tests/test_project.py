@@ -1,4 +1,4 @@
-"""What the project promises about itself: its layers, its sizes, its public names, its oldest versions."""
+"""What the project promises about itself: its sizes, its public names, its oldest versions."""
 
 import ast
 import importlib.metadata
@@ -19,35 +19,6 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# Lower rows may be imported by higher ones, never the other way round. DESIGN: imports point down.
-LAYERS = [
-    ["errors", "site"],
-    ["paths", "checks", "registry", "peft_fields", "config", "selection"],
-    ["updates", "adapter", "lanes", "fit", "svd", "methods", "slots", "bank", "cache"],
-    ["engine"],
-    ["apply", "sites", "capture", "route"],
-    ["init", "merge", "merge_report", "compose", "analysis", "routers", "optim", "summary", "sharding", "io", "nnx"],
-    ["models", "train", "bench"],
-    ["cli", "__main__"],
-]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-
-
-def layer(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imported(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lora_jax."):
-            names.add(node.module.split(".")[1])
-        elif isinstance(node, ast.ImportFrom) and node.module == "lora_jax":
-            names |= {alias.name for alias in node.names if alias.name in RANK}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lora_jax.")}
-    return names
-
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_module(path: Path) -> None:
@@ -56,9 +27,6 @@ def test_module(path: Path) -> None:
     assert len(text.splitlines()) <= 700
     assert ast.get_docstring(tree), "a module says in its first line what it does"
     assert not re.search(r"jax\._src|jax\.core\b|NotImplementedError|TODO|FIXME", text)
-    if path != PACKAGE / "__init__.py":
-        above = [name for name in imported(path) if RANK[name] > RANK[layer(path)]]
-        assert not above, f"{layer(path)} imports {above}, which is above it"
 
 
 def test_modules_are_small() -> None:
@@ -66,7 +34,7 @@ def test_modules_are_small() -> None:
     assert lengths[len(lengths) // 2] <= 200
 
 
-PUBLIC = [name for name in vars(lora) if not name.startswith("_") and not inspect.ismodule(getattr(lora, name))]
+PUBLIC = [name for name in lora.__all__ if not inspect.ismodule(getattr(lora, name))]
 FAMILIES = {module: sorted(set(module.__all__)) for module in (lora.analysis, lora.methods, lora.optim, lora.routers)}
 NAMED = [(lora, name) for name in PUBLIC] + [(module, name) for module, names in FAMILIES.items() for name in names]
 
@@ -108,3 +76,16 @@ def test_library_does_not_import_the_application() -> None:
     code = f"import sys, lora_jax; print([m for m in sys.modules if m.startswith({names})])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", [lora, lora.peft], ids=lambda package: package.__name__)
+def test_type_checkers_see_the_lazy_names(package: Any) -> None:
+    block = re.search(r"^if TYPE_CHECKING:.*?\n\n", Path(package.__file__).read_text(), re.DOTALL | re.MULTILINE)
+    assert block
+    assert set(re.findall(r" as (\w+)$", block[0], re.MULTILINE)) == set(package.__all__)
+    assert set(package.__all__) <= set(dir(package))
+
+
+def test_docstring_groups_the_public_names() -> None:
+    groups = re.findall(r"^(?:[A-Z][\w ]+:| {20}).*$", lora.__doc__ or "", re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", "".join(groups))) == lora.__all__

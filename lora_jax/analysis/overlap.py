@@ -123,7 +123,8 @@ def overlap(first: Adapter, second: Adapter) -> Overlap:
     hardly count. Of DoRA it is the factors inside of its norm that are compared.
 
     Args:
-      first, second: adapters, of any ranks and methods.
+      first: an adapter, of any ranks and methods.
+      second: another one.
 
     Returns:
       An object that prints as a table, writes a picture (`.plot(path)`) and holds the numbers, and by path the reasons

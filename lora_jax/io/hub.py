@@ -11,6 +11,8 @@ from lora_jax.errors import CheckpointError
 from lora_jax.io.inspect.contents import Contents, inspect
 from lora_jax.io.peft.disk import CONFIG, WEIGHTS, read_config
 
+__all__ = ["card", "download", "push"]
+
 _INSTALL = 'This needs huggingface_hub: pip install "lora_jax[hub]"'
 _CARD = "README.md"
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -62,7 +62,8 @@ def adalora(
       warmup: updates before anything is pruned (PEFT `tinit`).
       final: updates at the end with the final budget (PEFT `tfinal`).
       every: updates between prunings (PEFT `deltaT`).
-      beta1, beta2: of the running means.
+      beta1: decay of the running mean of sensitivities.
+      beta2: decay of the running mean of uncertainties.
 
     Returns:
       An optax transformation for `lora_jax.optimizer`; `update` needs `params`.
