@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from hashlib import sha256
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from json import dumps
 from typing import Any, cast
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.registry import METHODS
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import Update
 from lora_jax.config.config import LoraConfig
@@ -130,6 +132,7 @@ def _statics(update: Update) -> dict[str, Any]:
 
 
 def _update(entry: Mapping[str, Any], leaves: Mapping[str, Any]) -> Update:
+    import_module(METHODS.home)  # A kind of update is known once its class is.
     kinds = {kind.__name__: kind for kind in _kinds(Update)}
     statics = {name: _static(name, value) for name, value in entry.items() if name != "type"}
     return kinds[entry["type"]](**leaves, **statics)
