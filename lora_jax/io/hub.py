@@ -9,7 +9,8 @@ from typing import Any
 
 from lora_jax.errors import CheckpointError
 from lora_jax.io.inspect.contents import Contents, inspect
-from lora_jax.io.peft.disk import CONFIG, WEIGHTS, read_config
+from lora_jax.io.peft.config import CONFIG, read_config
+from lora_jax.io.peft.keys import WEIGHTS
 
 __all__ = ["card", "download", "push"]
 

@@ -16,7 +16,7 @@ from lora_jax.io.hf.folder import open_checkpoint
 from lora_jax.io.hf.values import base_values
 from lora_jax.io.peft import Module, PeftFiles, read_peft, write_peft
 from lora_jax.io.peft.compose import compose_files
-from lora_jax.io.peft.tokens import SUFFIX, tokens_by_module, whole_tensors
+from lora_jax.io.peft.files import TOKEN_ROWS, full_tensors, token_rows
 
 COMPOSABLE = [
     file.parent.name
@@ -160,12 +160,12 @@ def test_differences_to_the_base_add_up(tmp_path: Path) -> None:
         base, before = base_of(name, tmp_path / f"{name}-base")
         files = read_peft(GOLDEN / name)
         made, _ = compose_files([files, files], [2.0, 0.5], base_values(open_checkpoint(base), [files]))
-        for key, value in whole_tensors(files.saved).items():
+        for key, value in full_tensors(files.saved).items():
             assert_close(made.saved[key], before[key] + 2.5 * (np.asarray(value, np.float32) - before[key]))
-        for table, rows in tokens_by_module(files.saved).items():
+        for table, rows in token_rows(files.saved).items():
             numbers = made.config["trainable_token_indices"][table]
             old = before[f"{table}.weight"][numbers]
-            assert_close(made.saved[table + SUFFIX], old + 2.5 * (rows - old))
+            assert_close(made.saved[table + TOKEN_ROWS], old + 2.5 * (rows - old))
         for module, each in files.modules.items():
             if each.magnitude is None:
                 continue

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_jax.errors import CheckpointError
 from lora_jax.io.hf.tensors import Tensor, read_header
-from lora_jax.io.peft.disk import read_config
+from lora_jax.io.peft.config import read_config
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

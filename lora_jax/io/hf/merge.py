@@ -19,7 +19,7 @@ from lora_jax.io.hf.folder import CONFIG, INDEX, Checkpoint, Shard, dump, open_c
 from lora_jax.io.hf.plan import Plan, plan
 from lora_jax.io.hf.tensors import Item, Tensor, new_item, write_file
 from lora_jax.io.hf.ties import untied_config
-from lora_jax.io.peft.disk import CONFIG as ADAPTER_CONFIG
+from lora_jax.io.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.read import read_peft
 from lora_jax.merge import round_stochastically

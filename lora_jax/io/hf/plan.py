@@ -13,10 +13,9 @@ from lora_jax.io.hf.folder import Checkpoint
 from lora_jax.io.hf.tensors import Tensor
 from lora_jax.io.hf.ties import is_head, settle, tied_tables
 from lora_jax.io.peft.config import setting
-from lora_jax.io.peft.delta import Module, matrices
-from lora_jax.io.peft.files import PeftFiles
+from lora_jax.io.peft.files import PeftFiles, full_tensors, table_name, token_indices, token_rows
 from lora_jax.io.peft.match import saves
-from lora_jax.io.peft.tokens import table_name, token_indices, tokens_by_module, whole_tensors
+from lora_jax.io.peft.module import Module, matrices
 
 # Models whose dense layers are Conv1D, all but the head.
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
@@ -88,10 +87,9 @@ class OnBase:
 
     def changes(self) -> dict[str, Change]:
         """Changes by tensor."""
-        found = {self.place(name): self._saved(name, value) for name, value in whole_tensors(self.files.saved).items()}
+        found = {self.place(name): self._saved(name, value) for name, value in full_tensors(self.files.saved).items()}
         found |= {
-            self.place(f"{name}.weight"): self._rows(name, rows)
-            for name, rows in tokens_by_module(self.files.saved).items()
+            self.place(f"{name}.weight"): self._rows(name, rows) for name, rows in token_rows(self.files.saved).items()
         }
         for name, (entry, module) in self._modules().items():
             tensor = self.tensor(name)

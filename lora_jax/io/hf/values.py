@@ -12,8 +12,7 @@ from lora_jax.io.hf.folder import Checkpoint
 from lora_jax.io.hf.plan import OnBase
 from lora_jax.io.hf.tensors import Tensor
 from lora_jax.io.peft.compose import MAGNITUDE
-from lora_jax.io.peft.files import PeftFiles
-from lora_jax.io.peft.tokens import SUFFIX, tokens_by_module, whole_tensors
+from lora_jax.io.peft.files import TOKEN_ROWS, PeftFiles, full_tensors, token_rows
 
 
 def base_values(base: Checkpoint, adapters: Sequence[PeftFiles]) -> dict[str, np.ndarray]:
@@ -26,7 +25,7 @@ def base_values(base: Checkpoint, adapters: Sequence[PeftFiles]) -> dict[str, np
     for files in adapters:
         placed = OnBase(base, files, 1.0)
         changes = placed.changes()
-        for name in whole_tensors(files.saved):
+        for name in full_tensors(files.saved):
             tensor = base.tensors.get(placed.place(name))
             if tensor is None:
                 raise CheckpointError(
@@ -34,9 +33,9 @@ def base_values(base: Checkpoint, adapters: Sequence[PeftFiles]) -> dict[str, np
                     "weights that add up to 1"
                 )
             found[name] = _read(tensor, changes[tensor.name])
-        for name in tokens_by_module(files.saved):
+        for name in token_rows(files.saved):
             tensor = placed.tensor(f"{name}.weight")
-            found[name + SUFFIX] = _read(tensor, changes[placed.place(f"{name}.weight")])
+            found[name + TOKEN_ROWS] = _read(tensor, changes[placed.place(f"{name}.weight")])
         for name, module in files.modules.items():
             if module.magnitude is not None:
                 tensor = placed.tensor(f"{name}.weight")

@@ -16,10 +16,10 @@ from lora_jax.adapter.site import render
 from lora_jax.adapter.updates import Update
 from lora_jax.errors import CheckpointError
 from lora_jax.io.own import manifest, orbax
-from lora_jax.io.peft.config import alpha_of, rank_of, scale_of
-from lora_jax.io.peft.delta import Module
-from lora_jax.io.peft.disk import CONFIG, WEIGHTS
+from lora_jax.io.peft.config import CONFIG, alpha_of, rank_of, scale_of
 from lora_jax.io.peft.files import PeftFiles
+from lora_jax.io.peft.keys import WEIGHTS
+from lora_jax.io.peft.module import Module
 from lora_jax.io.peft.read import read_peft
 
 Format = Literal["peft", "orbax"]

@@ -15,8 +15,8 @@ from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank, Update
 from lora_jax.io.inspect.contents import detect, stacks, strength
 from lora_jax.io.own import orbax
-from lora_jax.io.peft.delta import Module
 from lora_jax.io.peft.files import PeftFiles
+from lora_jax.io.peft.module import Module
 from lora_jax.io.peft.read import read_peft
 
 

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from lora_jax.io.names.known import KNOWN as KNOWN
     from lora_jax.io.names.names import Names as Names
     from lora_jax.io.names.rules import Rule as Rule
-    from lora_jax.io.peft.delta import Module as Module
     from lora_jax.io.peft.files import PeftFiles as PeftFiles
     from lora_jax.io.peft.load import Unmatched as Unmatched
     from lora_jax.io.peft.load import load as load
+    from lora_jax.io.peft.module import Module as Module
     from lora_jax.io.peft.read import read_peft as read_peft
     from lora_jax.io.peft.save import save as save
     from lora_jax.io.peft.write import write_peft as write_peft
@@ -29,7 +29,7 @@ _lazy.face(
         "lora_jax.io.names.known": "KNOWN",
         "lora_jax.io.names.names": "Names",
         "lora_jax.io.names.rules": "Rule",
-        "lora_jax.io.peft.delta": "Module",
+        "lora_jax.io.peft.module": "Module",
         "lora_jax.io.peft.files": "PeftFiles",
         "lora_jax.io.peft.load": "Unmatched load",
         "lora_jax.io.peft.read": "read_peft",

@@ -17,10 +17,9 @@ from lora_jax.compose import compose_report
 from lora_jax.compose.report import ComposeReport
 from lora_jax.errors import CheckpointError
 from lora_jax.io.peft import config as peft_config
-from lora_jax.io.peft.delta import Module, ModuleKind
-from lora_jax.io.peft.files import PeftFiles
-from lora_jax.io.peft.kinds import LORA, kind_of
-from lora_jax.io.peft.tokens import SUFFIX, token_indices, tokens_by_module, whole_tensors
+from lora_jax.io.peft.config import LORA, peft_type_of
+from lora_jax.io.peft.files import TOKEN_ROWS, PeftFiles, full_tensors, token_indices, token_rows
+from lora_jax.io.peft.module import Module, ModuleKind
 from lora_jax.methods import Rows, Shift
 
 _KINDS: dict[str, Kind] = {"linear": "dense", "conv": "conv", "embedding": "embedding"}
@@ -87,12 +86,12 @@ def _adapter(files: PeftFiles, base: Mapping[str, np.ndarray]) -> Adapter:
         if module.b_bias is not None:
             bias = _whole(files.where, name + _BIAS, module.b_bias)
             updates[bias.site.path] = Shift(bias.value, scale, bias.site)
-    for name, value in tokens_by_module(files.saved).items():
+    for name, value in token_rows(files.saved).items():
         numbers = token_indices(files.where, files.config, name, value)
-        shape = base[name + SUFFIX].shape if name + SUFFIX in base else (_ROWS, value.shape[1])
-        site = Site(path=name + SUFFIX, shape=shape, dtype="float32", kind="embedding", in_axes=(0,), out_axes=(1,))
+        shape = base[name + TOKEN_ROWS].shape if name + TOKEN_ROWS in base else (_ROWS, value.shape[1])
+        site = Site(path=name + TOKEN_ROWS, shape=shape, dtype="float32", kind="embedding", in_axes=(0,), out_axes=(1,))
         updates[site.path] = Rows(jnp.asarray(value), site, numbers)
-    for name, value in whole_tensors(files.saved).items():
+    for name, value in full_tensors(files.saved).items():
         updates[name] = _whole(files.where, name, value)
     return Adapter(updates)
 
@@ -128,7 +127,7 @@ def _files(adapter: Adapter, sources: Sequence[PeftFiles]) -> PeftFiles:
             kind = kinds[name]
             a, b = np.asarray(update.a), _laid_out(kind, np.asarray(update.b).T, update.a.ndim)
             modules[name] = Module(kind, a, b, arrays.pop(name + MAGNITUDE, None), arrays.pop(name + _BIAS, None))
-    rows = {path.removesuffix(SUFFIX): each.rows for path, each in adapter.items() if isinstance(each, Rows)}
+    rows = {path.removesuffix(TOKEN_ROWS): each.rows for path, each in adapter.items() if isinstance(each, Rows)}
     return PeftFiles(_config(modules, rows, adapter, [each.config for each in sources]), modules, arrays)
 
 
@@ -189,8 +188,8 @@ def _check_alike(files: Sequence[PeftFiles]) -> None:
     if len({bool(each.config.get("fan_in_fan_out")) for each in files}) > 1:
         raise CheckpointError("fan_in_fan_out differs between the adapters: they are not of the same model")
     for each in files:
-        if kind_of(each.config) is not LORA:
-            raise CheckpointError(f"{each.where} is {kind_of(each.config).label}, no plain LoRA. {_CONVERT}")
+        if peft_type_of(each.config) is not LORA:
+            raise CheckpointError(f"{each.where} is {peft_type_of(each.config).label}, no plain LoRA. {_CONVERT}")
         if each.config.get("alora_invocation_tokens"):
             raise CheckpointError(f"{each.where} is aLoRA: adapters that act on different tokens cannot become one")
         if each.config.get("ensure_weight_tying"):

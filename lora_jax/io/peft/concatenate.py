@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_jax.adapter.site import Site
-from lora_jax.io.peft.delta import crossing
+from lora_jax.io.peft.module import crossing
 
 
 class Piece(NamedTuple):

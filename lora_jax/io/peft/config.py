@@ -1,14 +1,61 @@
-"""`adapter_config.json`: what it may say for the numbers beside it to mean what they seem to mean."""
+"""`adapter_config.json`: reading and checking it, the types of its fields, and what it says of ranks and scales."""
 
+import json
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from lora_jax.errors import CheckpointError
-from lora_jax.io.peft.kinds import ADALORA, KINDS, LORA, RANK_OFFSET, VERA, kind_of, mask_of
+from lora_jax.io.peft.keys import Form
 from lora_jax.io.peft.match import exact_key, in_pattern
-from lora_jax.io.peft.types import check_types
+
+CONFIG = "adapter_config.json"
+
+_MAX_BYTES = 1 << 24
+_FLOAT32_MAX = 3.4e38
+
+RANK_OFFSET = 1e-5
+"""What PEFT adds to AdaLoRA's rank before it divides alpha by it."""
+
+
+class PeftType(NamedTuple):
+    """What `peft_type` decides.
+
+    Attributes:
+      name: the type.
+      label: what its authors call it.
+      forms: how keys of its factors are spelled.
+      parts: what every module has, as fields of `Module`.
+      rank: the config's field for the rank of every module.
+      dropout: the config's field for dropout.
+      only: what `bias` says where the biases of adapted modules alone are trained.
+      fields: the config's own fields that the numbers do not depend on, or that are handled.
+    """
+
+    name: str
+    label: str
+    forms: tuple[Form, ...]
+    parts: tuple[str, ...]
+    rank: str
+    dropout: str
+    only: str
+    fields: frozenset[str] = frozenset()
+
+
+LORA = PeftType("LORA", "LoRA", ("lora", "embedding"), ("a", "b"), "r", "lora_dropout", "lora_only")
+ADALORA = PeftType(
+    "ADALORA", "AdaLoRA", ("adalora",), ("a", "b", "values"), "init_r", "lora_dropout", "lora_only",
+    frozenset({"init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}),
+)  # fmt: skip
+VERA = PeftType(
+    "VERA", "VeRA", ("vera",), ("a", "b", "values", "outputs"), "r", "vera_dropout", "vera_only",
+    frozenset({"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}),
+)  # fmt: skip
+
+PEFT_TYPES = {each.name: each for each in (LORA, ADALORA, VERA)}
 
 # PEFT's defaults of the fields that decide about the numbers. A file that lacks a field means these.
 _DEFAULTS = {"lora_alpha": 8, "init_r": 12, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
@@ -72,34 +119,72 @@ _CONVERT = (
 )
 
 
+def read_config(path: Path) -> dict[str, Any] | None:
+    """The parsed file, or None if there is none."""
+    if not path.exists() and not path.is_symlink():
+        return None
+    if not path.is_file():
+        # Taken for no config at all it would change the scales, and reading a pipe would wait for ever.
+        raise CheckpointError(f"{path} is no regular file, which belongs there")
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes are too many")
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not readable as JSON ({error}). Copy it again from where it was saved."
+        ) from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}, not the object that a config is")
+    return config
+
+
+def peft_type_of(config: Mapping[str, Any]) -> PeftType:
+    """The type that a config names; LoRA if it names none.
+
+    >>> peft_type_of({"peft_type": "VERA"}).rank, peft_type_of({}).name
+    ('r', 'LORA')
+    """
+    return PEFT_TYPES[str(config.get("peft_type", "LORA")).upper()]
+
+
+def mask_of(config: Mapping[str, Any], module: str) -> list[bool] | None:
+    """Which of AdaLoRA's first terms a module has kept, or None if nothing was pruned.
+
+    >>> mask_of({"peft_type": "ADALORA", "rank_pattern": {"up.lora_E": [True, False]}}, "up")
+    [True, False]
+    """
+    return (config.get("rank_pattern") or {}).get(f"{module}.lora_E") if peft_type_of(config) is ADALORA else None
+
+
 def check(where: str, config: Mapping[str, Any]) -> None:
-    """Refuse a config under which the arrays would not mean `W + scale·B·A`, or what its kind makes of that.
+    """Refuse a config under which the arrays would not mean `W + scale·B·A`, or what its `peft_type` makes of that.
 
     Raises:
-      CheckpointError: it is of another kind, belongs to a base with other weights, or uses an unknown variant.
+      CheckpointError: its `peft_type` is another, it belongs to a base with other weights, or uses an unknown variant.
     """
-    if str(config.get("peft_type", "LORA")).upper() not in KINDS:
+    if str(config.get("peft_type", "LORA")).upper() not in PEFT_TYPES:
         raise CheckpointError(
-            f"{where}: peft_type={config['peft_type']!r} cannot be read; possible: {', '.join(KINDS)}. If PEFT "
+            f"{where}: peft_type={config['peft_type']!r} cannot be read; possible: {', '.join(PEFT_TYPES)}. If PEFT "
             "can convert it (peft.save_as_lora), the result can."
         )
-    kind = kind_of(config)
+    peft_type = peft_type_of(config)
     for field, reason in _VARIANTS.items():
         if config.get(field):
             raise CheckpointError(f"{where}: {field} is set, and {reason}. Such an adapter cannot be represented here.")
-    unknown = sorted(field for field in config.keys() - _NEUTRAL - kind.fields - _VARIANTS.keys() if config[field])
+    unknown = sorted(field for field in config.keys() - _NEUTRAL - peft_type.fields - _VARIANTS.keys() if config[field])
     if unknown:
         raise CheckpointError(
             f"{where}: {', '.join(f'{field}={config[field]!r}' for field in unknown)} is nothing this version knows, "
             "and it may change what the arrays mean. Remove the field if you know that it does not."
         )
     if config.get("alora_invocation_tokens") and (
-        kind is not LORA or config.get("use_dora") or config.get("lora_bias")
+        peft_type is not LORA or config.get("use_dora") or config.get("lora_bias")
     ):
         raise CheckpointError(f"{where}: alora_invocation_tokens go with plain LoRA only, without DoRA and biases on B")
     _check_init(where, config.get("init_lora_weights", True))
-    check_types(where, config, masks=kind is ADALORA)
-    if kind is ADALORA:
+    check_types(where, config, masks=peft_type is ADALORA)
+    if peft_type is ADALORA:
         _check_adalora(where, config)
 
 
@@ -128,11 +213,11 @@ def _check_init(where: str, init: Any) -> None:
 
 def rank_of(config: Mapping[str, Any], name: str) -> int | None:
     """The rank that a config gives a module or parameter, or None if it says nothing."""
-    kind, mask = kind_of(config), mask_of(config, name)
+    peft_type, mask = peft_type_of(config), mask_of(config, name)
     if mask is not None:
         return sum(mask)
-    found = in_pattern(config.get("rank_pattern"), name) if kind is LORA else None
-    return config.get(kind.rank) if found is None else found
+    found = in_pattern(config.get("rank_pattern"), name) if peft_type is LORA else None
+    return config.get(peft_type.rank) if found is None else found
 
 
 def alpha_of(config: Mapping[str, Any], name: str, rank: int) -> float:
@@ -140,17 +225,17 @@ def alpha_of(config: Mapping[str, Any], name: str, rank: int) -> float:
 
     PEFT's AdaLoRA does not look into `alpha_pattern`.
     """
-    kind = kind_of(config)
-    if kind is VERA:
+    peft_type = peft_type_of(config)
+    if peft_type is VERA:
         return float(rank)
-    found = in_pattern(config.get("alpha_pattern"), name) if kind is LORA else None
+    found = in_pattern(config.get("alpha_pattern"), name) if peft_type is LORA else None
     return float(setting(config, "lora_alpha") if found is None else found)
 
 
 def scale_of(config: Mapping[str, Any], name: str, rank: int) -> float:
     """`alpha / rank`, or `alpha / sqrt(rank)` under `use_rslora`; AdaLoRA's rank is the one it started from."""
     alpha = alpha_of(config, name, rank)
-    if kind_of(config) is ADALORA:
+    if peft_type_of(config) is ADALORA:
         return alpha / (setting(config, "init_r") + RANK_OFFSET)
     return alpha / (math.sqrt(rank) if setting(config, "use_rslora") else rank)
 
@@ -179,3 +264,130 @@ def inferred(ranks: Mapping[str, int], saved: list[str]) -> dict[str, Any]:
         "peft_type": "LORA", "r": common, "lora_alpha": common, "target_modules": sorted(ranks),
         "rank_pattern": pattern, "alpha_pattern": dict(pattern), "modules_to_save": saved or None,
     }  # fmt: skip
+
+
+def check_types(where: str, config: Mapping[str, Any], *, masks: bool = False) -> None:
+    """Refuse fields that are not what PEFT writes there; absent ones and null are fine.
+
+    Args:
+      where: the file, for error messages.
+      config: what it says.
+      masks: whether `rank_pattern` has lists of booleans and not ranks, as AdaLoRA has.
+
+    Raises:
+      CheckpointError: a field has another type, is out of range, or is no regex where one belongs.
+    """
+    for field, (needs, holds) in _FIELDS.items():
+        value = config.get(field)
+        if value is not None and not holds(value):
+            raise CheckpointError(f"{where}: {field}={_shown(value)} must be {needs}")
+    for field, (needs, holds) in (_PATTERNS | ({"rank_pattern": _MASK} if masks else {})).items():
+        for key, value in (config.get(field) or {}).items():
+            if not _is_regex(f"({key})"):
+                raise CheckpointError(
+                    f"{where}: {field}: {_shown(key)} is no regular expression, or one that may take for ever"
+                )
+            if not holds(value):
+                raise CheckpointError(f"{where}: {field}[{_shown(key)}]={_shown(value)} must be {needs}")
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+
+
+def _is_number(value: Any) -> bool:
+    # An int may be larger than any float.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and -_FLOAT32_MAX < value < _FLOAT32_MAX and math.isfinite(value)
+
+
+def _is_regex(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return not _explodes(text)
+
+
+_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|.", re.DOTALL)
+
+
+def _explodes(text: str) -> bool:
+    """Whether a repetition repeats a group that repeats or branches: such a match may take exponential time.
+
+    >>> _explodes("(a+)+$"), _explodes("(a|a)*"), _explodes(r"(.*\\.)?layers\\.[0-9]+\\.(q|k)_proj")
+    (True, True, False)
+    """
+    groups, closed = [False], False
+    for token in _TOKEN.findall(text):
+        repeats = token in ("*", "+") or (token[0] == "{" and token[-1] == "}")
+        if closed and repeats:
+            return True
+        closed = False
+        if token == "(":
+            groups.append(False)
+        elif token == ")" and len(groups) > 1:
+            closed = groups.pop()
+            groups[-1] |= closed
+        elif repeats or token == "|":
+            groups[-1] = True
+    return False
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, bool) for each in value)
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, int) and not isinstance(each, bool) for each in value)
+
+
+def _are_targets(value: Any) -> bool:
+    return _are_names(value) or (isinstance(value, str) and _is_regex(value))
+
+
+def _is_a(*types: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, types)
+
+
+_RANK = "a positive integer", _is_rank
+_MASK = "a list of true and false", _is_mask
+_NUMBER = "a finite number", _is_number
+_NAMES = "a list of names", _are_names
+_TARGETS = "a list of names, or one regular expression that cannot take for ever", _are_targets
+_BOOL = "true or false", _is_a(bool)
+
+_PROBABILITY = "a probability below 1", lambda value: _is_number(value) and 0 <= value < 1
+
+_PATTERNS = {"rank_pattern": _RANK, "alpha_pattern": _NUMBER}
+_BIASES = ("none", "all", "lora_only", "vera_only")
+_FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": _RANK,
+    "lora_alpha": _NUMBER,
+    "init_r": _RANK,
+    "lora_dropout": _PROBABILITY,
+    "vera_dropout": _PROBABILITY,
+    "projection_prng_key": ("an integer", _is_a(int)),
+    "rank_pattern": ("an object", _is_a(dict)),
+    "alpha_pattern": ("an object", _is_a(dict)),
+    "target_modules": _TARGETS,
+    "exclude_modules": _TARGETS,
+    "target_parameters": _NAMES,
+    "modules_to_save": _NAMES,
+    "bias": ("one of none, all, lora_only, vera_only", lambda value: value in _BIASES),
+    "use_rslora": _BOOL,
+    "use_dora": _BOOL,
+    "fan_in_fan_out": _BOOL,
+    "lora_bias": _BOOL,
+    "ensure_weight_tying": _BOOL,
+    "alora_invocation_tokens": ("a list of token numbers", _are_tokens),
+}

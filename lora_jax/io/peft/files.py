@@ -3,7 +3,8 @@
 Neither a model nor a JAX program is involved. Names are those of PyTorch modules relative to the base model.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,14 +12,20 @@ import numpy as np
 
 from lora_jax.errors import CheckpointError
 from lora_jax.io.peft import config as peft_config
-from lora_jax.io.peft.delta import Module, delta, owners
-from lora_jax.io.peft.kinds import mask_of
+from lora_jax.io.peft.config import mask_of
+from lora_jax.io.peft.match import targets
+from lora_jax.io.peft.module import Module, delta
 
 # Layers that `save_embedding_layers` writes although no config names them.
 EMBEDDINGS = (
     "embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_in", "embed_out", "tok_embeddings",
     "token_embedding", "embed", "embedding", "embeddings", "output", "head",
 )  # fmt: skip
+
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+"""What follows the name of a table's module in the key of its trained rows."""
+
+_TOKENS = re.compile(r"(\.token_adapter)?\.trainable_tokens_delta$")
 
 
 @dataclass(frozen=True)
@@ -137,4 +144,89 @@ class PeftFiles:
         Raises:
           CheckpointError: an entry has no parameter, or shapes cannot tell them apart.
         """
-        return owners(self.where, self.modules, self.config.get("target_parameters") or (), shapes, ordered)
+        return _owners(self.where, self.modules, self.config.get("target_parameters") or (), shapes, ordered)
+
+
+def token_rows(saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Trained rows by the module that holds the table.
+
+    >>> list(token_rows({"wte.token_adapter.trainable_tokens_delta": np.ones((1, 2)), "up.bias": np.ones(3)}))
+    ['wte']
+    """
+    return {_TOKENS.sub("", name): rows for name, rows in saved.items() if _TOKENS.search(name)}
+
+
+def full_tensors(saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors that are there in full: all but trained rows."""
+    return {name: value for name, value in saved.items() if not _TOKENS.search(name)}
+
+
+def table_name(name: str) -> str:
+    """The tensor of the base that one of an adapter's belongs to."""
+    return _TOKENS.sub(".weight", name)
+
+
+def token_indices(where: str, config: Mapping[str, Any], module: str, rows: np.ndarray) -> tuple[int, ...]:
+    """Numbers of the rows that an adapter trains of a module's table.
+
+    Raises:
+      CheckpointError: the config does not have one for each of them.
+    """
+    given = config.get("trainable_token_indices")
+    if isinstance(given, Mapping):
+        given = next((ids for key, ids in given.items() if module == key or module.endswith(f".{key}")), None)
+    numbers = tuple(given) if isinstance(given, Sequence) else ()
+    known = all(isinstance(number, int) and number >= 0 for number in numbers)
+    if rows.ndim != 2 or len(numbers) != len(rows) or not numbers or not known:
+        raise CheckpointError(
+            f"{where}: {module} has trained rows of shape {rows.shape}, and trainable_token_indices={given!r} must "
+            "name one row number for each"
+        )
+    return numbers
+
+
+def _owners(
+    where: str,
+    modules: Mapping[str, Module],
+    wanted: Collection[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    ordered: bool,
+) -> dict[str, str]:
+    """Names in `modules` by parameter; see `PeftFiles.owners`."""
+    groups: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        if module.kind == "parameter":
+            groups.setdefault(name.replace(".base_layer", ""), []).append(name)
+    found: dict[str, str] = {}
+    for owner, levels in groups.items():
+        # Innermost first: that is the order in which the parameters are declared.
+        levels.sort(key=len, reverse=True)
+        names = [name for name in shapes if name.rpartition(".")[0] == owner and targets(list(wanted), name)]
+        if len(names) != len(levels):
+            raise CheckpointError(
+                f"{where}: {owner} has {len(levels)} adapted parameters, but target_parameters={sorted(wanted)} names "
+                f"{len(names)} of the base's there: {', '.join(names) or 'none'}"
+            )
+        chosen = levels if ordered else _by_shape(where, {level: modules[level] for level in levels}, names, shapes)
+        found |= dict(zip(names, chosen, strict=True))
+    return found
+
+
+def _by_shape(
+    where: str, levels: Mapping[str, Module], names: list[str], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """The level of each name, where shapes leave one possibility."""
+    fits = {name: [level for level, module in levels.items() if _fits(module, shapes[name])] for name in names}
+    chosen = [options[0] for options in fits.values() if len(options) == 1]
+    if len(set(chosen)) != len(names):
+        raise CheckpointError(
+            f"{where}: the shapes of {' and '.join(names)} do not tell which factors belong to which. Give the "
+            "parameters in the order in which the module declares them, with ordered=True."
+        )
+    return chosen
+
+
+def _fits(module: Module, shape: tuple[int, ...]) -> bool:
+    sizes = (module.a.shape[1], module.b.shape[0])
+    stack = shape[0] if len(shape) == 3 else 1
+    return sorted(sizes) == sorted(shape[-2:]) and module.a.shape[0] % stack == 0

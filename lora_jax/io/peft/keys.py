@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from lora_jax.errors import CheckpointError
 
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 Part = Literal["a", "b", "magnitude", "b_bias", "values", "outputs", "unused", "unknown"]

@@ -1,4 +1,4 @@
-"""Reading a PEFT adapter into a JAX model: every tensor finds its place, or is listed."""
+"""`lora_jax.peft.load`: a PEFT adapter into a JAX model; every tensor finds its place, or is listed."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,13 +16,13 @@ from lora_jax.io.names import layouts
 from lora_jax.io.names.known import find_names
 from lora_jax.io.names.names import Names
 from lora_jax.io.names.torch_model import Place, TorchModel, is_tied, torch_model
-from lora_jax.io.peft.delta import Module
+from lora_jax.io.peft.config import peft_type_of
+from lora_jax.io.peft.factors import FactorsReader, ModulePart
 from lora_jax.io.peft.files import PeftFiles
-from lora_jax.io.peft.full_load import WholeReader
-from lora_jax.io.peft.kinds import kind_of
 from lora_jax.io.peft.match import saves, targets
+from lora_jax.io.peft.module import Module
+from lora_jax.io.peft.modules_to_save import FullTensorReader
 from lora_jax.io.peft.read import read_peft
-from lora_jax.io.peft.update import Found, UpdateMaker
 from lora_jax.methods import ALora
 from lora_jax.paths import named_leaves
 
@@ -130,30 +130,30 @@ class _Reader:
         self.files, self.leaves, self.sites, self.names = files, leaves, sites, names
         self.torch_model: TorchModel = torch_model(names, sites)
         config = files.config
-        dropout, seed = config.get(kind_of(config).dropout) or 0.0, config.get("projection_prng_key") or 0
-        self.maker = UpdateMaker(files.where, leaves, float(dropout), seed)
+        dropout, seed = config.get(peft_type_of(config).dropout) or 0.0, config.get("projection_prng_key") or 0
+        self.factors = FactorsReader(files.where, leaves, float(dropout), seed)
         self.unexpected: list[str] = []
         self.mismatched: list[str] = []
 
     def adapter(self) -> tuple[Adapter, Unmatched]:
         """The adapter, and what is left over."""
-        found: dict[str, list[Found]] = {}
+        found: dict[str, list[ModulePart]] = {}
         placed = self._placed()
         for name, (places, owner) in placed.items():
             module = _shaped(self.files.whole(owner), places[0])
             for place in places if self._fits(name, places, module) else ():
                 scale = self.files.scale(owner, name, _experts(place))
-                each = self.maker.find(name, place, module, scale)
+                each = self.factors.part(name, place, module, scale)
                 found.setdefault(place.site.path, []).extend([] if each is None else [each])
         found = {path: each for path, each in found.items() if each}
-        updates: dict[str, Any] = {path: self.maker.update(self.sites[path], each) for path, each in found.items()}
-        shifts = [shift for path, each in found.items() for shift in self.maker.shift(self.sites[path], each)]
+        updates: dict[str, Any] = {path: self.factors.update(self.sites[path], each) for path, each in found.items()}
+        shifts = [shift for path, each in found.items() for shift in self.factors.shift(self.sites[path], each)]
         if sequence := self.files.config.get("alora_invocation_tokens"):
             updates = {path: ALora.after(update, sequence) for path, update in updates.items()}
         updates |= {shift.site.path: shift for shift in shifts}
-        whole = WholeReader(self.files, self.leaves, self.sites, self.names, self.torch_model)
-        updates |= whole.updates(updates.keys())
-        unexpected, mismatched = self.unexpected + whole.unexpected, self.mismatched + whole.mismatched
+        full = FullTensorReader(self.files, self.leaves, self.sites, self.names, self.torch_model)
+        updates |= full.updates(updates.keys())
+        unexpected, mismatched = self.unexpected + full.unexpected, self.mismatched + full.mismatched
         missing = self._missing({*placed, *self.files.modules})
         return Adapter(updates), Unmatched(missing, tuple(unexpected), tuple(mismatched))
 

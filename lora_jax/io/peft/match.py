@@ -1,4 +1,4 @@
-"""How PEFT's files name what they adapt: its matchers, and the shortest names that make them hit the right modules."""
+"""How PEFT matches names of modules: `target_modules`, `modules_to_save`, `rank_pattern`; and names that match best."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping

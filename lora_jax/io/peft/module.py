@@ -1,178 +1,176 @@
-"""The factors of a PEFT module, from the updates of the one parameter or the several that it is made of."""
+"""One module of a PEFT file: its factors, and what they add to a PyTorch weight, in the weight's own layout."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from math import prod
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapter.updates import LowRank
-from lora_jax.errors import CheckpointError, ParameterError
-from lora_jax.io.names import layouts
-from lora_jax.io.names.layouts import ParameterVector
-from lora_jax.io.names.names import Target
-from lora_jax.io.names.torch_model import TorchModel
-from lora_jax.io.peft.concatenate import Piece, concatenate, grouped
-from lora_jax.io.peft.delta import Module, ModuleKind
-from lora_jax.methods import AdaLora, Dora, Shift
-from lora_jax.methods.norms import squares
-from lora_jax.paths import bias_beside
+from lora_jax.errors import CheckpointError
+from lora_jax.io.peft.keys import Form
+
+ModuleKind = Literal["linear", "conv", "embedding", "parameter"]
 
 
-class Own(NamedTuple):
-    """An update, its arrays as NumPy, and the part of a module that its parameter has.
+@dataclass(frozen=True)
+class Module:
+    """What an adapter file holds for one module.
 
     Attributes:
-      update: its factors; of VeRA, the projections, with `d` for AdaLoRA's values.
-      target: the module, and the part of it.
-      outputs: `[*batch, *out]`, what the outputs of VeRA are multiplied by.
+      kind: `linear` (HF `Conv1D` included), `conv`, `embedding`, or `parameter`: a weight adapted by itself through
+        `target_parameters`, such as a stack of experts.
+      a: PEFT's `lora_A.weight` or `lora_embedding_A`, in the dtype of the file. Linear `(rank, in)`, conv
+        `(rank, in, *kernel)`, embedding `(rank, vocabulary)`, parameter `(experts · rank, in)`, expert-major.
+      b: `lora_B.weight` or `lora_embedding_B`. Linear `(out, rank)`, conv `(out, rank / groups, 1, ...)`, embedding
+        `(features, rank)`, parameter `(out, rank · experts)`, rank-major.
+      magnitude: `lora_magnitude_vector` of DoRA.
+      b_bias: `lora_B.bias`, of `lora_bias=True`.
+      values: `(rank,)`, what every term is multiplied by: AdaLoRA's `lora_E`, or VeRA's `vera_lambda_d`. AdaLoRA's A of
+        a convolution is flat, `(rank, in · kernel)`, and so is its B, `(out, rank)`.
+      outputs: `(out,)`, what every output is multiplied by: `vera_lambda_b`. A and B are then `vera_A` and `vera_B`,
+        which all modules of a file share; a weight has the first columns of A and the first rows of B.
+
+    Example:
+      >>> Module("linear", np.ones((2, 4)), np.ones((3, 2))).b.shape
+      (3, 2)
     """
 
-    update: LowRank
-    target: Target
+    kind: ModuleKind
+    a: np.ndarray
+    b: np.ndarray
+    magnitude: np.ndarray | None = None
+    b_bias: np.ndarray | None = None
+    values: np.ndarray | None = None
     outputs: np.ndarray | None = None
 
+    @property
+    def form(self) -> Form:
+        """How the keys of its arrays are spelled."""
+        if self.outputs is not None:
+            return "vera"
+        return "adalora" if self.values is not None else "embedding" if self.kind == "embedding" else "lora"
 
-class Made(NamedTuple):
-    """A module, with the rank of a weight and the scale of its product."""
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that are there, by the name of their field."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "kind"}
+        return {name: value for name, value in named.items() if value is not None}
 
-    module: Module
-    rank: int
-    scale: np.float32
+    def cut(self, inputs: int) -> "Module":
+        """The module with the part of shared projections that a weight of so many inputs has."""
+        if self.outputs is None:
+            return self
+        return replace(self, a=self.a[:, :inputs], b=self.b[: len(self.outputs)])
 
+    def features(self, size: int) -> tuple[int, int]:
+        """Outputs and inputs of a linear layer whose weight has `size` elements."""
+        if self.outputs is None:
+            return len(self.b), self.a.shape[1]
+        return len(self.outputs), size // len(self.outputs)
 
-class ModuleMaker:
-    """What the modules of one adapter are made with: biases that change too, and the rest of the model."""
+    def plain(self, size: int) -> "Module":
+        """Factors alone that do the same to a weight of `size` elements, in float32.
 
-    def __init__(self, shifts: Mapping[str, Shift], torch_model: TorchModel, leaves: Mapping[str, Any]):
-        self.shifts, self.torch_model, self.leaves = shifts, torch_model, leaves
-
-    def make(self, owned: Sequence[Own]) -> Made | None:
-        """A module, from the updates of some or all of its parameters; None where a stack holds nothing."""
-        pieces = [piece for own in owned if (piece := _piece(own)) is not None]
-        if not pieces:
-            return None
-        site, target = owned[0].update.site, owned[0].target
-        outputs, stacked = target.part.slice, target.parameter
-        a, b, scale, values = concatenate(pieces, (outputs.groups, outputs.size), stacked=stacked)
-        a, b = layouts.packed(a, b.reshape(*b.shape[:-2], outputs.total), stacked=stacked)
-        if site.groups > 1:
-            a, b = grouped(a, b, site.groups)
-        rank = len(a) // (site.batch_shape[-1] if stacked else 1)
-        kinds: dict[str, ModuleKind] = {"conv": "conv", "embedding": "embedding"}
-        kind = "parameter" if stacked else kinds.get(site.kind, "linear")
-        vectors = self._magnitude(owned, b), self._bias(owned, float(scale)), values, _outputs(owned)
-        return Made(Module(kind, a, b, *vectors), rank, np.float32(scale))
-
-    def _magnitude(self, owned: Sequence[Own], b: np.ndarray) -> np.ndarray | None:
-        """DoRA's magnitudes. Outputs without an update keep the norms that they have in the base."""
-        found = [_magnitudes(own.update, own.target) for own in owned if isinstance(own.update, Dora)]
-        if not found:
-            return None
-        flat = layouts.vector_to_torch([*found, *self._norms(owned)])
-        return flat.reshape(1, -1, *b.shape[2:]) if b.ndim > 2 else flat
-
-    def _norms(self, owned: Sequence[Own]) -> list[ParameterVector]:
-        """Norms of the columns of those parameters of a module that have no update."""
-        target, adapted = owned[0].target, {own.update.site.path for own in owned}
-        places = [place for place in self.torch_model.modules.get(target.name, ()) if place.site.path not in adapted]
-        found = []
-        for site, other in places:
-            leaf = self.leaves.get(site.path)
-            if leaf is None or isinstance(leaf, jax.ShapeDtypeStruct):
-                raise ParameterError(
-                    f"{target.name} is one module in PyTorch, and DoRA's magnitudes of its part {site.path!r}, which "
-                    "is not adapted, are the norms of the base: pass params=, with arrays"
-                )
-            norms = np.asarray(jnp.sqrt(squares(site, jnp.asarray(leaf))))[other.index]
-            found.append(ParameterVector(site, other.part, norms / np.float32(other.part.gain)))
-        if sum(each.target.part.slice.count for each in (*owned, *places)) < target.part.slice.total:
-            raise CheckpointError(f"DoRA's magnitudes of {target.name} need all of its parameters: pass sites=")
-        return found
-
-    def _bias(self, owned: Sequence[Own], scale: float) -> np.ndarray | None:
-        """The bias on B: zeros for a module without, where others have one, as PEFT has one switch for all."""
-        if not self.shifts:
-            return None
-        site, target = owned[0].update.site, owned[0].target
-        if target.parameter or site.kind == "embedding":
-            raise CheckpointError(f"PEFT has no lora_bias for {target.name}, and one switch for all. Save it apart.")
-        return layouts.vector_to_torch([self._shifted(own, scale) for own in owned])
-
-    def _shifted(self, own: Own, scale: float) -> ParameterVector:
-        site, target = own.update.site, own.target
-        shift = self.shifts.get(bias_beside(site.path, self.shifts) or "")
-        if shift is None:
-            return ParameterVector(site, target.part, np.zeros(site.sizes(site.out_axes), np.float32))
-        value = np.asarray(shift.value[target.index], np.float32)
-        own_scale = np.asarray(shift.scale[target.index])
-        if not scale and value.any() and own_scale.any():
-            raise CheckpointError(f"{shift.site.path!r}: the factors beside it have scale 0, and PEFT has one for both")
-        ratio = np.float32(own_scale / np.float32(scale * target.part.gain)) if scale else np.float32(0)
-        return ParameterVector(site, target.part, value if ratio == 1 else value * ratio)
+        >>> ones = np.ones(2)
+        >>> vera = Module("linear", np.ones((2, 9)), np.ones((8, 2)), values=ones, outputs=np.arange(3.0))
+        >>> vera.plain(12).a.shape, vera.plain(12).b[:, 0].tolist()
+        ((2, 4), [0.0, 1.0, 2.0])
+        """
+        own = self.cut(self.features(size)[1])
+        a, b = own.a.astype(np.float32), own.b.astype(np.float32)
+        if self.values is not None:
+            b = b * self.values.astype(np.float32)
+        if self.outputs is not None:
+            b = b * self.outputs.astype(np.float32)[:, None]
+        return replace(self, a=a, b=b, values=None, outputs=None)
 
 
-def _piece(own: Own) -> Piece | None:
-    """Factors of one parameter of a module, in PyTorch's order, or None where a stack holds nothing."""
-    if isinstance(own.update, AdaLora):
-        return _valued(own, own.update)
-    update, target = own.update, own.target
-    a, b, scale = (np.asarray(each[target.index], np.float32) for each in (update.a, update.b, update.scale))
-    scale = scale / np.float32(target.part.gain)
-    if target.parameter:
-        # PEFT has one scale for all experts.
-        first = scale[np.flatnonzero(scale)[0]] if scale.any() else scale[0]
-        ratio = np.where(scale == first, np.float32(1), scale / (first or np.float32(1)))
-        b, scale = b * ratio.reshape(-1, *(1,) * (b.ndim - 1)), first
-    elif update.site.batch_axes and not isinstance(update, Dora):
-        used = [bool(a[term].any() or b[term].any()) for term in range(len(a))]
-        if not any(used) and not scale:
-            return None
-        kept = max((term + 1 for term, any_used in enumerate(used) if any_used), default=1)
-        a, b = a[:kept], b[:kept]
-    return _laid_out(own, a, b, float(scale))
+def delta(where: str, module: Module, scale: float, shape: tuple[int, ...], transposed: bool | None) -> np.ndarray:
+    """`scale · B·A` in float32; see `PeftFiles.delta`."""
+    left, right, _ = matrices(where, module, shape, transposed)
+    return (left * np.float32(scale) @ right).reshape(shape)
 
 
-def _valued(own: Own, update: AdaLora) -> Piece | None:
-    """The same of factors with values between them: a pruned term stays where it is, with a value of zero."""
-    index, gain = own.target.index, np.float32(own.target.part.gain)
-    a, b, scale, values = (
-        np.asarray(each[index], np.float32) for each in (update.a, update.b, update.scale, update.values)
+def matrices(
+    where: str, module: Module, shape: tuple[int, ...], transposed: bool | None
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """The factors in the layout of the weight they change.
+
+    Args:
+      where: file and module, for error messages.
+      module: the factors.
+      shape: shape of the weight.
+      transposed: whether the weight's outputs are its last axis; None to read it off the shape.
+
+    Returns:
+      Float32 matrices `[stack, rows, rank]` and `[stack, rank, columns]`, and whether the outputs are the columns. The
+      weight has the rows of its first axis, and all other axes are columns; a stack of experts is one matrix each.
+
+    Raises:
+      CheckpointError: the factors do not fit, or the shape leaves open how the weight lies.
+    """
+    module = module.plain(prod(shape))
+    a, b = module.a, module.b
+    stack = shape[:1] if module.kind == "parameter" and len(shape) == 3 else ()
+    last = False
+    if stack:
+        left, right, last = _experts(where, module, shape, transposed)
+    elif module.kind == "conv":
+        _check_groups(where, module, shape)
+        left, right = b.reshape(1, len(b), -1), a.reshape(1, len(a), -1)
+    elif module.kind == "embedding" or _lies_transposed((len(b), a.shape[1]), shape, transposed):
+        left, right, last = a.T[None], b.T[None], True
+    else:
+        left, right = b[None], a[None]
+    columns = shape[len(stack) + 1 :]
+    if (*stack, left.shape[1]) != shape[: len(stack) + 1] or right.shape[-1] != prod(columns):
+        raise _misfit(where, module, shape)
+    return np.ascontiguousarray(left), np.ascontiguousarray(right), last
+
+
+def _lies_transposed(out_in: tuple[int, int], shape: tuple[int, ...], given: bool | None) -> bool:
+    """Whether a weight has its outputs last: as told where it is square, otherwise as its shape says."""
+    if len(shape) > 2:
+        return False
+    if out_in[0] == out_in[1]:
+        return bool(given)
+    return shape == (out_in[1], out_in[0])
+
+
+def _check_groups(where: str, module: Module, shape: tuple[int, ...]) -> None:
+    a, b = module.a, module.b
+    if b.shape[1] != a.shape[0] or (len(shape) > 1 and shape[1] != a.shape[1]):
+        raise crossing(where)
+
+
+def crossing(where: str) -> CheckpointError:
+    """The error for a convolution in groups whose A reads channels of other groups."""
+    return CheckpointError(
+        f"{where} is a convolution in groups: PEFT's A reads every input channel, the weight only those of its "
+        "group, so the adapter is no change to the weight. PEFT refuses to merge it too."
     )
-    if own.outputs is None:
-        if update.site.batch_axes and not (scale or a.any() or b.any()):
-            return None
-        return _laid_out(own, a, b, float(scale / gain), values)
-    if update.site.batch_axes and not (values.any() or own.outputs[index].any()):
-        return None
-    piece = _laid_out(own, a, b, float(scale), values)
-    # Several modules in one parameter: the terms of each are zero for the others.
-    kept = piece.b.any((1, 2))
-    return piece._replace(a=piece.a[kept], b=piece.b[kept], values=values[kept])
 
 
-def _laid_out(own: Own, a: np.ndarray, b: np.ndarray, scale: float, values: np.ndarray | None = None) -> Piece:
-    site, part = own.update.site, own.target.part
-    spread = part.slice.spread(layouts.b_to_torch(site, part, b))
-    return Piece(layouts.a_to_torch(site, a), spread, scale, part.slice.index, values)
+def _experts(
+    where: str, module: Module, shape: tuple[int, ...], transposed: bool | None
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Rows of A are grouped by expert, columns of B by rank."""
+    stack = shape[0]
+    if not stack or len(module.a) % stack:
+        raise _misfit(where, module, shape)
+    a = module.a.reshape(stack, -1, module.a.shape[-1])
+    b = module.b.reshape(len(module.b), -1, stack).transpose(2, 0, 1)
+    out_first, in_first = (b.shape[1], a.shape[2]), (a.shape[2], b.shape[1])
+    if transposed is None and out_first == in_first == shape[1:]:
+        raise CheckpointError(
+            f"{where} has square weights, shape {shape}, so the shape does not tell whether they are stored "
+            "(experts, out, in) or (experts, in, out): pass transposed=False or True."
+        )
+    flip = transposed if transposed is not None else shape[1:] == in_first and shape[1:] != out_first
+    return (a.swapaxes(1, 2), b.swapaxes(1, 2), True) if flip else (b, a, False)
 
 
-def _outputs(owned: Sequence[Own]) -> np.ndarray | None:
-    """What VeRA multiplies the outputs by."""
-    found = [
-        ParameterVector(site, target.part, outputs[target.index] / np.float32(target.part.gain))
-        for (site, target, outputs) in ((own.update.site, own.target, own.outputs) for own in owned)
-        if outputs is not None
-    ]
-    return layouts.vector_to_torch(found) if found else None
-
-
-def _magnitudes(update: Dora, target: Target) -> ParameterVector:
-    if target.parameter or update.site.groups > 1 or (np.asarray(update.strength) != 1).any():
-        kind = "a stack of experts" if target.parameter else "a convolution in groups"
-        scaled = not target.parameter and update.site.groups == 1
-        why = "PEFT cannot scale DoRA's effect" if scaled else f"PEFT has no DoRA for {kind}"
-        raise CheckpointError(f"{update.site.path!r}: {why}. Leave it out, or merge it.")
-    own = np.asarray(update.magnitude[target.index], np.float32)
-    return ParameterVector(update.site, target.part, own / np.float32(target.part.gain))
+def _misfit(where: str, module: Module, shape: tuple[int, ...]) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: factors of shapes {module.a.shape} and {module.b.shape} ({module.kind}) do not fit a weight of "
+        f"shape {tuple(shape)}. The adapter belongs to another base, or the base's vocabulary was resized."
+    )

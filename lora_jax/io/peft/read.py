@@ -1,4 +1,4 @@
-"""Reading a PEFT adapter directory: every tensor means something, or is refused."""
+"""Reading a PEFT adapter: every tensor of `adapter_model.safetensors` means what its config says, or is refused."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from lora_jax.errors import CheckpointError, listed
 from lora_jax.io.peft import config as peft_config
-from lora_jax.io.peft.delta import Module, ModuleKind
-from lora_jax.io.peft.disk import CONFIG, locate, read_arrays, read_config
+from lora_jax.io.peft.config import ADALORA, CONFIG, LORA, PeftType, peft_type_of, read_config
 from lora_jax.io.peft.files import EMBEDDINGS, PeftFiles
-from lora_jax.io.peft.keys import parse, unparse
-from lora_jax.io.peft.kinds import ADALORA, LORA, Kind, kind_of
+from lora_jax.io.peft.keys import WEIGHTS, parse, unparse
 from lora_jax.io.peft.match import saves, targets
+from lora_jax.io.peft.module import Module, ModuleKind
 
 _MAX_RANK = 1 << 16
+_DTYPES = {"F16", "BF16", "F32", "F64"}
+_COUNTS = {"I64", "I32", "BOOL"}
 
 
 def read_peft(path: str | PathLike[str], subfolder: str | None = None) -> PeftFiles:
@@ -46,15 +48,96 @@ def read_peft(path: str | PathLike[str], subfolder: str | None = None) -> PeftFi
       >>> read_peft(folder).modules["q"].a.shape
       (2, 4)
     """
-    weights, config_path = locate(Path(path).expanduser(), subfolder)
+    weights, config_path = _locate(Path(path).expanduser(), subfolder)
     config = read_config(config_path)
     if config is not None:
         peft_config.check(str(config_path), config)
-    return _assemble(str(weights), config, read_arrays(weights, pruned=kind_of(config or {}) is ADALORA))
+    return _assemble(str(weights), config, _read_arrays(weights, pruned=peft_type_of(config or {}) is ADALORA))
+
+
+def _locate(path: Path, subfolder: str | None) -> tuple[Path, Path]:
+    """Paths of the arrays and of the config, which may not exist."""
+    if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts or not subfolder):
+        raise CheckpointError(f"subfolder={subfolder!r} must name a directory below {path}")
+    folder = path / subfolder if subfolder else path
+    try:
+        return _located(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be looked into: {error}") from None
+
+
+def _located(folder: Path) -> tuple[Path, Path]:
+    if folder.is_file():
+        _refuse_pickle(folder)
+        return folder, folder.parent / CONFIG
+    if not folder.exists():
+        raise CheckpointError(f"There is nothing at {folder}. Check the path; PEFT's save_pretrained creates it.")
+    weights = folder / WEIGHTS
+    if weights.is_file():
+        return weights, folder / CONFIG
+    if weights.exists():
+        raise CheckpointError(f"{weights} is no regular file, which belongs there")
+    _refuse_pickle(folder / "adapter_model.bin")
+    inner = sorted(child.name for child in folder.iterdir() if (child / WEIGHTS).is_file())
+    hint = f" It holds the adapters {', '.join(inner)}: pass subfolder={inner[0]!r}." if inner else ""
+    raise CheckpointError(f"{folder} holds no {WEIGHTS}.{hint}")
+
+
+def _refuse_pickle(path: Path) -> None:
+    if path.suffix in (".bin", ".pt", ".pth") and path.exists():
+        raise CheckpointError(
+            f"{path} is a pickle, which can run any code when it is opened, so it is not read. Convert it once, with "
+            'PyTorch installed: python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, '
+            f"v in torch.load('{path}', weights_only=True).items()}}, '{path.with_name(WEIGHTS)}', "
+            "{'format': 'pt'})\""
+        )
+
+
+def _read_arrays(path: Path, *, pruned: bool = False) -> dict[str, np.ndarray]:
+    """Every tensor of the file, in its own dtype; without elements only if terms may be `pruned`."""
+    try:
+        with safe_open(path, framework="np") as file:
+            keys = list(file.keys())
+            for key in keys:
+                _check_tensor(path, key, file.get_slice(key), pruned)
+            arrays = {key: file.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors: {error}. It is damaged or cut short; copy it again."
+        ) from None
+    for key, array in arrays.items():
+        _check_finite(path, key, array)
+    return arrays
+
+
+def _check_finite(path: Path, key: str, array: np.ndarray) -> None:
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(array.astype(np.float32, copy=False))
+    if not finite.all():
+        raise CheckpointError(
+            f"{path}: {key} has {finite.size - np.count_nonzero(finite)} values that are NaN or infinite in float32. "
+            "The training diverged, or the file is damaged; use an earlier checkpoint."
+        )
+
+
+def _check_tensor(path: Path, key: str, tensor: Any, pruned: bool) -> None:
+    # Batch normalisation counts its steps; a whole module is stored with all it has.
+    factor = "lora_" in key or "vera_" in key
+    allowed = _DTYPES if factor else _DTYPES | _COUNTS
+    if tensor.get_dtype() not in allowed:
+        raise CheckpointError(
+            f"{path}: {key} is {tensor.get_dtype()}; adapters are stored as one of {', '.join(sorted(_DTYPES))}. "
+            "Quantised adapters cannot be read: save them in a floating-point dtype."
+        )
+    if 0 in tensor.get_shape() and factor and not (pruned and len(tensor.get_shape()) == 2):
+        raise CheckpointError(
+            f"{path}: {key} has shape {tuple(tensor.get_shape())}, so it holds nothing: the parameters were sharded "
+            "(DeepSpeed ZeRO-3, FSDP) and not gathered when they were saved. Gather them and save again."
+        )
 
 
 def _assemble(where: str, config: dict[str, Any] | None, arrays: Mapping[str, np.ndarray]) -> PeftFiles:
-    found = _Found(where, kind_of(config or {}), arrays)
+    found = _Found(where, peft_type_of(config or {}), arrays)
     if config is None:
         ranks = {name: each["a"].shape[0] for name, each in found.parts.items() if "a" in each and each["a"].ndim}
         config = peft_config.inferred(ranks, sorted({name.rpartition(".")[0] for name in found.whole}))
@@ -71,8 +154,8 @@ def _assemble(where: str, config: dict[str, Any] | None, arrays: Mapping[str, np
 class _Found:
     """The tensors of a file, sorted by what their keys say they are."""
 
-    def __init__(self, where: str, kind: Kind, arrays: Mapping[str, np.ndarray]):
-        self.kind = kind
+    def __init__(self, where: str, peft_type: PeftType, arrays: Mapping[str, np.ndarray]):
+        self.peft_type = peft_type
         self.parts: dict[str, dict[str, np.ndarray]] = {}
         # Projections that all modules share.
         self.shared: dict[str, np.ndarray] = {}
@@ -92,10 +175,10 @@ class _Found:
         elif key.part == "unknown":
             self.unknown.append(raw)
         elif key.part != "unused":
-            if key.form not in self.kind.forms:
+            if key.form not in self.peft_type.forms:
                 raise CheckpointError(
-                    f"{where}: {raw} is no key of an adapter of peft_type={self.kind.name!r}, which {CONFIG} says (or "
-                    "LORA, if it is missing). One of the two files belongs to another adapter, or is lost."
+                    f"{where}: {raw} is no key of an adapter of peft_type={self.peft_type.name!r}, which {CONFIG} says "
+                    "(or LORA, if it is missing). One of the two files belongs to another adapter, or is lost."
                 )
             _put(where, self.parts.setdefault(key.name, {}) if key.name else self.shared, key.part, array, raw)
             self.embeddings |= {key.name} if key.form == "embedding" else set()
@@ -133,7 +216,7 @@ def _refuse_unknown(where: str, keys: list[str]) -> None:
 def _module(
     where: str, name: str, found: Mapping[str, np.ndarray], embedding: bool, config: Mapping[str, Any]
 ) -> Module:
-    adapter = kind_of(config)
+    adapter = peft_type_of(config)
     missing = [part for part in adapter.parts if part not in found]
     key = unparse(name, missing[0] if missing else "a", "embedding" if embedding else adapter.forms[0])
     if missing and key.startswith("base_model.vera_"):
@@ -167,7 +250,7 @@ def _check_vectors(where: str, name: str, module: Module) -> None:
 def _kind(name: str, a: np.ndarray, embedding: bool, config: Mapping[str, Any]) -> ModuleKind:
     if embedding:
         return "embedding"
-    if kind_of(config) is not LORA:
+    if peft_type_of(config) is not LORA:
         return "linear"
     if name.endswith(".base_layer") or (
         config.get("target_parameters") and not targets(config.get("target_modules"), name)
@@ -195,7 +278,7 @@ def _completed(config: Mapping[str, Any], modules: Mapping[str, Module]) -> dict
     """The config with the fields it lacks, from the arrays."""
     ranks = {name: len(module.a) for name, module in modules.items() if module.kind != "parameter"}
     guess = peft_config.inferred(ranks, [])
-    lacking = {"r", "rank_pattern"} if config.get("r") is None and ranks and kind_of(config) is LORA else set()
+    lacking = {"r", "rank_pattern"} if config.get("r") is None and ranks and peft_type_of(config) is LORA else set()
     if not config.get("target_modules") and not config.get("target_parameters") and ranks:
         lacking.add("target_modules")
     return {**config, **{name: guess[name] for name in lacking}}

@@ -1,7 +1,7 @@
-"""Writing an adapter as PyTorch PEFT would have written it, so that PEFT computes the same."""
+"""`lora_jax.peft.save`: an adapter as PyTorch PEFT would have written it, so that PEFT computes the same."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any, Literal, NamedTuple
 
@@ -16,14 +16,23 @@ from lora_jax.errors import CheckpointError
 from lora_jax.io.names.known import find_names
 from lora_jax.io.names.names import Names
 from lora_jax.io.names.torch_model import is_tied, torch_model
-from lora_jax.io.peft.delta import Module
-from lora_jax.io.peft.export import check_alike, exported, invocation, kinds_for, no_adalora
+from lora_jax.io.peft.config import ADALORA, LORA, VERA, PeftType
+from lora_jax.io.peft.factors import FactorsWriter, ScaledModule, Source
 from lora_jax.io.peft.files import PeftFiles
-from lora_jax.io.peft.full_save import WholeWriter, untied
-from lora_jax.io.peft.kinds import ADALORA, LORA, VERA, Kind
 from lora_jax.io.peft.match import shortest, targets
-from lora_jax.io.peft.module import Made, ModuleMaker, Own
-from lora_jax.io.peft.strength import Settled, settle_adalora, settle_lora, settle_vera
+from lora_jax.io.peft.module import Module
+from lora_jax.io.peft.modules_to_save import FullTensorWriter, untied
+from lora_jax.io.peft.peft_type import (
+    TypeFields,
+    adalora_fields,
+    check_alike,
+    exported,
+    invocation_tokens,
+    lora_fields,
+    not_adalora,
+    peft_types_for,
+    vera_fields,
+)
 from lora_jax.io.peft.write import write_peft
 from lora_jax.methods import Dora, Rows, Shift, Vera
 from lora_jax.paths import bias_beside, named_leaves
@@ -89,30 +98,32 @@ def save(
     leaves = {} if params is None else named_leaves(params)[0]
     if leaves:
         fit(adapter, leaves)
-    writers = (_Writer(adapter, find_names(names), sites, leaves, kind) for kind in kinds_for(adapter))
+    writers = (_Writer(adapter, find_names(names), sites, leaves, peft_type) for peft_type in peft_types_for(adapter))
     writer, files = next((writer, files) for writer in writers if (files := writer.files()) is not None)
-    if save_embedding_layers is True or (save_embedding_layers == "auto" and writer.whole.resized(base_model)):
-        files = PeftFiles(files.config, files.modules, {**writer.whole.tables(writer.torch_model), **files.saved})
+    if save_embedding_layers is True or (save_embedding_layers == "auto" and writer.full.resized(base_model)):
+        files = PeftFiles(files.config, files.modules, {**writer.full.tables(writer.torch_model), **files.saved})
     extra = {"base_model_name_or_path": base_model, "task_type": task_type}
     write_peft(path, PeftFiles({**files.config, **extra}, files.modules, files.saved), overwrite=overwrite)
 
 
 class _Writer:
-    """One adapter on its way out, into a file of one kind."""
+    """One adapter on its way out, into a file of one `peft_type`."""
 
-    def __init__(self, adapter: Adapter, names: Names, sites: Sites | None, leaves: Mapping[str, Any], kind: Kind):
-        self.names, self.kind = names, kind
-        plain = {path: exported(each, kind) for path, each in adapter.items()}
+    def __init__(
+        self, adapter: Adapter, names: Names, sites: Sites | None, leaves: Mapping[str, Any], peft_type: PeftType
+    ):
+        self.names, self.peft_type = names, peft_type
+        plain = {path: exported(each, peft_type) for path, each in adapter.items()}
         self.low_rank = {path: each.factors for path, each in plain.items() if each is not None}
         self.outputs = {path: each.outputs for path, each in plain.items() if each is not None}
         self.seed = min((each.seed for each in adapter.values() if isinstance(each, Vera)), default=0)
         self.shifts = {path: each for path, each in adapter.items() if isinstance(each, Shift)}
-        whole = {path: each for path, each in adapter.items() if isinstance(each, (Replace, Rows))}
-        others = sorted(adapter.keys() - self.low_rank.keys() - self.shifts.keys() - whole.keys())
+        full = {path: each for path, each in adapter.items() if isinstance(each, (Replace, Rows))}
+        others = sorted(adapter.keys() - self.low_rank.keys() - self.shifts.keys() - full.keys())
         if others:
             held = type(adapter[others[0]]).__name__
             raise CheckpointError(f"PEFT's files have no place for {others[0]!r}, which is a {held}")
-        check_alike(adapter, self.low_rank, kind)
+        check_alike(adapter, self.low_rank, peft_type)
         self._check_biases()
         own = [update.site for update in adapter.values()]
         self.sites = sites or Sites([site for site in own if site.kind != "full"], tuple(adapter))
@@ -120,60 +131,61 @@ class _Writer:
         self.torch_model = torch_model(names, self.sites)
         # Endings are short only against every other name: a module without one could end alike.
         self.complete = sites is not None and not self.torch_model.unnamed
-        self.whole = WholeWriter(whole, names, self.sites, leaves)
-        self.maker = ModuleMaker(self.shifts, self.torch_model, leaves)
+        self.full = FullTensorWriter(full, names, self.sites, leaves)
+        self.factors = FactorsWriter(self.shifts, self.torch_model, leaves)
         # By the name that PEFT's patterns go by.
-        self.made: dict[str, Made] = {}
+        self.made: dict[str, ScaledModule] = {}
         self.ties = False
 
     def files(self) -> PeftFiles | None:
-        """Everything to write, in PEFT's layout; None if a file of this kind cannot hold it."""
+        """Everything to write, in PEFT's layout; None if a file of this type cannot hold it."""
         modules: dict[str, Module] = {}
         stacks: dict[str, list[_Stacked]] = {}
-        all_owned = self._owned()
-        if self.kind is not LORA and not self._fits([own for _, owned in all_owned.values() for own in owned]):
+        all_sources = self._sources()
+        flat = (source for _, sources in all_sources.values() for source in sources)
+        if self.peft_type is not LORA and not self._fits(flat):
             return None
-        for name, (order, owned) in all_owned.items():
-            made = self.maker.make(owned)
+        for name, (order, sources) in all_sources.items():
+            made = self.factors.module(sources)
             if made is None:
                 continue
             self.made[name] = made
-            if owned[0].target.parameter:
+            if sources[0].target.parameter:
                 stacks.setdefault(name.rpartition(".")[0], []).append(_Stacked(order, name, made.module))
             else:
                 modules[name] = made.module
-                self._tie(owned[0].update.site, name, made.module, modules)
+                self._tie(sources[0].update.site, name, made.module, modules)
         plain = set(modules)
         for owner, stacked in stacks.items():
             modules |= self._nested(owner, stacked)
         parameters = sorted(each.name for stacked in stacks.values() for each in stacked)
-        settled = self._settled()
-        if settled is None:
+        typed = self._type_fields()
+        if typed is None:
             return None
-        config = self._config(plain, parameters) | settled.fields
-        return PeftFiles(config, modules | settled.modules, self.whole.saved)
+        config = self._config(plain, parameters) | typed.fields
+        return PeftFiles(config, modules | typed.modules, self.full.saved)
 
-    def _fits(self, owned: list[Own]) -> bool:
-        """Whether a kind other than LoRA has a place for everything: for stacks of experts none has."""
-        experts = next((own.update.site.path for own in owned if own.target.parameter), None)
-        if experts is not None and self.kind is ADALORA:
-            raise no_adalora(experts, "a stack of experts")
+    def _fits(self, sources: Iterable[Source]) -> bool:
+        """Whether a type other than LoRA has a place for everything: for stacks of experts none has."""
+        experts = next((source.update.site.path for source in sources if source.target.parameter), None)
+        if experts is not None and self.peft_type is ADALORA:
+            raise not_adalora(experts, "a stack of experts")
         # VeRA's config has no ensure_weight_tying.
-        return experts is None and not (self.kind is VERA and self.whole.ties)
+        return experts is None and not (self.peft_type is VERA and self.full.ties)
 
-    def _settled(self) -> Settled | None:
-        if self.kind is VERA:
-            return settle_vera(self.made, self.seed)
-        return settle_adalora(self.made) if self.kind is ADALORA else settle_lora(self.made)
+    def _type_fields(self) -> TypeFields | None:
+        if self.peft_type is VERA:
+            return vera_fields(self.made, self.seed)
+        return adalora_fields(self.made) if self.peft_type is ADALORA else lora_fields(self.made)
 
-    def _owned(self) -> dict[str, tuple[tuple[int, int], list[Own]]]:
+    def _sources(self) -> dict[str, tuple[tuple[int, int], list[Source]]]:
         """For each module its place in the map, and the updates that it is made of."""
-        found: dict[str, tuple[tuple[int, int], list[Own]]] = {}
+        found: dict[str, tuple[tuple[int, int], list[Source]]] = {}
         for path, named in self.targets.items():
             update, outputs = jax.tree.map(np.asarray, (self.low_rank[path], self.outputs[path]))
             for place, target in enumerate(named):
-                _, owned = found.setdefault(target.name, ((self.names.order(path), place), []))
-                owned.append(Own(update, target, outputs))
+                _, sources = found.setdefault(target.name, ((self.names.order(path), place), []))
+                sources.append(Source(update, target, outputs))
         return found
 
     def _tie(self, site: Site, name: str, module: Module, modules: dict[str, Module]) -> None:
@@ -200,16 +212,16 @@ class _Writer:
 
     def _config(self, plain: set[str], parameters: list[str]) -> dict[str, Any]:
         """What a config says beside ranks and scales."""
-        modules_to_save, bias = self.whole.config(self.torch_model, plain)
+        modules_to_save, bias = self.full.config(self.torch_model, plain)
         common = {
-            "peft_type": self.kind.name,
+            "peft_type": self.peft_type.name,
             "target_modules": self._wanted(plain, modules_to_save),
             "modules_to_save": modules_to_save or None,
-            "bias": self.kind.only if bias == "lora_only" else bias,
-            self.kind.dropout: 0.0 if parameters else self._dropout(),
+            "bias": self.peft_type.only if bias == "lora_only" else bias,
+            self.peft_type.dropout: 0.0 if parameters else self._dropout(),
             "fan_in_fan_out": self._fan_in_fan_out(plain, parameters),
         }
-        if self.kind is VERA:
+        if self.peft_type is VERA:
             return common
         return common | {
             "target_parameters": parameters or None,
@@ -217,9 +229,9 @@ class _Writer:
             "use_rslora": False,
             "use_dora": any(isinstance(update, Dora) for update in self.low_rank.values()),
             "lora_bias": bool(self.shifts),
-            "alora_invocation_tokens": invocation(self.low_rank),
-            "trainable_token_indices": self.whole.tokens or None,
-            "ensure_weight_tying": self.ties or self.whole.ties,
+            "alora_invocation_tokens": invocation_tokens(self.low_rank),
+            "trainable_token_indices": self.full.tokens or None,
+            "ensure_weight_tying": self.ties or self.full.ties,
         }
 
     def _fan_in_fan_out(self, plain: set[str], parameters: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Writing a PEFT adapter directory, whole or not at all."""
+"""Writing a PEFT adapter to disk, `adapter_model.safetensors` and `adapter_config.json`, whole or not at all."""
 
 import json
 import os
@@ -12,9 +12,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lora_jax.errors import CheckpointError
-from lora_jax.io.peft.disk import CONFIG, WEIGHTS
+from lora_jax.io.peft.config import CONFIG
 from lora_jax.io.peft.files import PeftFiles
-from lora_jax.io.peft.keys import PREFIX, unparse
+from lora_jax.io.peft.keys import PREFIX, WEIGHTS, unparse
 
 
 def write_peft(path: str | PathLike[str], files: PeftFiles, *, overwrite: bool = False) -> None:
