@@ -6,16 +6,15 @@ from functools import wraps
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import Placed, adapter_list, fit
 from lora_jax.adapter.updates import combined, held
-from lora_jax.engine import Context, Log, Strategy, dense, interpret
-from lora_jax.engine.calls import Call, trace_call
+from lora_jax.engine import Call, Context, Log, Strategy, evaluate_call, trace_call
+from lora_jax.engine.dropout import dropout_keys
+from lora_jax.engine.lift import frozen
 from lora_jax.engine.weight import RANK, Labelled, Term, Weight
 from lora_jax.errors import ConfigError
-from lora_jax.paths import is_array
 
 
 def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..., Any]:
@@ -67,7 +66,7 @@ def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..
     ) -> Any:
         adapters = adapter_list(adapter)
         if not adapters:
-            return fn(jax.tree.map(_frozen, params), *args, **kwargs)
+            return fn(jax.tree.map(frozen, params), *args, **kwargs)
         call = trace_call(fn, params, args, kwargs)
         return run_adapted(call, adapters, Context(Log(), strategy=strategy), lora_key)
 
@@ -76,44 +75,10 @@ def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..
 
 def run_adapted(call: Call, adapters: Sequence[Adapter], ctx: Context, lora_key: Any) -> Any:
     """Evaluate a traced call with its adapted parameters symbolic; `lora_key` is as given to the adapted function."""
-    ctx = replace(ctx, keys=_dropout_keys(lora_key, adapters))
+    ctx = replace(ctx, keys=dropout_keys(lora_key, adapters))
     updates = fit(adapters, call.arrays)
     symbolic = lambda path, leaf: _weight(ctx, path, leaf, updates[path]) if path in updates else leaf  # noqa: E731
-    return evaluated(call, call.given, symbolic, ctx)
-
-
-def evaluated(call: Call, given: Sequence[Any], symbolic: Callable[[str, Any], Any], ctx: Context) -> Any:
-    """Evaluate a traced call.
-
-    Args:
-      call: the call.
-      given: values for its abstract arguments.
-      symbolic: makes of a frozen parameter, given its path, what the program is to see.
-      ctx: the context.
-    """
-    inputs = [symbolic(path, _frozen(leaf)) for path, leaf in call.arrays.items()]
-    outputs = interpret(ctx, call.program, [*inputs, *given])
-    return call.result([dense(ctx, None, output, "returned by the function") for output in outputs])
-
-
-def _dropout_keys(given: Any, adapters: Sequence[Adapter]) -> tuple[Any, ...]:
-    """A key for each adapter; none at all without dropout."""
-    drops = any(update.dropout for adapter in adapters for update in adapter.values())
-    if isinstance(given, (tuple, list)):
-        if len(given) != len(adapters):
-            raise ConfigError(
-                f"lora_key has {len(given)} keys for {len(adapters)} adapters: give one for each, or a single one"
-            )
-        return tuple(given) if drops else ()
-    if given is None or not drops:
-        return ()
-    if jnp.issubdtype(given.dtype, jax.dtypes.prng_key) and given.ndim:
-        raise ConfigError(f"lora_key has shape {given.shape}: give one key, or a tuple of them, tuple(lora_key)")
-    return tuple(jax.random.fold_in(given, slot) for slot in range(len(adapters)))
-
-
-def _frozen(leaf: Any) -> Any:
-    return jax.lax.stop_gradient(leaf) if is_array(leaf) else leaf
+    return evaluate_call(ctx, call, call.given, symbolic)
 
 
 def _weight(ctx: Context, path: str, leaf: Any, placed: list[Placed]) -> Weight | Any:

@@ -12,8 +12,7 @@ from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import adapter_list
 from lora_jax.adapter.site import Site, Sites, render
 from lora_jax.apply import run_adapted
-from lora_jax.engine import Context, Log, Strategy, Use, dense, interpret
-from lora_jax.engine.calls import Call, trace_call
+from lora_jax.engine import Call, Context, Log, Strategy, Use, dense, interpret, trace_call
 from lora_jax.engine.heads import head_equations
 
 

@@ -1,4 +1,4 @@
-"""Running a function with taps at the selected sites: one compiled step that adds a batch to the statistics."""
+"""Running a function with hooks at the selected sites: one compiled step that adds a batch to the statistics."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -11,9 +11,8 @@ from lora_jax.adapter.site import Site
 from lora_jax.capture.batches import joined, split
 from lora_jax.capture.captured import Statistic
 from lora_jax.capture.statistics import Moments, Sketch
-from lora_jax.engine import Context, Log, interpret
-from lora_jax.engine.calls import trace_call
-from lora_jax.engine.hooks import probed
+from lora_jax.engine import Context, Log, interpret, trace_call
+from lora_jax.engine.hooks import numbered
 from lora_jax.errors import ParameterError, listed
 
 _COLLECTED = {"inputs": Moments, "components": Sketch}
@@ -87,7 +86,7 @@ def _run(fn: Callable[..., Any], params: Any, batch: tuple[Any, ...], sites: Seq
     def symbolic(path: str, leaf: Any) -> Any:
         if path not in known:
             return leaf
-        return probed(ctx.weight(path, leaf), known[path].batch_axes, known[path].in_axes)
+        return numbered(ctx.weight(path, leaf), known[path].batch_axes, known[path].in_axes)
 
     interpret(ctx, call.program, [*(symbolic(path, leaf) for path, leaf in call.arrays.items()), *call.given])
 

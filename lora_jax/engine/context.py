@@ -3,17 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal
-from zlib import crc32
+from typing import Any, Literal
 
 import jax
 
 from lora_jax.adapter.site import Kind
 from lora_jax.engine.recompute import Frame
 from lora_jax.engine.weight import Weight
-
-if TYPE_CHECKING:
-    from lora_jax.engine.routing.slots import Routing
 
 Strategy = Literal["auto", "factored", "merged"]
 Route = Literal["factored", "merged", "look-up", "materialised", "rows", "mask", "blocks"]
@@ -87,10 +83,9 @@ class Context:
       trail: positions of the equations around this point, outermost first.
       inside: name of the opaque operation we only look into for discovery, else empty.
       look_inside: whether opaque operations are searched for uses.
-      observe: called where a weight with a probe meets an input: with the weight's path, the numbers of the linear maps
-        `[*maps]`, their inputs `[*maps, tokens, fan_in]`, and which of the tokens count, None for all.
+      observe: called where a weight with a numbering meets an input: with the weight's path, the numbers of the linear
+        maps `[*maps]`, their inputs `[*maps, tokens, fan_in]`, and which of the tokens count, None for all.
       mask: which tokens are observed, over the leading axes of every input; None for all.
-      routing: which slot of a bank each example meets; None where there is no bank.
     """
 
     log: Log
@@ -102,7 +97,6 @@ class Context:
     look_inside: bool = False
     observe: Callable[[str, Any, Any, Any], None] | None = None
     mask: Any = None
-    routing: "Routing | None" = None
 
     def at(self, position: int) -> "Context":
         """The context of the equation at a position of the current program."""
@@ -112,14 +106,10 @@ class Context:
         """The context inside a program."""
         return replace(self, frame=frame)
 
-    def turn(self, number: Any) -> "Context":
-        """The context of one turn of a loop, which has dropout keys of its own."""
+    def iteration(self, number: Any) -> "Context":
+        """The context of one iteration of a loop, which has dropout keys of its own."""
         keys = tuple(None if key is None else jax.random.fold_in(key, number) for key in self.keys)
         return replace(self, keys=keys)
-
-    def drops(self, rate: float, slot: int) -> bool:
-        """Whether the adapter at a position has dropout here."""
-        return bool(rate and self.keys) and self.keys[slot] is not None
 
     def fresh(self, origin: frozenset[int] = frozenset()) -> int:
         """A new axis id that stems from the given original axes of its parameter."""
@@ -157,12 +147,3 @@ class Context:
         rest = set(range(self.log.ranks[path])) - in_axes - out_axes
         names = ("in_axes", "out_axes", "batch_axes")
         return {name: tuple(sorted(axes)) for name, axes in zip(names, (in_axes, out_axes, rest), strict=True)}
-
-    def dropout_key(self, path: str, slot: int) -> Any:
-        """The key of this use: folded from the adapter's key in this region by parameter path and use."""
-        uses = sum(1 for known, _ in self.log.order if known == path)
-        index = self.log.order.setdefault((path, self.trail), uses)
-        key = self.keys[slot]
-        for part in (crc32(path.encode()), index):
-            key = jax.random.fold_in(key, part)
-        return key

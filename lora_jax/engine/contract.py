@@ -6,14 +6,13 @@ contracted token axes about twice as slowly as flattened ones, and the gradient 
 when A is stored `(in, rank)`; so tokens are flattened and factors keep their rank axis first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.engine.meshes import explicit, placed, spread, varying
+from lora_jax.engine.meshes import placed, spread
 from lora_jax.engine.weight import RANK, Labelled, Term, flat_size
 
 
@@ -87,18 +86,19 @@ def _separate(x: Labelled, batch: list[int], inner: list[int], free: list[int]) 
     return x.array, [x.axes.index(axis) for axis in inner], [x.axes.index(axis) for axis in batch]
 
 
-def survivors(x: Labelled, rate: float, key: Any) -> Any:
-    """Which elements of the activation dropout keeps.
+def split_factors(
+    terms: Iterable[Term], into: Sequence[int], out: Sequence[int], stacked: Sequence[int] = ()
+) -> list[tuple[Labelled, Labelled]] | None:
+    """For each term the factor `[*stacked, rank, *into]` and the factor `[*stacked, rank, *out]`.
 
-    Inside a `shard_map` that tracks varying values (`check_vma`), every shard of the activation draws for itself.
+    None if a term divides the axes otherwise.
     """
-    for axis in varying(x.array):
-        key = jax.random.fold_in(key, lax.axis_index(axis))
-    return jax.random.bernoulli(key, 1.0 - rate, x.array.shape, out_sharding=explicit(x.array))
-
-
-def dropped(x: Labelled, rate: float, mask: Any) -> Labelled:
-    """The activation with survivors scaled up, to keep the expectation, and the rest zero; all of it without mask."""
-    if mask is None:
-        return x
-    return Labelled(jnp.where(mask, x.array / (1.0 - rate), jnp.zeros((), x.array.dtype)), x.axes)
+    pairs = []
+    for term in terms:
+        for a, b in ((term.a, term.b), (term.b, term.a)):
+            if {*a.axes} == {*stacked, RANK, *into} and {*b.axes} == {*stacked, RANK, *out}:
+                pairs.append((a.ordered((*stacked, RANK, *into)), b.ordered((*stacked, RANK, *out))))
+                break
+        else:
+            return None
+    return pairs

@@ -1,6 +1,6 @@
-"""Taps: where a captured weight meets its input, the input is observed, in the parameter's own coordinates.
+"""Hooks on inputs: where a product meets an observed weight, its input is shown to an observer.
 
-A captured weight carries a `Probe`: the number of every linear map in a stack and of every input of a map. Rules that
+Such a weight carries a `Numbering`: the number of every linear map in a stack and of every input of a map. Rules that
 slice, transpose or reshape the weight do the same to these numbers, so that at the use, however deep in loops, they say
 which map of the parameter reads the input and which input is which. The observer adds to arrays that JAX calls
 references, from inside any loop or branch: nothing is handed out of a region, and the program runs forward once.
@@ -17,14 +17,14 @@ from jax import lax
 from jax.sharding import AxisType
 
 from lora_jax.engine.context import Context
-from lora_jax.engine.weight import Labelled, Probe, Weight, flat_size, gathered
+from lora_jax.engine.weight import Labelled, Numbering, Weight, flat_size, gathered
 from lora_jax.errors import ParameterError
 
 
-def probed(weight: Weight, batch: Sequence[int], into: Sequence[int]) -> Weight:
-    """The weight of a parameter with a probe; `batch` and `into` are its stacked axes and its input axes."""
+def numbered(weight: Weight, batch: Sequence[int], into: Sequence[int]) -> Weight:
+    """The weight of a parameter with a numbering; `batch` and `into` are its stacked axes and its input axes."""
     entry, position = (_numbers(weight, axes) for axes in (batch, into))
-    return replace(weight, probe=Probe(entry, position, position.axes, position.array.size))
+    return replace(weight, numbering=Numbering(entry, position, position.axes, position.array.size))
 
 
 def _numbers(weight: Weight, axes: Sequence[int]) -> Labelled:
@@ -32,34 +32,34 @@ def _numbers(weight: Weight, axes: Sequence[int]) -> Labelled:
     return Labelled(jnp.arange(prod(shape), dtype=jnp.int32).reshape(shape), tuple(weight.axes[axis] for axis in axes))
 
 
-def tap(ctx: Context, weight: Weight, x: Labelled, into: Collection[int], kept: Any = None) -> None:
+def observe(ctx: Context, weight: Weight, x: Labelled, into: Collection[int], kept: Any = None) -> None:
     """Show the observer the input of a weight.
 
     Args:
       ctx: the context.
-      weight: the weight; without a probe, nothing happens.
+      weight: the weight; without a numbering, nothing happens.
       x: the activation.
       into: ids of the axes that are contracted. A product over other axes than those that the weight is captured for
         (a tied table used the other way, a gradient inside the program) is not observed.
       kept: which tokens count, `[*maps, tokens]`; None for those of the context's mask.
     """
-    probe = weight.probe
-    if ctx.observe is None or probe is None or not set(probe.position.axes) <= set(into):
+    numbering = weight.numbering
+    if ctx.observe is None or numbering is None or not set(numbering.inputs.axes) <= set(into):
         return
-    _check(weight.path, x, into, probe.inputs)
+    _check(weight.path, x, into, numbering.fan_in)
     x = gathered(x)
-    own = probe.home if set(probe.home) == set(probe.position.axes) else probe.position.axes
+    own = numbering.order if set(numbering.order) == set(numbering.inputs.axes) else numbering.inputs.axes
     inner = [*own, *(axis for axis in into if axis not in own)]  # The others have length one.
-    maps = probe.entry.axes
+    maps = numbering.maps.axes
     free = [axis for axis in x.axes if axis not in inner and axis not in maps]
     tokens = x.over([*maps, *free, *inner])
-    tokens = tokens.reshape(*tokens.shape[: len(maps)], -1, probe.inputs)
-    if own != probe.home:
-        tokens = tokens[..., jnp.argsort(probe.position.ordered(own).array.reshape(-1))]
-    tokens = jnp.broadcast_to(tokens, (*probe.entry.array.shape, *tokens.shape[-2:]))
+    tokens = tokens.reshape(*tokens.shape[: len(maps)], -1, numbering.fan_in)
+    if own != numbering.order:
+        tokens = tokens[..., jnp.argsort(numbering.inputs.ordered(own).array.reshape(-1))]
+    tokens = jnp.broadcast_to(tokens, (*numbering.maps.array.shape, *tokens.shape[-2:]))
     if ctx.mask is not None:
         kept = _mask(ctx.mask, weight.path, x, free, kept is None and not {*maps} & {*x.axes})
-    ctx.observe(weight.path, probe.entry.array, tokens, kept)
+    ctx.observe(weight.path, numbering.maps.array, tokens, kept)
 
 
 def _check(path: str, x: Labelled, into: Collection[int], inputs: int) -> None:
@@ -93,19 +93,19 @@ def _mask(mask: Any, path: str, x: Labelled, free: Sequence[int], in_order: bool
     return jnp.broadcast_to(jnp.expand_dims(mask, tuple(range(len(lead), len(shape)))), shape).reshape(-1)
 
 
-def tap_groups(ctx: Context, stack: Weight, rows: Any, sizes: Any, group: int, into: int) -> None:
+def observe_groups(ctx: Context, stack: Weight, rows: Any, sizes: Any, group: int, into: int) -> None:
     """Show the observer the rows of each group of a grouped product."""
-    if ctx.observe is None or stack.probe is None:
+    if ctx.observe is None or stack.numbering is None:
         return
     ends = jnp.cumsum(sizes)[:, None]
     numbers = jnp.arange(len(rows))[None]
     kept = (numbers < ends) & (numbers >= ends - sizes[:, None])
-    tap(ctx, stack, Labelled(rows, (-2, into)), [into], kept)
+    observe(ctx, stack, Labelled(rows, (-2, into)), [into], kept)
 
 
-def tap_patches(ctx: Context, eqn: Any, kernel: Weight, image: Any, window: Sequence[int]) -> None:
+def observe_patches(ctx: Context, eqn: Any, kernel: Weight, image: Any, window: Sequence[int]) -> None:
     """Show the observer what a convolution reads at each position."""
-    if ctx.observe is None or kernel.probe is None:
+    if ctx.observe is None or kernel.numbering is None:
         return
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     if groups != 1:
@@ -116,4 +116,4 @@ def tap_patches(ctx: Context, eqn: Any, kernel: Weight, image: Any, window: Sequ
     patches = lax.conv_general_dilated_patches(image, sizes[1:], **options)
     patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)
     names = (*range(-patches.ndim, -1), *window)
-    tap(ctx, kernel, Labelled(patches.reshape(*patches.shape[:-1], *sizes), names), window)
+    observe(ctx, kernel, Labelled(patches.reshape(*patches.shape[:-1], *sizes), names), window)

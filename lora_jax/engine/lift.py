@@ -1,12 +1,15 @@
-"""The loop: evaluates a program equation by equation, with some of its inputs symbolic weights.
+"""Lift: traces a call of the user's function, and evaluates its program with some parameters symbolic.
 
 An equation without symbolic operands is evaluated as it stands. One with symbolic operands goes to the
 rule of its primitive, looked up by name; where there is no rule, or the rule declines, the operands
 are materialised and the equation is evaluated on `gain · W + Σ a·b`: always correct, and logged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+import jax
 
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
@@ -15,6 +18,7 @@ from lora_jax.engine.meshes import mesh_of
 from lora_jax.engine.recompute import Frame
 from lora_jax.engine.weight import Weight
 from lora_jax.errors import ParameterError
+from lora_jax.paths import is_array, named_leaves, rebuild
 
 Rule: TypeAlias = Callable[[Context, Any, Sequence[Any]], "list[Any] | None"]
 
@@ -30,6 +34,72 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return fn
 
     return register
+
+
+@dataclass(frozen=True)
+class Call:
+    """A traced call.
+
+    Attributes:
+      arrays: the parameters that are arrays, by path, in the order of the program's inputs.
+      given: abstract arguments, which follow the parameters among the program's inputs.
+      program: the program; everything else the call closes over is a constant of it.
+      result: rebuilds the function's result from the program's outputs.
+    """
+
+    arrays: Mapping[str, Any]
+    given: list[jax.ShapeDtypeStruct]
+    program: Program
+    result: Callable[[list[Any]], Any]
+
+
+def trace_call(fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Trace `fn(params, *args, **kwargs)`; arguments and results may be anything, arrays or not."""
+    leaves, treedef = named_leaves(params)
+    arrays = {path: leaf for path, leaf in leaves.items() if is_array(leaf)}
+    inputs, structure = jax.tree.flatten((args, kwargs))
+    given = [leaf for leaf in inputs if isinstance(leaf, jax.ShapeDtypeStruct)]
+    outputs: list[Any] = []
+
+    def run(values: list[Any], abstract: list[Any]) -> list[Any]:
+        known, rest = dict(zip(arrays, values, strict=True)), iter(abstract)
+        full = rebuild(treedef, {path: known.get(path, leaf) for path, leaf in leaves.items()})
+        call = (args, kwargs)
+        if given:
+            filled = [next(rest) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in inputs]
+            call = jax.tree.unflatten(structure, filled)
+        results, shape = jax.tree.flatten(fn(full, *call[0], **call[1]))
+        # Strings, numbers and the like go to the caller as they are.
+        outputs[:] = [shape, [None if isinstance(leaf, jax.Array) else leaf for leaf in results]]
+        return [leaf for leaf in results if isinstance(leaf, jax.Array)]
+
+    program, _ = jaxprs.trace(run, list(arrays.values()), given)
+
+    def result(values: list[Any]) -> Any:
+        shape, leaves = outputs
+        rest = iter(values)
+        return jax.tree.unflatten(shape, [next(rest) if leaf is None else leaf for leaf in leaves])
+
+    return Call(arrays, given, program, result)
+
+
+def evaluate_call(ctx: Context, call: Call, given: Sequence[Any], symbolic: Callable[[str, Any], Any]) -> Any:
+    """Evaluate a traced call.
+
+    Args:
+      ctx: the context.
+      call: the call.
+      given: values for its abstract arguments.
+      symbolic: makes of a frozen parameter, given its path, what the program is to see.
+    """
+    inputs = [symbolic(path, frozen(leaf)) for path, leaf in call.arrays.items()]
+    outputs = interpret(ctx, call.program, [*inputs, *given])
+    return call.result([dense(ctx, None, output, "returned by the function") for output in outputs])
+
+
+def frozen(leaf: Any) -> Any:
+    """A parameter without a gradient; anything but an array as it is."""
+    return jax.lax.stop_gradient(leaf) if is_array(leaf) else leaf
 
 
 def interpret(ctx: Context, program: Program, args: Sequence[Any]) -> list[Any]:

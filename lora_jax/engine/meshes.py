@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
-class Axes(Protocol):
+class NamedAxes(Protocol):
     """An array whose axes have ids."""
 
     @property
@@ -38,7 +38,7 @@ def explicit(array: Any) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def placed(axes: Sequence[int], *owners: Axes) -> NamedSharding | None:
+def placed(axes: Sequence[int], *owners: NamedAxes) -> NamedSharding | None:
     """Where an array with these axes goes on an explicit mesh: each axis stays where its owner has it.
 
     Args:
@@ -53,7 +53,7 @@ def placed(axes: Sequence[int], *owners: Axes) -> NamedSharding | None:
     return NamedSharding(meshes[0], _spec(axes, owners)) if meshes else None
 
 
-def _spec(axes: Sequence[int], owners: Sequence[Axes]) -> PartitionSpec:
+def _spec(axes: Sequence[int], owners: Sequence[NamedAxes]) -> PartitionSpec:
     known: dict[int, Any] = {}
     for owner in owners:
         entries = zip(owner.axes, jax.typeof(owner.array).sharding.spec.partitions, strict=True)
@@ -67,7 +67,7 @@ def _spec(axes: Sequence[int], owners: Sequence[Axes]) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def follow(array: Any, axes: Sequence[int], base: Axes) -> Any:
+def follow(array: Any, axes: Sequence[int], base: NamedAxes) -> Any:
     """The array with its axes where `base` has them, and on the same kind of mesh, if explicit axes are involved."""
     here, mesh = jax.typeof(array).sharding, jax.typeof(base.array).sharding.mesh
     there = NamedSharding(mesh, _spec(axes, [base]))

@@ -22,9 +22,10 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from lora_jax.engine import contract
+from lora_jax.engine.dropout import dropped
 from lora_jax.engine.meshes import follow
 from lora_jax.engine.planner import Plan
-from lora_jax.engine.recompute import Recipe
+from lora_jax.engine.recompute import Recomputation
 from lora_jax.engine.weight import RANK, Labelled, Term, Weight
 
 
@@ -62,7 +63,7 @@ def adapted_product(
     out: Sequence[int],
     precision: Any,
     planned: Plan,
-    recipe: Recipe | None,
+    recomputed: Recomputation | None,
     masks: Sequence[Any],
 ) -> Any:
     """`dot(x, G·W + Σ ab)` without any gradient of the weight's size.
@@ -74,10 +75,10 @@ def adapted_product(
       out: ids of the result's axes.
       precision: as of `jax.lax.dot_general`.
       planned: which products run on the merged weight.
-      recipe: how to compute the activation again for the gradient of `a`; None to keep it.
+      recomputed: how to compute the activation again for the gradient of `a`; None to keep it.
       masks: for every term what its dropout keeps of the activation; None for everything.
     """
-    product = _Product(dot, x, weight, out, precision, planned, recipe)
+    product = _Product(dot, x, weight, out, precision, planned, recomputed)
     after = weight.gain is not None and set(weight.gain.axes) <= set(out)
     gains = (None, weight.gain) if after else (weight.gain, None)
     factors = [contract.ordered(term, x.axes, out) for term in weight.terms]
@@ -96,20 +97,20 @@ class _Product:
     out: Sequence[int]
     precision: Any
     planned: Plan
-    recipe: Recipe | None
+    recomputed: Recomputation | None
 
     @property
-    def again(self) -> Recipe:
+    def again(self) -> Recomputation:
         """How to compute the activation for the gradient of `a`."""
-        return self.recipe or Recipe([self.given.array], lambda leaves: leaves[0])
+        return self.recomputed or Recomputation([self.given.array], lambda leaves: leaves[0])
 
     def value(self, of: Operands) -> Any:
         """The product."""
         if self.planned.call:
             return self.formed(of)
-        slots = {term.slot for term in self.weight.terms}
+        adapters = {term.adapter for term in self.weight.terms}
         # The terms of one adapter stay apart: at a start away from zero they cancel exactly.
-        y, of = self.plain(of), _side_by_side(of) if len(slots) == len(of.factors) else of
+        y, of = self.plain(of), _side_by_side(of) if len(adapters) == len(of.factors) else of
         return self.summed(of, y, self.inner(of.x, of, y))
 
     def tangent(self, primals: tuple[Operands], tangents: tuple[Operands]) -> tuple[Any, Any]:
@@ -147,7 +148,7 @@ class _Product:
 
     def hidden(self, i: int, x: Any, of: Operands, first: Labelled, like: Any) -> Labelled:
         """The first product of one term, with `first` for its first factor."""
-        read = contract.dropped(Labelled(x, self.given.axes), self.weight.terms[i].dropout, of.masks[i])
+        read = dropped(Labelled(x, self.given.axes), self.weight.terms[i].dropout, of.masks[i])
         return contract.hidden(read, first, of.factors[i][1], self.out, self.precision, like)
 
     def mixed(self, inner: Labelled, second: Labelled, like: Any) -> Any:
@@ -164,7 +165,7 @@ class _Product:
             return {i: self.hidden(i, x, of, first, like) for i, first in firsts.items()}
 
         # The leaves' tangents are not lost: the activation is a function of them, and its own are in change.x.
-        by_first = (jax.checkpoint(read) if self.recipe else read)(of.leaves, firsts) if firsts else {}
+        by_first = (jax.checkpoint(read) if self.recomputed else read)(of.leaves, firsts) if firsts else {}
         both = {i: jax.tree.map(lax.add, found[i], each) for i, each in by_first.items() if i in found}
         return found | by_first | both
 

@@ -23,7 +23,7 @@ _NOTHING_KEPT = {"add", "add_any", "sub", "neg", "convert_element_type", "broadc
 """Operations that keep no operand for their own gradient (products: where the other operand is a weight)."""
 
 
-class Recipe(NamedTuple):
+class Recomputation(NamedTuple):
     """How to compute a value again.
 
     Attributes:
@@ -82,7 +82,7 @@ class Frame:
         maker = self.makers.get(atom)
         return maker is not None and maker.primitive.name == "broadcast_in_dim"
 
-    def recipe(self, atom: Any) -> Recipe | None:
+    def recomputed(self, atom: Any) -> Recomputation | None:
         """How to compute an operand again from what is kept anyway; None if it is best kept itself."""
         if jaxprs.is_literal(atom) or self.kept(atom) or not self._repeats(atom):
             return None
@@ -103,7 +103,7 @@ class Frame:
         if any(isinstance(value, Weight) for value in values):
             return None
         order = [eqn for eqn in self.jaxpr.eqns if any(eqn is step for step in steps)]
-        return Recipe(values, lambda values: _replay(order, atom, leaves, values))
+        return Recomputation(values, lambda values: _replay(order, atom, leaves, values))
 
     def _repeats(self, var: Any) -> bool:
         return var in self.makers and self.makers[var].primitive.name in _REPEATED

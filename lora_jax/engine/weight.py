@@ -66,7 +66,7 @@ class Labelled:
         return replace(self, array=self.array.astype(dtype))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["dropout", "slot"])
+@partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["dropout", "adapter"])
 @dataclass(frozen=True)
 class Term:
     """One low-rank term of a weight: two factors that share the rank axis, the scale folded into `b`.
@@ -75,13 +75,13 @@ class Term:
       a: factor over the input axes (and any stacked axes).
       b: factor over the output axes (and any stacked axes).
       dropout: probability of dropping elements of the input.
-      slot: position of the adapter among those applied; keeps their dropout keys apart.
+      adapter: number of the adapter among those applied; keeps their dropout keys apart.
     """
 
     a: Labelled
     b: Labelled
     dropout: float
-    slot: int
+    adapter: int
 
     @property
     def rank(self) -> int:
@@ -93,31 +93,31 @@ class Term:
         return replace(self, a=fn(self.a), b=fn(self.b))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["entry", "position"], meta_fields=["home", "inputs"])
+@partial(jax.tree_util.register_dataclass, data_fields=["maps", "inputs"], meta_fields=["order", "fan_in"])
 @dataclass(frozen=True)
-class Probe:
-    """What a weight carries whose inputs are captured: where its parts were in the parameter.
+class Numbering:
+    """What a weight carries whose inputs are observed: where its parts were in the parameter.
 
     Attributes:
-      entry: over the stacked axes, the number of each linear map in the stack.
-      position: over the input axes, the number of each input among those of one map.
-      home: ids that the input axes had at first, in the order that numbers them.
-      inputs: how many inputs one map has.
+      maps: over the stacked axes, the number of each linear map in the stack.
+      inputs: over the input axes, the number of each input among those of one map.
+      order: ids that the input axes had at first, in the order that numbers them.
+      fan_in: how many inputs one map has.
     """
 
-    entry: Labelled
-    position: Labelled
-    home: tuple[int, ...]
-    inputs: int
+    maps: Labelled
+    inputs: Labelled
+    order: tuple[int, ...]
+    fan_in: int
 
-    def map(self, fn: Callable[[Labelled], Labelled]) -> "Probe":
-        """The probe with `fn` applied to its numbers."""
-        return replace(self, entry=fn(self.entry), position=fn(self.position))
+    def map(self, fn: Callable[[Labelled], Labelled]) -> "Numbering":
+        """The numbering with `fn` applied to its numbers."""
+        return replace(self, maps=fn(self.maps), inputs=fn(self.inputs))
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["base", "terms", "gain", "probe", "keys"],
+    data_fields=["base", "terms", "gain", "numbering", "keys"],
     meta_fields=["axes", "path"],
 )
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Weight:
       axes: ids of the base's axes.
       path: the parameter's path.
       gain: what the base is multiplied by, over some of its axes; None for one.
-      probe: set where the inputs are captured.
+      numbering: set where the inputs are observed.
       keys: over the axis of slots and the input axes, what a router compares the inputs with; None without a router.
     """
 
@@ -139,7 +139,7 @@ class Weight:
     axes: tuple[int, ...]
     path: str
     gain: Labelled | None = None
-    probe: Probe | None = None
+    numbering: Numbering | None = None
     keys: Labelled | None = None
 
     @property
@@ -154,9 +154,10 @@ class Weight:
 
     def map(self, base: Any, axes: Sequence[int], fn: Callable[[Labelled], Labelled]) -> "Weight":
         """The weight with a new base, new axis ids, and `fn` applied to every array that has some of its axes."""
-        terms, gain, keys = tuple(term.map(fn) for term in self.terms), self.gain and fn(self.gain), self.keys
-        probe, keys = self.probe and self.probe.map(fn), keys and fn(keys)
-        return replace(self, base=base, axes=tuple(axes), terms=terms, gain=gain, probe=probe, keys=keys)
+        terms = tuple(term.map(fn) for term in self.terms)
+        gain, keys = (each and fn(each) for each in (self.gain, self.keys))
+        numbering = self.numbering and self.numbering.map(fn)
+        return replace(self, base=base, axes=tuple(axes), terms=terms, gain=gain, numbering=numbering, keys=keys)
 
     def dense(self) -> Any:
         """The value `gain · base + Σ a·b`, computed in float32 or wider and rounded once to the base's dtype."""

@@ -12,15 +12,13 @@ import numpy as np
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import adapter_list
 from lora_jax.adapter.updates import is_traced
-from lora_jax.apply import evaluated
 from lora_jax.capture.gram import add_at
-from lora_jax.engine import Context, Log
-from lora_jax.engine.calls import Call, trace_call
-from lora_jax.engine.hooks import probed
+from lora_jax.engine import Call, Context, Log, evaluate_call, trace_call
+from lora_jax.engine.hooks import numbered
 from lora_jax.engine.routing.axes import Axes, plain
-from lora_jax.engine.routing.labels import Flow
+from lora_jax.engine.routing.batch_axes import BatchAxes
 from lora_jax.engine.routing.router import Router
-from lora_jax.engine.routing.slots import RouteStrategy, Routing
+from lora_jax.engine.routing.slots import RoutedContext, RouteStrategy, Routing
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Term, Weight
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.many.bank import AdapterBank, Slots
@@ -173,23 +171,24 @@ class RoutedFunction:
         pairs = list(zip(leaves, labelled, strict=True))
         opened = [leaf if axes is None else _abstract(leaf) for leaf, axes in pairs]
         call = trace_call(self.fn, params, jax.tree.unflatten(tree, opened), kwargs)
-        flow = Flow()
+        batch_axes = BatchAxes()
         unlabelled = [tuple(map(plain, np.shape(leaf))) for leaf in call.arrays.values()]
-        flow.follow(call.program, [*unlabelled, *(axes for axes in labelled if axes is not None)])
+        batch_axes.follow(call.program, [*unlabelled, *(axes for axes in labelled if axes is not None)])
         if 0 in sizes:
             chosen, sizes = jnp.full((1,) * len(sizes), held.slots - 1), (1,) * len(sizes)
-        routing = Routing(chosen, sizes, held.slots - 1, flow, self.strategy)
+        routing = Routing(chosen, sizes, held.slots - 1, batch_axes, self.strategy)
         given = [leaf for leaf, axes in pairs if axes is not None]
         _check_parameters(call, held)
-        ctx = replace(ctx, routing=routing, keys=ctx.keys if any(rates.values()) else ())
-        keys = chosen.keys if isinstance(chosen, Router) else {}
+        keys = ctx.keys if any(rates.values()) else ()
+        ctx = RoutedContext(ctx.log, keys=keys, observe=ctx.observe, routing=routing)
+        vectors = chosen.keys if isinstance(chosen, Router) else {}
 
         def symbolic(path: str, leaf: Any) -> Any:
             if path not in held:
                 return leaf
-            return _weight(ctx, path, leaf, held[path], rates.get(path, 0.0), keys.get(path))
+            return _weight(ctx, path, leaf, held[path], rates.get(path, 0.0), vectors.get(path))
 
-        return evaluated(call, given, symbolic, ctx)
+        return evaluate_call(ctx, call, given, symbolic)
 
 
 def _runnable(adapters: Adapter | Sequence[Adapter], token_axes: Any) -> list[Adapter]:
@@ -251,7 +250,7 @@ def _weight(ctx: Context, path: str, base: Any, held: Slots, dropout: float, key
     gain = None if held.gain is None else Labelled(held.gain, (*batch, SLOT, *out))
     if keys is not None:
         weight = replace(weight, keys=Labelled(keys, (*batch, SLOT, *into)))
-        weight = probed(weight, site.batch_axes, site.in_axes)
+        weight = numbered(weight, site.batch_axes, site.in_axes)
     return replace(weight, terms=(Term(a, b, dropout, 0),), gain=gain)
 
 

@@ -51,14 +51,14 @@ def kept_bytes(fn: Callable[..., Any], params: Any, adapter: lora.Adapter, x: ja
 def test_cheap_inputs_are_not_kept(fn: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     params, adapter, x = setting(fn)
     ours = kept_bytes(fn, params, adapter, x)
-    monkeypatch.setattr(Frame, "recipe", lambda self, atom: None)
+    monkeypatch.setattr(Frame, "recomputed", lambda self, atom: None)
     assert ours <= kept_bytes(fn, params, adapter, x) - TOKENS * WIDTH * 4
 
 
 def test_inputs_that_would_cost_more_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     params, adapter, x = setting(plain)
     ours = kept_bytes(plain, params, adapter, x)
-    monkeypatch.setattr(Frame, "recipe", lambda self, atom: None)
+    monkeypatch.setattr(Frame, "recomputed", lambda self, atom: None)
     assert ours == kept_bytes(plain, params, adapter, x)
 
 

@@ -13,7 +13,7 @@ from helpers import TOLERANCE, assert_close, assert_gradients_close, cast_floats
 from table import CASES, Case
 
 import lora_jax as lora
-from lora_jax.engine.routing.slots import Form, block_product
+from lora_jax.engine.routing.forms import Form, block_product
 
 ALONE = {
     # No axis of examples, or another one than the first of every argument.

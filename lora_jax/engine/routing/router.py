@@ -1,8 +1,17 @@
 """Routers: by how much each slot of a bank counts for an input, decided where a product meets that input."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.engine import contract
+from lora_jax.engine.context import Context
+from lora_jax.engine.hooks import check_whole
+from lora_jax.engine.weight import SLOT, Labelled, Weight
+from lora_jax.errors import ParameterError
 
 
 class Router(ABC):
@@ -47,3 +56,52 @@ class Router(ABC):
         Returns:
           Numbers of the same shape.
         """
+
+
+def row_weights(ctx: Context, router: Router, weight: Weight, x: Labelled, out: Sequence[int]) -> Labelled:
+    """What the router gives each row of an activation: `[*rows, SLOT]` float32.
+
+    Args:
+      ctx: the context.
+      router: the router.
+      weight: the weight, with keys.
+      x: the activation.
+      out: ids of the result's axes; those of the activation that are not among them are contracted.
+
+    Raises:
+      ParameterError: the parameter is applied to something else than its whole inputs, or the router gives another
+        shape.
+    """
+    keys, numbering, into = weight.keys, weight.numbering, {*x.axes} - {*out}
+    assert keys is not None
+    assert numbering is not None
+    strange = [axis for axis in into if axis not in keys.axes and x.size(axis) > 1]
+    if strange or not {*numbering.inputs.axes} <= into or {*keys.axes} - {*x.axes, *out, SLOT}:
+        raise ParameterError(
+            f"A router decides by the inputs of {weight.path}, and here the program does not apply it to whole inputs: "
+            "it keeps parts of them apart, or applies it the other way round. Leave it out of the bank, or give ids or "
+            "weights of examples"
+        )
+    check_whole(weight.path, x, into, numbering.fan_in)
+    scores = contract.product(x, keys.astype(x.array.dtype), {*out, SLOT}, jax.lax.Precision.HIGHEST, (x,))
+    rows = tuple(axis for axis in scores.axes if axis != SLOT)
+    given = scores.ordered((*rows, SLOT)).array.astype(jnp.float32)
+    found = router.weights(given)
+    if jnp.shape(found) != given.shape:
+        raise ParameterError(
+            f"{type(router).__name__}.weights gave shape {jnp.shape(found)} for scores {given.shape} at {weight.path}: "
+            "it has to give a number for each score"
+        )
+    chosen = Labelled(found.astype(jnp.float32), (*rows, SLOT))
+    _show(ctx, weight.path, numbering.maps, chosen)
+    return chosen
+
+
+def _show(ctx: Context, path: str, entry: Labelled, chosen: Labelled) -> None:
+    """Show the observer, if there is one, the weights that the rows of every map of a stack got."""
+    if ctx.observe is None:
+        return
+    free = [axis for axis in chosen.axes if axis not in (*entry.axes, SLOT)]
+    seen = chosen.over([*entry.axes, *free, SLOT])
+    seen = seen.reshape(*seen.shape[: len(entry.axes)], -1, seen.shape[-1])
+    ctx.observe(path, entry.array, jnp.broadcast_to(seen, (*entry.array.shape, *seen.shape[-2:])), None)

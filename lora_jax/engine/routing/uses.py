@@ -1,4 +1,4 @@
-"""Routed uses of a weight: the rules of products, convolutions and look-ups where every row has its own factors."""
+"""Uses of a weight in a call where every row has its own factors: products, convolutions and look-ups."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from lora_jax.engine import contract
 from lora_jax.engine.context import Context
-from lora_jax.engine.hooks import check_whole
+from lora_jax.engine.dropout import inputs
 from lora_jax.engine.lift import unroutable
 from lora_jax.engine.product import adapted_result, times
 from lora_jax.engine.routing.axes import Axis, length
-from lora_jax.engine.routing.router import Router
-from lora_jax.engine.routing.slots import Routed, Routing, chosen, gate, own_gain, split
-from lora_jax.engine.terms import inputs
+from lora_jax.engine.routing.forms import Routed
+from lora_jax.engine.routing.router import Router, row_weights
+from lora_jax.engine.routing.slots import chosen, gate, own_gain, routing_of, split
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight
 from lora_jax.errors import ParameterError
 
@@ -38,13 +38,13 @@ def routed_product(
       out: ids of the result's axes.
       dot: the program's product of activation and base.
     """
-    routing = _routing(ctx)
+    routing = routing_of(ctx)
     read, found, new = x, [], {}
     if not isinstance(routing.given, Router):
         read, found, new = split(x, routing.operand(ctx.trail, side, x.array.shape), weight)
     inner = tuple(part for name in out for part in new.get(name, [name]))
     if isinstance(routing.given, Router):
-        choice = _asked(ctx, routing.given, weight, x, inner)
+        choice = row_weights(ctx, routing.given, weight, x, inner)
     else:
         choice = routing.choice(weight.path, found, read.axes)
     if not {*choice.axes} <= {*inner, SLOT}:
@@ -70,60 +70,6 @@ def routed_product(
         return adapted_result(like, inner, None if before else gain, terms).reshape(y.shape)
 
 
-def _asked(ctx: Context, router: Router, weight: Weight, x: Labelled, out: Sequence[int]) -> Labelled:
-    """What the router gives each row of an activation: `[*rows, SLOT]` float32.
-
-    Args:
-      ctx: the context.
-      router: the router.
-      weight: the weight, with keys.
-      x: the activation.
-      out: ids of the result's axes; those of the activation that are not among them are contracted.
-
-    Raises:
-      ParameterError: the parameter is applied to something else than its whole inputs, or the router gives another
-        shape.
-    """
-    keys, probe, into = weight.keys, weight.probe, {*x.axes} - {*out}
-    assert keys is not None
-    assert probe is not None
-    strange = [axis for axis in into if axis not in keys.axes and x.size(axis) > 1]
-    if strange or not {*probe.position.axes} <= into or {*keys.axes} - {*x.axes, *out, SLOT}:
-        raise ParameterError(
-            f"A router decides by the inputs of {weight.path}, and here the program does not apply it to whole inputs: "
-            "it keeps parts of them apart, or applies it the other way round. Leave it out of the bank, or give ids or "
-            "weights of examples"
-        )
-    check_whole(weight.path, x, into, probe.inputs)
-    scores = contract.product(x, keys.astype(x.array.dtype), {*out, SLOT}, jax.lax.Precision.HIGHEST, (x,))
-    rows = tuple(axis for axis in scores.axes if axis != SLOT)
-    given = scores.ordered((*rows, SLOT)).array.astype(jnp.float32)
-    found = router.weights(given)
-    if jnp.shape(found) != given.shape:
-        raise ParameterError(
-            f"{type(router).__name__}.weights gave shape {jnp.shape(found)} for scores {given.shape} at {weight.path}: "
-            "it has to give a number for each score"
-        )
-    chosen = Labelled(found.astype(jnp.float32), (*rows, SLOT))
-    _show(ctx, weight.path, probe.entry, chosen)
-    return chosen
-
-
-def _show(ctx: Context, path: str, entry: Labelled, chosen: Labelled) -> None:
-    """Show the observer, if there is one, the weights that the rows of every map of a stack got."""
-    if ctx.observe is None:
-        return
-    free = [axis for axis in chosen.axes if axis not in (*entry.axes, SLOT)]
-    seen = chosen.over([*entry.axes, *free, SLOT])
-    seen = seen.reshape(*seen.shape[: len(entry.axes)], -1, seen.shape[-1])
-    ctx.observe(path, entry.array, jnp.broadcast_to(seen, (*entry.array.shape, *seen.shape[-2:])), None)
-
-
-def _routing(ctx: Context) -> Routing:
-    assert ctx.routing is not None
-    return ctx.routing
-
-
 def _record_product(
     ctx: Context, eqn: Any, weight: Weight, product: Routed, x: Labelled, pairs: Sequence[tuple[Labelled, Labelled]]
 ) -> None:
@@ -145,7 +91,7 @@ def of_images(ctx: Context, eqn: Any, kernel: Weight) -> tuple[Any, Labelled | N
     Raises:
       ParameterError: positions within an image have adapters of their own.
     """
-    routing, shape = _routing(ctx), eqn.invars[0].aval.shape
+    routing, shape = routing_of(ctx), eqn.invars[0].aval.shape
     axes = routing.operand(ctx.trail, 0, shape)
     batch = eqn.params["dimension_numbers"].lhs_spec[0]
     names = [IMAGE if i == batch else IMAGE - 1 for i in range(len(axes))]
@@ -171,7 +117,7 @@ def look_up(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[in
       taken: the rows; factors that the index does not choose from have an axis of slots, the others too if examples
         have weights of all slots.
     """
-    routing = _routing(ctx)
+    routing = routing_of(ctx)
     choice = routing.choice(table.path, axes, rows)
     product = Routed(routing, choice, taken.axes, jax.lax.Precision.HIGHEST, taken.base)
     wide = jnp.promote_types(taken.base.dtype, jnp.float32)
@@ -193,7 +139,7 @@ def slot_of_rows(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequen
 
     Rows of the base look up some slot too, to no effect.
     """
-    routing = _routing(ctx)
+    routing = routing_of(ctx)
     if routing.mixes:
         return None
     sizes = [length(axis) for axis in axes]

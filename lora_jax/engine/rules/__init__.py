@@ -1,1 +1,8 @@
-"""Rules of the engine: one module for each kind of operation."""
+"""What a weight becomes in each operation of a program: one module for each kind of primitive."""
+
+from lora_jax.engine.rules import control_flow as control_flow
+from lora_jax.engine.rules import convolution as convolution
+from lora_jax.engine.rules import gather as gather
+from lora_jax.engine.rules import linear as linear
+from lora_jax.engine.rules import pallas as pallas
+from lora_jax.engine.rules import structural as structural

@@ -10,12 +10,13 @@ from jax import lax
 
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
-from lora_jax.engine.hooks import tap_patches
+from lora_jax.engine.contract import split_factors
+from lora_jax.engine.dropout import inputs
+from lora_jax.engine.hooks import observe_patches
 from lora_jax.engine.lift import dense, rule
 from lora_jax.engine.product import adapted_result
-from lora_jax.engine.routing.slots import kept
+from lora_jax.engine.routing.slots import kept, routing_of
 from lora_jax.engine.routing.uses import IMAGE, of_images
-from lora_jax.engine.terms import inputs, split_factors
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight
 
 
@@ -34,7 +35,7 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     x = dense(ctx, eqn, image, "the kernel is adapted too")
     (y,) = jaxprs.bind(eqn, [x, kernel.base])
     keeps, gain = of_images(ctx, eqn, kernel) if kernel.routed else (None, kernel.gain)
-    mixes = ctx.routing is not None and ctx.routing.mixes
+    mixes = kernel.routed and routing_of(ctx).mixes
     positions, outputs = y.size // y.shape[numbers.out_spec[1]], y.shape[numbers.out_spec[1]]
     channels = sum(a.array.size // prod(a.size(axis) for axis in window) for a, _ in pairs)
     channels *= eqn.params["feature_group_count"]
@@ -42,7 +43,7 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     facts = {**ctx.roles(kernel.path, into=window, out=[out_axis]), **_geometry(ctx, eqn, window)}
     route = "mask" if kernel.routed else "factored"
     ctx.record(kernel, eqn, route, kind="conv", flops=flops, nbytes=4 * positions * channels, **facts)
-    tap_patches(ctx, eqn, kernel, x, window)
+    observe_patches(ctx, eqn, kernel, x, window)
     reads = inputs(ctx, kernel, Labelled(x, ()))
     with jax.named_scope("lora"):
         terms = [

@@ -11,6 +11,7 @@ from jax.lax import GatherDimensionNumbers, GatherScatterMode
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import dense, rule
+from lora_jax.engine.routing.slots import routing_of
 from lora_jax.engine.routing.uses import look_up, slot_of_rows
 from lora_jax.engine.weight import SLOT, Labelled, Weight
 
@@ -60,9 +61,8 @@ def _routed(
     ctx: Context, eqn: Any, table: Weight, indices: Any, plan: _Gather, result: tuple[Any, list[int]], roles: Any
 ) -> Any:
     """A look-up in which each row is taken from the factors of its own slot."""
-    assert ctx.routing is not None
     base, axes = result
-    runs = ctx.routing.operand(ctx.trail, 1, indices.shape)[:-1]
+    runs = routing_of(ctx).operand(ctx.trail, 1, indices.shape)[:-1]
     slots = slot_of_rows(ctx, table, runs, plan.rows)
     if slots is not None:
         wide = jnp.promote_types(indices.dtype, jnp.int32)

@@ -11,14 +11,15 @@ from jax import lax
 
 from lora_jax.engine import jaxprs, planner
 from lora_jax.engine.context import Context
-from lora_jax.engine.hooks import tap, tap_groups
+from lora_jax.engine.contract import split_factors
+from lora_jax.engine.dropout import drops, inputs, masks
+from lora_jax.engine.hooks import observe, observe_groups
 from lora_jax.engine.lift import dense, rule
 from lora_jax.engine.meshes import spread, unreduced
 from lora_jax.engine.planner import Plan
 from lora_jax.engine.product import adapted_product, adapted_result, takes
-from lora_jax.engine.recompute import Recipe
+from lora_jax.engine.recompute import Recomputation
 from lora_jax.engine.routing.uses import routed_product
-from lora_jax.engine.terms import inputs, masks, split_factors
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight
 
 
@@ -52,21 +53,21 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
         return [routed_product(ctx, eqn, 1 - side, x, weight, out, dot)]
     if not takes(weight, x, out):
         return None
-    dropout = any(ctx.drops(term.dropout, term.slot) for term in weight.terms)
+    dropout = any(drops(ctx, term) for term in weight.terms)
     planned = planner.plan(weight, x, out, ctx.strategy, dropout)
     _record(ctx, eqn, weight, x, contracted, remains[0], out, planned)
-    tap(ctx, weight, x, contracted)
+    observe(ctx, weight, x, contracted)
     precision = eqn.params["precision"]
     if not weight.adapted:
         return [dot(other, weight.base)]
-    recipe = _recipe(ctx, eqn.invars[1 - side], x, weight)
+    recomputed = _recomputed(ctx, eqn.invars[1 - side], x, weight)
     with jax.named_scope("lora"):
-        return [adapted_product(dot, x, weight, out, precision, planned, recipe, masks(ctx, weight, x))]
+        return [adapted_product(dot, x, weight, out, precision, planned, recomputed, masks(ctx, weight, x))]
 
 
-def _recipe(ctx: Context, atom: Any, x: Labelled, weight: Weight) -> Recipe | None:
+def _recomputed(ctx: Context, atom: Any, x: Labelled, weight: Weight) -> Recomputation | None:
     """How to compute the activation again for the gradient of A, where that is worth it."""
-    return None if ctx.frame is None or spread(x.array, weight.base) else ctx.frame.recipe(atom)
+    return None if ctx.frame is None or spread(x.array, weight.base) else ctx.frame.recomputed(atom)
 
 
 def _floating(x: Any, dtype: Any) -> Any:
@@ -104,7 +105,7 @@ def _ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | 
     flops = 2 * x.shape[0] * rank * (x.shape[1] + y.shape[1])
     roles = ctx.roles(stack.path, into=[into], out=[out])
     ctx.record(stack, eqn, "factored", kind="ragged", flops=flops, nbytes=4 * rank * x.shape[0], **roles)
-    tap_groups(ctx, stack, x, sizes, group, into)
+    observe_groups(ctx, stack, x, sizes, group, into)
     reads = inputs(ctx, stack, Labelled(x, ()))
     with jax.named_scope("lora"):
         terms = [

@@ -87,7 +87,7 @@ def _broadcast(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | N
         return Labelled(jnp.broadcast_to(array, full), names)
 
     (base,) = jaxprs.bind(eqn, [weight.base])
-    terms = tuple(Term(grow(t.a), grow(t.b, new), t.dropout, t.slot) for t in weight.terms)
+    terms = tuple(replace(term, a=grow(term.a), b=grow(term.b, new)) for term in weight.terms)
     return [replace(weight.map(base, axes, grow), terms=terms)]
 
 
@@ -134,8 +134,8 @@ def _straddles(term: Term, axes: list[int]) -> bool:
 
 def _others(weight: Weight) -> list[Labelled]:
     """What rides along with a weight beside its terms."""
-    probe = [weight.probe.entry, weight.probe.position] if weight.probe else []
-    return [*probe, *(each for each in (weight.gain, weight.keys) if each is not None)]
+    numbers = [weight.numbering.maps, weight.numbering.inputs] if weight.numbering else []
+    return [*numbers, *(each for each in (weight.gain, weight.keys) if each is not None)]
 
 
 def _cuts(factor: Labelled, axes: list[int]) -> bool:
@@ -258,7 +258,7 @@ def _multiplied(eqn: Any, operands: Sequence[Any], weight: Weight, by: Any) -> l
     """The weight times a scalar: the base as the program does it, the factors through `b` alone."""
     (base,) = jaxprs.bind(eqn, [weight.base if operand is weight else operand for operand in operands])
     terms = tuple(
-        Term(term.a, Labelled(term.b.array * jnp.asarray(by, term.b.array.dtype), term.b.axes), term.dropout, term.slot)
+        replace(term, b=replace(term.b, array=term.b.array * jnp.asarray(by, term.b.array.dtype)))
         for term in weight.terms
     )
     return [replace(weight, base=base, terms=terms)]

@@ -1,4 +1,4 @@
-"""Flow: along which axes of which values the examples and the tokens of a call run, read off its program.
+"""Batch axes: along which axes of which values the examples and the tokens of a call run, read off its program.
 
 Each axis of each value is followed from the arguments on, equation by equation. What an operation mixes beyond
 recognition (a sort, a reversal, an unknown kernel) is simply not labelled any more, and the operation's name is kept
@@ -29,16 +29,16 @@ from lora_jax.engine.routing.axes import (
 Trail: TypeAlias = tuple[int, ...]
 Rule: TypeAlias = Callable[[Any, list[Axes]], list[Axes]]
 
-FLOWS: dict[str, Rule] = {}
+RULES: dict[str, Rule] = {}
 """For primitives by name: what runs along the axes of the results, given the equation and what does of its operands."""
 
 
-def flows(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule for the primitives of the given names."""
 
-    def register(rule: Rule) -> Rule:
-        FLOWS.update(dict.fromkeys(names, rule))
-        return rule
+    def register(fn: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, fn))
+        return fn
 
     return register
 
@@ -49,7 +49,7 @@ def unlabelled(atom: Any) -> Axes:
 
 
 @dataclass
-class Flow:
+class BatchAxes:
     """What was found in one call.
 
     Attributes:
@@ -80,7 +80,7 @@ class Flow:
         name = eqn.primitive.name
         if name in _REGIONS:
             return _REGIONS[name](self, eqn, operands, here)
-        results = FLOWS[name](eqn, operands) if name in FLOWS else [unlabelled(var) for var in eqn.outvars]
+        results = RULES[name](eqn, operands) if name in RULES else [unlabelled(var) for var in eqn.outvars]
         before, after = marks(operands), marks(results)
         if name in _ENDS or before <= after:
             return results
@@ -96,12 +96,12 @@ class Flow:
         loop = jaxprs.loop(eqn)
         consts, carries = operands[: loop.consts], operands[loop.consts : loop.consts + loop.carries]
         scanned = operands[loop.consts + loop.carries :]
-        slices, turns = [axes[1:] for axes in scanned], plain(eqn.params["length"])
+        slices, steps = [axes[1:] for axes in scanned], plain(eqn.params["length"])
         if any(marked(axes[:1]) for axes in scanned):
             self.lost["scan"] = None
-            (turns,) = all_lost([turns])
+            (steps,) = all_lost([steps])
         results = _settled(lambda carry: self.follow(loop.body, [*consts, *carry, *slices], here), carries)
-        return [*results[: loop.carries], *((turns, *axes) for axes in results[loop.carries :])]
+        return [*results[: loop.carries], *((steps, *axes) for axes in results[loop.carries :])]
 
     def _while(self, eqn: Any, operands: list[Axes], here: Trail) -> list[Axes]:
         test, body = (jaxprs.program(eqn.params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
@@ -109,11 +109,11 @@ class Flow:
         split = len(test.jaxpr.invars) - carries
         for_test, for_body = operands[:split], operands[split:-carries]
 
-        def turn(carry: list[Axes]) -> list[Axes]:
+        def iteration(carry: list[Axes]) -> list[Axes]:
             self.follow(test, [*for_test, *carry], (*here, 0))
             return self.follow(body, [*for_body, *carry], (*here, 1))
 
-        return _settled(turn, operands[-carries:])
+        return _settled(iteration, operands[-carries:])
 
     def _cond(self, eqn: Any, operands: list[Axes], here: Trail) -> list[Axes]:
         branches = map(jaxprs.program, eqn.params["branches"])
@@ -121,22 +121,22 @@ class Flow:
         return [_together(each, either=True) for each in zip(*found, strict=True)]
 
 
-_REGIONS: dict[str, Callable[[Flow, Any, list[Axes], Trail], list[Axes]]] = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "remat"), Flow._inlined),
-    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"), Flow._inlined),
-    "scan": Flow._scan,
-    "while": Flow._while,
-    "cond": Flow._cond,
+_REGIONS: dict[str, Callable[[BatchAxes, Any, list[Axes], Trail], list[Axes]]] = {
+    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "remat"), BatchAxes._inlined),
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"), BatchAxes._inlined),
+    "scan": BatchAxes._scan,
+    "while": BatchAxes._while,
+    "cond": BatchAxes._cond,
 }
 
 _ENDS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin"}
 """Primitives that are meant to do away with an axis."""
 
 
-def _settled(turn: Callable[[list[Axes]], list[Axes]], carries: list[Axes]) -> list[Axes]:
-    """Results of a loop's body, once what it carries is the same before and after every turn, and without any turn."""
+def _settled(iteration: Callable[[list[Axes]], list[Axes]], carries: list[Axes]) -> list[Axes]:
+    """Results of a loop's body, once what it carries is the same before and after every iteration, and without any."""
     while True:
-        results = turn(carries)
+        results = iteration(carries)
         after = [_together(each, either=True) for each in zip(carries, results[: len(carries)], strict=True)]
         if after == carries:
             return [*carries, *results[len(carries) :]]
@@ -165,57 +165,57 @@ _ELEMENTWISE = [
 ]  # fmt: skip
 
 
-@flows(*_ELEMENTWISE)
+@rule(*_ELEMENTWISE)
 def _elementwise(eqn: Any, operands: list[Axes]) -> list[Axes]:
     rank = len(eqn.outvars[0].aval.shape)
     return [_together([axes for axes in operands if len(axes) == rank])]
 
 
-@flows("select_n")
+@rule("select_n")
 def _select(eqn: Any, operands: list[Axes]) -> list[Axes]:
     chosen = _together(operands[1:], either=True)
     return [_together([chosen, operands[0]]) if len(operands[0]) == len(chosen) else chosen]
 
 
-@flows("stack")
+@rule("stack")
 def _stack(eqn: Any, operands: list[Axes]) -> list[Axes]:
     axes, place = list(_together(operands, either=True)), eqn.params["axis"]
     return [(*axes[:place], plain(len(operands)), *axes[place:])]
 
 
-@flows("unstack")
+@rule("unstack")
 def _unstack(eqn: Any, operands: list[Axes]) -> list[Axes]:
     return [tuple(axis for i, axis in enumerate(operands[0]) if i != eqn.params["axis"])] * len(eqn.outvars)
 
 
-@flows("tile")
+@rule("tile")
 def _tile(eqn: Any, operands: list[Axes]) -> list[Axes]:
     return [tuple(joined([plain(times), axis]) for times, axis in zip(eqn.params["reps"], operands[0], strict=True))]
 
 
-@flows("optimization_barrier", "device_put")
+@rule("optimization_barrier", "device_put")
 def _each_its_own(eqn: Any, operands: list[Axes]) -> list[Axes]:
     return operands
 
 
-@flows("transpose")
+@rule("transpose")
 def _transpose(eqn: Any, operands: list[Axes]) -> list[Axes]:
     return [tuple(operands[0][i] for i in eqn.params["permutation"])]
 
 
-@flows("reshape")
+@rule("reshape")
 def _reshape(eqn: Any, operands: list[Axes]) -> list[Axes]:
     order = eqn.params.get("dimensions")
     given = operands[0] if order is None else tuple(operands[0][i] for i in order)
     return [reshaped(given, eqn.params["new_sizes"])]
 
 
-@flows("squeeze")
+@rule("squeeze")
 def _squeeze(eqn: Any, operands: list[Axes]) -> list[Axes]:
     return [tuple(axis for i, axis in enumerate(operands[0]) if i not in eqn.params["dimensions"])]
 
 
-@flows("broadcast_in_dim")
+@rule("broadcast_in_dim")
 def _broadcast(eqn: Any, operands: list[Axes]) -> list[Axes]:
     axes = list(unlabelled(eqn.outvars[0]))
     for i, axis in zip(eqn.params["broadcast_dimensions"], operands[0], strict=True):
@@ -223,13 +223,13 @@ def _broadcast(eqn: Any, operands: list[Axes]) -> list[Axes]:
     return [tuple(axes)]
 
 
-@flows(*_ENDS, "reduce_xor")
+@rule(*_ENDS, "reduce_xor")
 def _reduce(eqn: Any, operands: list[Axes]) -> list[Axes]:
     return [tuple(axis for i, axis in enumerate(operands[0]) if i not in eqn.params["axes"])]
 
 
-@flows("reduce_window_max", "reduce_window_min", "reduce_window_sum", "slice", "split", "dynamic_slice", "rev", "pad")
-@flows("sort", "reduce_window", "top_k")
+@rule("reduce_window_max", "reduce_window_min", "reduce_window_sum", "slice", "split", "dynamic_slice", "rev", "pad")
+@rule("sort", "reduce_window", "top_k")
 def _along_others(eqn: Any, operands: list[Axes]) -> list[Axes]:
     """Axes that keep their length are untouched, but for those that a reversal, a sort or a shift runs along."""
     moved = {*eqn.params.get("dimensions", ()), eqn.params.get("dimension", -1)}
@@ -247,7 +247,7 @@ def _kept(axes: Axes, var: Any, moved: set[int]) -> Axes:
     return tuple(axis if length(axis) == length(now) and i not in moved else now for i, (axis, now) in enumerate(new))
 
 
-@flows("concatenate")
+@rule("concatenate")
 def _concatenate(eqn: Any, operands: list[Axes]) -> list[Axes]:
     (out,), along = eqn.outvars, eqn.params["dimension"]
     mixed = any(marked(axes[along : along + 1]) for axes in operands)
@@ -256,7 +256,7 @@ def _concatenate(eqn: Any, operands: list[Axes]) -> list[Axes]:
     return [_together(cut, either=True)]
 
 
-@flows("dynamic_update_slice")
+@rule("dynamic_update_slice")
 def _dynamic_update_slice(eqn: Any, operands: list[Axes]) -> list[Axes]:
     """An axis that is written in full, as that of the examples in a cache, has what is written."""
     return [_filled(operands[0], operands[1])]
@@ -270,7 +270,7 @@ def _filled(whole: Axes, part: Axes) -> Axes:
     )
 
 
-@flows("dot_general")
+@rule("dot_general")
 def _dot_general(eqn: Any, operands: list[Axes]) -> list[Axes]:
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     lhs, rhs = operands
@@ -281,7 +281,7 @@ def _dot_general(eqn: Any, operands: list[Axes]) -> list[Axes]:
     return [(*shared, *free[0], *free[1])]
 
 
-@flows("conv_general_dilated")
+@rule("conv_general_dilated")
 def _convolution(eqn: Any, operands: list[Axes]) -> list[Axes]:
     """Positions keep their places where the window moves by one and the length stays."""
     numbers, image = eqn.params["dimension_numbers"], operands[0]
@@ -295,7 +295,7 @@ def _convolution(eqn: Any, operands: list[Axes]) -> list[Axes]:
     return [tuple(axes)]
 
 
-@flows("gather")
+@rule("gather")
 def _gather(eqn: Any, operands: list[Axes]) -> list[Axes]:
     """Rows of the result are those of the indices; axes that every slice has whole stay as they are."""
     operand, indices = operands
@@ -315,7 +315,7 @@ def _gather(eqn: Any, operands: list[Axes]) -> list[Axes]:
     return [tuple(axes)]
 
 
-@flows("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
+@rule("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
 def _scatter(eqn: Any, operands: list[Axes]) -> list[Axes]:
     """What is written into is as it was; an axis that is written in full has what is written."""
     operand, _, updates = operands

@@ -78,7 +78,7 @@ def _scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
     def body(carry: Sequence[Any], inputs: Any) -> tuple[list[Any], list[Any]]:
         step, slices = inputs
-        here = ctx if step is None else ctx.turn(step)
+        here = ctx if step is None else ctx.iteration(step)
         inner = [rebuild(part) for (_, rebuild), part in zip(stacks, slices, strict=True)]
         results = interpret(here, loop.body, [*consts, *carry, *inner])
         carry, outputs = results[: loop.carries], results[loop.carries :]
@@ -95,7 +95,7 @@ def _unstack(operand: Any) -> tuple[Any, Any]:
 
 
 def _carries(ctx: Context, eqn: Any, carries: Sequence[Any]) -> list[Any]:
-    """What a loop carries, as ordinary arrays. JAX itself makes constants of carries that no turn changes."""
+    """What a loop carries, as ordinary arrays. JAX itself makes constants of carries that no iteration changes."""
     return [dense(ctx, eqn, carry, "carried through a loop that changes it") for carry in carries]
 
 
@@ -110,15 +110,15 @@ def _while(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         (result,) = interpret(ctx.at(0), test, [*for_test, *carry])
         return result
 
-    def step(state: tuple[Any, Any, list[Any]]) -> tuple[Any, Any, list[Any]]:
-        turn, _, carry = state
-        here = ctx.at(1).turn(turn)
+    def iteration(state: tuple[Any, Any, list[Any]]) -> tuple[Any, Any, list[Any]]:
+        number, _, carry = state
+        here = ctx.at(1).iteration(number)
         carry = _formed(here, eqn, interpret(here, body, [*for_body, *carry]))
-        return turn + 1, go_on(carry), carry
+        return number + 1, go_on(carry), carry
 
-    # The test is evaluated at the end of each turn: only a loop's body may add to what is captured.
+    # The test is evaluated at the end of each iteration: only a loop's body may add to what is captured.
     init = _carries(ctx, eqn, operands[-carries:])
-    return jax.lax.while_loop(lambda state: state[1], step, (jnp.int32(0), go_on(init), init))[2]
+    return jax.lax.while_loop(lambda state: state[1], iteration, (jnp.int32(0), go_on(init), init))[2]
 
 
 @rule("cond")
