@@ -6,6 +6,7 @@ from itertools import count
 from zlib import crc32
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -15,6 +16,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+settings.register_profile("covering", max_examples=20, deadline=None, derandomize=True)
+settings.register_profile("full", max_examples=80, deadline=None, derandomize=True)
 
 TESTS_BETWEEN_CLEARINGS = 400
 
@@ -27,9 +30,26 @@ def pytest_runtest_logfinish() -> None:
         jax.clear_caches()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option of the lane that leaves nothing out."""
+    parser.addoption("--full", action="store_true", help="every row of the shared table, and longer random searches")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Turn warnings into errors, ours and those of the libraries our code calls."""
     config.addinivalue_line("filterwarnings", "error")
+    settings.load_profile("full" if config.getoption("--full") else "covering")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the rows of the shared table run those that cover it, unless all are asked for, or some by name."""
+    if config.getoption("--full") or config.option.keyword or any("::" in arg for arg in config.args):
+        return
+    from table.covering import left_out  # it imports JAX, which is configured by now
+
+    deselected = left_out(items)
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture

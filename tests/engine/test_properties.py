@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import assert_close, merged, random_adapter
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from jax import lax
 
@@ -17,7 +17,6 @@ import lora_jax as lora
 from lora_jax.adapter.site import Site
 
 Move = Callable[[Any], Any]
-SEARCH = settings(max_examples=80, deadline=None, derandomize=True)
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -118,7 +117,6 @@ def agrees(fn: Any, params: Any, x: Any, site: Site) -> None:
     assert_close(jnp.append(factored, size), jnp.append(expected, size))
 
 
-@SEARCH
 @given(programs())
 def test_found_sites_divide_the_axes_and_adapt_rightly(program):
     fn, params, x = program
@@ -132,7 +130,6 @@ def test_found_sites_divide_the_axes_and_adapt_rightly(program):
     agrees(fn, params, x, site)
 
 
-@SEARCH
 @given(programs(), st.data())
 def test_any_division_of_the_axes_adapts_rightly(program, data):
     fn, params, x = program
@@ -143,7 +140,6 @@ def test_any_division_of_the_axes_adapts_rightly(program, data):
     agrees(fn, params, x, site)
 
 
-@SEARCH
 @given(st.integers(2, 4), st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.data())
 def test_random_convolutions(window, groups, channels, features, dimensions, data):
     letters = "HW"[:dimensions]

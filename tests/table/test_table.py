@@ -138,6 +138,15 @@ class Reference:
 reference = cache(Reference)
 
 
+@rows(lambda case: case.reverse)
+def test_gradient(case):
+    call = jax.value_and_grad(loss(adapted(case)), argnums=(0, 1, 2), has_aux=True)
+    (_, outputs), gradients = quick_jit(call)(*given(case))
+    assert_close(outputs, reference(case).outputs)
+    assert_gradients_close(gradients, reference(case)()[1])
+    assert not any(leaf.any() for leaf in gradients[0]), "the base received a gradient"
+
+
 @rows(lambda case: case.method == "lora")
 def test_sites(case):
     assert {path: roles(site) for path, site in case.found.items()} == case.sites
@@ -199,15 +208,6 @@ def test_eager(case):
         for tree in (outputs, fn(params, *args))
     ]
     assert others[0] == others[1]
-
-
-@rows(lambda case: case.reverse)
-def test_gradient(case):
-    call = jax.value_and_grad(loss(adapted(case)), argnums=(0, 1, 2), has_aux=True)
-    (_, outputs), gradients = quick_jit(call)(*given(case))
-    assert_close(outputs, reference(case).outputs)
-    assert_gradients_close(gradients, reference(case)()[1])
-    assert not any(leaf.any() for leaf in gradients[0]), "the base received a gradient"
 
 
 @rows(full, lambda case: case.reverse)
