@@ -8,7 +8,7 @@ from typing import Any, get_args
 import jax
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.by_path import Placed, adapter_list, fit
+from lora_jax.adapter.by_path import NumberedUpdate, adapter_list, updates_by_path
 from lora_jax.adapter.updates import combined, held
 from lora_jax.engine import Call, Context, Log, Strategy, evaluate_call, trace_call
 from lora_jax.engine.dropout import dropout_keys
@@ -76,21 +76,21 @@ def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..
 def run_adapted(call: Call, adapters: Sequence[Adapter], ctx: Context, lora_key: Any) -> Any:
     """Evaluate a traced call with its adapted parameters symbolic; `lora_key` is as given to the adapted function."""
     ctx = replace(ctx, keys=dropout_keys(lora_key, adapters))
-    updates = fit(adapters, call.arrays)
+    updates = updates_by_path(adapters, call.arrays)
     symbolic = lambda path, leaf: _weight(ctx, path, leaf, updates[path]) if path in updates else leaf  # noqa: E731
     return evaluate_call(ctx, call, call.given, symbolic)
 
 
-def _weight(ctx: Context, path: str, leaf: Any, placed: list[Placed]) -> Weight | Any:
+def _weight(ctx: Context, path: str, leaf: Any, numbered: list[NumberedUpdate]) -> Weight | Any:
     """The parameter with all its updates, symbolic unless they leave it an ordinary array."""
-    base, gain, changes = combined(leaf, [held(update) for _, update in placed])
+    base, gain, changes = combined(leaf, [held(update) for _, update in numbered])
     if gain is None and not any(change.factors for change in changes):
         return base
-    weight, site = ctx.weight(path, base), placed[0].update.site
+    weight, site = ctx.weight(path, base), numbered[0].update.site
     batch, into, out = ([weight.axes[i] for i in axes] for axes in (site.batch_axes, site.in_axes, site.out_axes))
     terms = tuple(
-        Term(Labelled(a, (*batch, RANK, *into)), Labelled(b, (*batch, RANK, *out)), update.dropout, slot)
-        for (slot, update), change in zip(placed, changes, strict=True)
+        Term(Labelled(a, (*batch, RANK, *into)), Labelled(b, (*batch, RANK, *out)), update.dropout, number)
+        for (number, update), change in zip(numbered, changes, strict=True)
         for a, b in change.factors
     )
     return replace(weight, terms=terms, gain=None if gain is None else Labelled(gain, (*batch, *out)))

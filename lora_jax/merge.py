@@ -12,9 +12,10 @@ from rich.console import Group
 from rich.table import Table
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.by_path import Placed, fit
+from lora_jax.adapter.by_path import NumberedUpdate, check_parameters, updates_by_path
+from lora_jax.adapter.factors import Array, is_traced, widened
 from lora_jax.adapter.site import render
-from lora_jax.adapter.updates import Array, exact_sum, held, is_traced, widened
+from lora_jax.adapter.updates import exact_sum, held
 from lora_jax.errors import MergeError
 from lora_jax.paths import named_leaves, rebuild
 
@@ -71,7 +72,7 @@ def merge(
     key = _checked_key(rounding, key)
     leaves, treedef = named_leaves(params)
     merged: dict[str, Any] = {}
-    for path, placed in fit(adapters, leaves).items():
+    for path, placed in updates_by_path(adapters, leaves).items():
         updates = [held(update) for _, update in placed]
         _check_floating(path, leaves[path])
         exact = exact_sum(leaves[path], updates)
@@ -115,7 +116,7 @@ def absorb(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
       Meng et al., PiSSA, arXiv 2404.02948.
     """
     leaves, treedef = named_leaves(params)
-    fit(adapter, leaves)
+    check_parameters(adapter, leaves)
     changed = {path: update.absorbed(leaves[path]) for path, update in adapter.items()}
     rest = {path: _like(weight, leaves[path]) for path, (weight, _) in changed.items() if weight is not leaves[path]}
     return rebuild(treedef, leaves | rest), Adapter({path: update for path, (_, update) in changed.items()})
@@ -264,10 +265,10 @@ def merge_report(params: Any, adapters: Adapter | Sequence[Adapter]) -> MergeRep
       ('w',)
     """
     leaves, _ = named_leaves(params)
-    return MergeReport(tuple(_rows(fit(adapters, leaves), leaves)))
+    return MergeReport(tuple(_rows(updates_by_path(adapters, leaves), leaves)))
 
 
-def _rows(found: Mapping[str, list[Placed]], leaves: Mapping[str, Any]) -> Iterable[MergeRow]:
+def _rows(found: Mapping[str, list[NumberedUpdate]], leaves: Mapping[str, Any]) -> Iterable[MergeRow]:
     for path, placed in sorted(found.items()):
         weight, dtype = widened(leaves[path]), leaves[path].dtype
         exact = exact_sum(weight, [update for _, update in placed])

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lora_jax.adapter.factors import Array, matrices, widened
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import Array, matrices, widened
 from lora_jax.errors import ConfigError
 
 OVERSAMPLING = 10

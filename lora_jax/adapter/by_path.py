@@ -1,4 +1,4 @@
-"""Bringing adapters and parameters together: updates by path, checked against the parameters they are for."""
+"""Adapters and the parameters they are for: the updates of one or several by path, checked against the parameters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -15,7 +15,7 @@ from lora_jax.errors import ParameterError, nearest
 _Shapes: TypeAlias = list[tuple[int, ...]]
 
 
-class Placed(NamedTuple):
+class NumberedUpdate(NamedTuple):
     """An update, and the position of its adapter among those given."""
 
     slot: int
@@ -34,7 +34,9 @@ def adapter_list(adapters: Adapter | Sequence[Adapter]) -> list[Adapter]:
     raise TypeError(f"Expected an Adapter or a sequence of them, got {_described(adapters)}")
 
 
-def fit(adapters: Adapter | Sequence[Adapter], leaves: Mapping[str, Any]) -> dict[str, list[Placed]]:
+def updates_by_path(
+    adapters: Adapter | Sequence[Adapter], leaves: Mapping[str, Any]
+) -> dict[str, list[NumberedUpdate]]:
     """Collect the updates of one or several adapters by path, checked against the parameters.
 
     Args:
@@ -45,25 +47,30 @@ def fit(adapters: Adapter | Sequence[Adapter], leaves: Mapping[str, Any]) -> dic
       ParameterError: a path is missing, a shape differs, or a parameter is trained in full twice.
       TypeError: something else than adapters was given.
     """
-    found: dict[str, list[Placed]] = {}
-    for slot, adapter in enumerate(adapter_list(adapters)):
+    found: dict[str, list[NumberedUpdate]] = {}
+    for number, adapter in enumerate(adapter_list(adapters)):
         for path, update in adapter.items():
             _check_parameter(path, update, leaves)
-            found.setdefault(path, []).append(Placed(slot, update))
-    _check_arrays([(path, update) for path, placed in found.items() for _, update in placed], leaves)
-    for path, placed in found.items():
-        if sum(isinstance(update, Replace) for _, update in placed) > 1:
+            found.setdefault(path, []).append(NumberedUpdate(number, update))
+    _check_arrays([(path, update) for path, updates in found.items() for _, update in updates], leaves)
+    for path, updates in found.items():
+        if sum(isinstance(update, Replace) for _, update in updates) > 1:
             raise ParameterError(
                 f"{path!r} is trained in full by more than one adapter, and two values cannot be added. "
                 f"Leave it out of all but one: adapter.without({path!r})"
             )
-        if any(isinstance(update, Replace) for _, update in placed):
-            _check_reads_base(path, placed)
+        if any(isinstance(update, Replace) for _, update in updates):
+            _check_reads_base(path, updates)
     return found
 
 
-def _check_reads_base(path: str, placed: Sequence[Placed]) -> None:
-    for _, update in placed:
+def check_parameters(adapters: Adapter | Sequence[Adapter], leaves: Mapping[str, Any]) -> None:
+    """Refuse parameters that adapters are not for; see `updates_by_path`."""
+    updates_by_path(adapters, leaves)
+
+
+def _check_reads_base(path: str, updates: Sequence[NumberedUpdate]) -> None:
+    for _, update in updates:
         if update.reads_base:
             raise ParameterError(
                 f"{path!r} is trained in full by one adapter, and has a {type(update).__name__} in another that was "

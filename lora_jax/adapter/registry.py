@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import jax
 
+from lora_jax.adapter.site import Site
 from lora_jax.errors import ConfigError
 
 Initialiser: TypeAlias = Callable[..., tuple[jax.Array, jax.Array]]
@@ -77,12 +78,41 @@ class Entry:
 INITS: Table[Entry] = Table("init", "An initialiser", "lora_jax.init")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a method starts from at one site.
+
+    Attributes:
+      site: the parameter.
+      rank: number of rank-one terms.
+      scale: `[*batch]` float32.
+      dropout: probability of dropping an element of the input of A.
+      dtype: of what trains.
+      key: of this site.
+      seed: of frozen random numbers that are drawn again wherever they are used.
+      invocation_tokens: after which the update acts.
+      factors: draws `a`, `b` from the config's initialiser, and two more or None, those to take off again.
+      weight: gives the frozen parameter; raises a `ParameterError` where it has no value.
+    """
+
+    site: Site
+    rank: int
+    scale: jax.Array
+    dropout: float
+    dtype: str
+    key: jax.Array
+    seed: int
+    invocation_tokens: tuple[int, ...]
+    factors: Callable[[], tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]]
+    weight: Callable[[], jax.Array]
+
+
 @dataclass(frozen=True)
 class Method:
     """A variant of LoRA, and what it combines with.
 
     Attributes:
-      update: its class, an `Update` with a classmethod `start` that takes a `lora_jax.adapter.updates.Start`.
+      update: its class, an `Update` with a classmethod `start` that takes a `Start`.
       draws: whether it starts from the factors of an initialiser, so that any `init` will do.
       lora_bias: whether a bias on B may stand beside it.
     """

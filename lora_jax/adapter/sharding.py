@@ -7,7 +7,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.by_path import fit
+from lora_jax.adapter.by_path import check_parameters
 from lora_jax.adapter.updates import Update
 from lora_jax.errors import ParameterError
 from lora_jax.paths import named_leaves
@@ -46,10 +46,11 @@ def adapter_sharding(adapter: Adapter, params: Any) -> Adapter:
       (P(None, None), P(None, 'model'))
     """
     leaves, _ = named_leaves(params)
-    return Adapter({path: _placed(placed[0].update, leaves) for path, placed in fit(adapter, leaves).items()})
+    check_parameters(adapter, leaves)
+    return Adapter({path: _shardings(update, leaves) for path, update in adapter.items()})
 
 
-def _placed(update: Update, leaves: Mapping[str, Any]) -> Any:
+def _shardings(update: Update, leaves: Mapping[str, Any]) -> Any:
     path = update.site.path
     base = getattr(leaves[path], "sharding", None)
     if not isinstance(base, (NamedSharding, SingleDeviceSharding)):

@@ -1,4 +1,7 @@
-"""Lanes: several adapters of one form in the same arrays, along one more axis in front."""
+"""Stacks of adapters: several of one form in the same arrays, along one more axis in front.
+
+Each place along that axis is a lane: one adapter of a sweep, or of a population, whose members are trained together.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields

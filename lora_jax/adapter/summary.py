@@ -9,8 +9,9 @@ from rich.console import Group
 from rich.table import Table
 
 from lora_jax.adapter.adapter import Adapter, leaves_by_name
+from lora_jax.adapter.factors import is_traced
 from lora_jax.adapter.site import render
-from lora_jax.adapter.updates import Update, is_traced
+from lora_jax.adapter.updates import Update
 from lora_jax.paths import is_array
 
 

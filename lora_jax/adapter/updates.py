@@ -1,19 +1,17 @@
-"""What an adapter holds at one parameter, and its algebra: low-rank factors, or a full replacement."""
+"""Updates: what an adapter holds at one parameter. LoRA's factors, a parameter trained in full, and their protocol."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from math import prod
-from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapter.registry import register_method
+from lora_jax.adapter.factors import Array, aligned, joined, outer, times, widened
+from lora_jax.adapter.registry import Start, register_method
 from lora_jax.adapter.site import Site
 from lora_jax.errors import ParameterError
-
-Array: TypeAlias = jax.Array
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -90,35 +88,6 @@ class Update(ABC):
     def applied(self, weight: Array) -> Array:
         """The parameter as the adapted model sees it, in float32 (or wider if `weight` is)."""
         return exact_sum(weight, [self])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """What a method starts from at one site.
-
-    Attributes:
-      site: the parameter.
-      rank: number of rank-one terms.
-      scale: `[*batch]` float32.
-      dropout: probability of dropping an element of the input of A.
-      dtype: of what trains.
-      key: of this site.
-      seed: of frozen random numbers that are drawn again wherever they are used.
-      invocation_tokens: after which the update acts.
-      factors: draws `a`, `b` from the config's initialiser, and two more or None, those to take off again.
-      weight: gives the frozen parameter; raises a `ParameterError` where it has no value.
-    """
-
-    site: Site
-    rank: int
-    scale: Array
-    dropout: float
-    dtype: str
-    key: Array
-    seed: int
-    invocation_tokens: tuple[int, ...]
-    factors: Callable[[], tuple[Array, Array, Array | None, Array | None]]
-    weight: Callable[[], Array]
 
 
 @register_method("lora")
@@ -295,59 +264,6 @@ def exact_sum(weight: Array, updates: Sequence[Update]) -> Array:
         base = base * aligned(updates[0].site, gain).astype(base.dtype)
     deltas = [outer(updates[0].site, *pair).astype(base.dtype) for change in changes for pair in change.factors]
     return base + sum(deltas[1:], deltas[0]) if deltas else base
-
-
-def outer(site: Site, a: Array, b: Array) -> Array:
-    """`Σ_r a[r] ⊗ b[r]` in the layout of the site's parameter, in float32 at full precision."""
-    batch, into, out = (list(axes) for axes in (site.batch_axes, site.in_axes, site.out_axes))
-    rank = len(site.shape)
-    return jnp.einsum(
-        widened(a), [*batch, rank, *into], widened(b), [*batch, rank, *out], list(range(rank)),
-        precision=jax.lax.Precision.HIGHEST,
-    )  # fmt: skip
-
-
-def aligned(site: Site, per_output: Array) -> Array:
-    """An array `[*batch, *out]` that broadcasts against the site's parameter."""
-    axes = (*site.batch_axes, *site.out_axes)
-    moved = jnp.transpose(per_output, sorted(range(len(axes)), key=lambda i: axes[i]))
-    return jnp.expand_dims(moved, sorted(site.in_axes))
-
-
-def joined(site: Site, pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """All pairs of factors of a site in one, of the sum of their ranks."""
-    a, b = (jnp.concatenate(each, len(site.batch_axes)) for each in zip(*pairs, strict=True))
-    return a, b
-
-
-def matrices(site: Site, value: Array) -> Array:
-    """`[weights, fan_in, fan_out]`: every linear map in a stack, of an array laid out as the site's parameter."""
-    moved = jnp.transpose(value, (*site.batch_axes, *site.in_axes, *site.out_axes))
-    return moved.reshape(prod(site.batch_shape), site.fan_in, site.fan_out)
-
-
-def over(lead: Array, array: Array) -> Array:
-    """An array of the leading axes of another, such that it broadcasts against that."""
-    return lead.reshape(lead.shape + (1,) * (array.ndim - lead.ndim))
-
-
-def times(scale: Array, factor: Array) -> Array:
-    """A factor `[*batch, rank, ...]` times a scale of its leading axes, in the factor's dtype."""
-    return factor * over(scale, factor).astype(factor.dtype)
-
-
-def widened(value: Any) -> Array:
-    """The array in float32, or as it is if that is wider."""
-    return jnp.asarray(value, jnp.float32 if value.dtype.itemsize < 4 else value.dtype)
-
-
-def is_traced(value: Any) -> bool:
-    """Whether an array has no contents yet, because it is inside `jit`, `grad` or `vmap`."""
-    try:
-        # Only an array with contents has a place; asking a tracer for its own raises.
-        return isinstance(value, jax.Array) and value.is_fully_addressable is None
-    except jax.errors.ConcretizationTypeError:
-        return True
 
 
 def is_update(node: Any) -> bool:

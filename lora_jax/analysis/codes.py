@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from lora_jax.adapter.updates import Array
+from lora_jax.adapter.factors import Array
 
 SCALE_BYTES = 4
 """Of every block, for its scale in float32."""

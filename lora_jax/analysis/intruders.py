@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.by_path import fit
+from lora_jax.adapter.by_path import check_parameters
+from lora_jax.adapter.factors import Array, matrices, widened
 from lora_jax.adapter.site import render
-from lora_jax.adapter.updates import Array, Update, exact_sum, matrices, widened
+from lora_jax.adapter.updates import Update, exact_sum
 from lora_jax.analysis.pictures import draw_intruders
 from lora_jax.analysis.rows import Row, left_out_line, short_table, table_of
 from lora_jax.compose.fuse import gathered, has_factors, plain_factors
@@ -143,7 +144,7 @@ def intruders(params: Any, adapter: Adapter, *, threshold: float = 0.5, top: int
     if not 0 < threshold <= 1 or top < 1:
         raise ConfigError(f"threshold={threshold!r} must be above 0 and at most 1, and top={top!r} at least 1")
     leaves, _ = named_leaves(params)
-    fit(adapter, leaves)
+    check_parameters(adapter, leaves)
     rows: list[IntruderRow] = []
     left_out: dict[str, str] = {}
     for path, update in gathered(adapter).items():

@@ -13,8 +13,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lora_jax.adapter.factors import Array, matrices, widened
 from lora_jax.adapter.site import Site, render
-from lora_jax.adapter.updates import Array, matrices, widened
 from lora_jax.analysis.codes import FORMATS
 from lora_jax.analysis.pictures import draw_rounding
 from lora_jax.analysis.rows import Row, number, short_table, table_of

@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.by_path import fit
+from lora_jax.adapter.by_path import check_parameters
+from lora_jax.adapter.factors import Array, matrices, widened
 from lora_jax.adapter.site import Site, render
-from lora_jax.adapter.updates import Array, LowRank, Update, exact_sum, matrices, widened
+from lora_jax.adapter.updates import LowRank, Update, exact_sum
 from lora_jax.analysis.pictures import draw_spectra
 from lora_jax.analysis.rows import Row, number, short_table, table_of
 from lora_jax.analysis.terms import decomposed, remark, why_without_factors
@@ -167,7 +168,7 @@ def spectra(adapter: Adapter, params: Any = None) -> Spectra:
     """
     leaves = {} if params is None else named_leaves(params)[0]
     if params is not None:
-        fit(adapter, leaves)
+        check_parameters(adapter, leaves)
     whole = gathered(adapter)
     return Spectra(tuple(row for path, update in whole.items() for row in _rows(path, update, leaves.get(path))))
 

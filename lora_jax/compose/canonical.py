@@ -5,7 +5,8 @@ from dataclasses import replace
 import jax.numpy as jnp
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.updates import Update, over
+from lora_jax.adapter.factors import over
+from lora_jax.adapter.updates import Update
 from lora_jax.compose.fuse import decomposed, gathered, has_factors
 from lora_jax.methods import AdaLora, Dora, Gained
 

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.by_path import adapter_list, fit
+from lora_jax.adapter.by_path import adapter_list, check_parameters
+from lora_jax.adapter.factors import Array, times, widened
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import Array, LowRank, Replace, Update, times, widened
+from lora_jax.adapter.updates import LowRank, Replace, Update
 from lora_jax.compose import full as whole
 from lora_jax.compose.full import Blend, Weighted
 from lora_jax.compose.fuse import fused, gathered, has_factors
@@ -136,7 +137,7 @@ def composed(
     counted = weighed(len(given), weights, METHODS.find(method))
     leaves = {} if params is None else named_leaves(params)[0]
     for adapter in given if leaves else ():
-        fit(adapter, leaves)
+        check_parameters(adapter, leaves)
     composer = _Composer(method, options, leaves, _dropout(given))
     found: dict[str, list[Weighted]] = {}
     for adapter, (weight, known) in zip(given, counted, strict=True):

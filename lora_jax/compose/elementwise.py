@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import svd
-from lora_jax.adapter.updates import Array
+from lora_jax.adapter.factors import Array
 from lora_jax.compose.terms import Fused, Options, Part, balanced, compressed, exactly, largest, product
 
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapter.updates import Array, Replace, times, widened
+from lora_jax.adapter.factors import Array, times, widened
+from lora_jax.adapter.updates import Replace
 from lora_jax.compose.fuse import gathered
 from lora_jax.compose.methods import Method
 from lora_jax.compose.terms import Options

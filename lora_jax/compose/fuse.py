@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lora_jax.adapter.factors import Array, widened
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import Array, LowRank, Update, widened
+from lora_jax.adapter.updates import LowRank, Update
 from lora_jax.compose.methods import METHODS
 from lora_jax.compose.terms import Fused, Options, Part, joined, triplets
 from lora_jax.methods import Gained

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from lora_jax.adapter.factors import Array
 from lora_jax.adapter.registry import Table
-from lora_jax.adapter.updates import Array
 from lora_jax.compose import elementwise, selected, sums
 from lora_jax.compose.elementwise import PLAIN, Rule, merged
 from lora_jax.compose.terms import Fused, Options, Part, product

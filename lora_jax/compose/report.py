@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.factors import Array
 from lora_jax.adapter.site import render
-from lora_jax.adapter.updates import Array, Update
+from lora_jax.adapter.updates import Update
 from lora_jax.compose.compose import Composed, composed, effect
 from lora_jax.compose.fuse import plain_factors, sizes
 from lora_jax.errors import listed

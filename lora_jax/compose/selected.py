@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapter.updates import Array
+from lora_jax.adapter.factors import Array
 from lora_jax.compose.terms import Fused, Options, Part, energy, joined, triplets
 from lora_jax.errors import ConfigError
 

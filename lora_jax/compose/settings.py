@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax.adapter.updates import Array, is_traced
+from lora_jax.adapter.factors import Array, is_traced
 from lora_jax.compose.methods import METHODS, Method
 from lora_jax.compose.terms import Options
 from lora_jax.errors import ConfigError

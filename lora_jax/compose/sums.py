@@ -6,7 +6,7 @@ from itertools import accumulate
 import jax.numpy as jnp
 
 from lora_jax import svd
-from lora_jax.adapter.updates import Array
+from lora_jax.adapter.factors import Array
 from lora_jax.compose.elementwise import TIES, merged
 from lora_jax.compose.terms import (
     Fused,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import svd
-from lora_jax.adapter.updates import Array
+from lora_jax.adapter.factors import Array
 
 _EXACT = jax.lax.Precision.HIGHEST
 _NOISE = 8 * float(jnp.finfo(jnp.float32).eps)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.registry import METHODS, Data, Entry, Initialiser, find_init, initialisers, register
+from lora_jax.adapter.factors import matrices, over, widened
+from lora_jax.adapter.registry import METHODS, Data, Entry, Initialiser, Start, find_init, initialisers, register
 from lora_jax.adapter.site import Site, Sites, full_site
-from lora_jax.adapter.updates import Replace, Start, Update, matrices, over, widened
+from lora_jax.adapter.updates import Replace, Update
 from lora_jax.config.checks import as_tuple
 from lora_jax.config.config import LoraConfig
 from lora_jax.config.selection import select

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from lora_jax import svd
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.by_path import fit
-from lora_jax.adapter.updates import Array, LowRank, outer, times, widened
+from lora_jax.adapter.by_path import updates_by_path
+from lora_jax.adapter.factors import Array, outer, times, widened
+from lora_jax.adapter.updates import LowRank
 from lora_jax.errors import ConfigError, ParameterError
 from lora_jax.paths import named_leaves, rebuild
 
@@ -54,8 +55,8 @@ def loftq(adapter: Adapter, params: Any, quantise: Callable[[Array], Array], *, 
     leaves, treedef = named_leaves(params)
     fitted: dict[str, Any] = {}
     coarse = dict(leaves)
-    for path, placed in fit(adapter, leaves).items():
-        update = placed[0].update
+    for path, updates in updates_by_path(adapter, leaves).items():
+        update = updates[0].update
         if type(update) is not LowRank:
             raise ParameterError(f"{path!r} holds a {type(update).__name__}; loftq fits plain low-rank factors")
         fitted[path], quantised = _alternate(update, widened(leaves[path]), quantise, steps)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.factors import Array, is_traced
 from lora_jax.adapter.site import Site, Sites, render
-from lora_jax.adapter.updates import Array, is_traced
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.many.slots import Slots, check_fits, empty, factors, padded, stacked, taken
 

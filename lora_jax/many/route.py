@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import adapter_list
-from lora_jax.adapter.updates import is_traced
+from lora_jax.adapter.factors import is_traced
 from lora_jax.capture.gram import add_at
 from lora_jax.engine import Call, Context, Log, evaluate_call, trace_call
 from lora_jax.engine.hooks import numbered

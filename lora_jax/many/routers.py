@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import adapter_list
+from lora_jax.adapter.factors import Array, is_traced, times, widened
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import Array, LowRank, Update, is_traced, pytree, times, widened
+from lora_jax.adapter.updates import LowRank, Update, pytree
 from lora_jax.compose.fuse import decomposed
 from lora_jax.compose.terms import significant
 from lora_jax.engine.routing.router import Router as Router

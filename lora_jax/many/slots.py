@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.adapter.factors import Array, is_traced
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import Array, LowRank, Update, is_traced, pytree
+from lora_jax.adapter.updates import LowRank, Update, pytree
 from lora_jax.errors import ParameterError
 from lora_jax.methods import Gained
 

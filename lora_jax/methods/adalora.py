@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.registry import register_method
-from lora_jax.adapter.updates import Array, LowRank, Start, over, pytree, times
+from lora_jax.adapter.factors import Array, over, times
+from lora_jax.adapter.registry import Start, register_method
+from lora_jax.adapter.updates import LowRank, pytree
 
 DEVIATION = 0.02
 """Of both factors at the start, as in PEFT."""

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Self
 import jax.numpy as jnp
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.registry import register_method
-from lora_jax.adapter.updates import Array, LowRank, Start, pytree
+from lora_jax.adapter.factors import Array
+from lora_jax.adapter.registry import Start, register_method
+from lora_jax.adapter.updates import LowRank, pytree
 from lora_jax.errors import ConfigError
 
 

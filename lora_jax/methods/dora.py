@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.by_path import fit
-from lora_jax.adapter.registry import register_method
+from lora_jax.adapter.by_path import check_parameters
+from lora_jax.adapter.factors import Array, joined, over
+from lora_jax.adapter.registry import Start, register_method
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import Array, Change, LowRank, Start, Update, joined, over, pytree
+from lora_jax.adapter.updates import Change, LowRank, Update, pytree
 from lora_jax.methods.norms import beside, changed_squares, squares
 from lora_jax.paths import named_leaves
 
@@ -179,7 +180,7 @@ def precompute(params: Any, adapter: Adapter) -> Adapter:
       True
     """
     leaves, _ = named_leaves(params)
-    fit(adapter, leaves)
+    check_parameters(adapter, leaves)
     return Adapter({
         path: _gained(update, leaves[path]) if isinstance(update, Dora) else update for path, update in adapter.items()
     })  # fmt: skip

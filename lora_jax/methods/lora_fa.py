@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Self
 
-from lora_jax.adapter.registry import register_method
-from lora_jax.adapter.updates import LowRank, Start, pytree
+from lora_jax.adapter.registry import Start, register_method
+from lora_jax.adapter.updates import LowRank, pytree
 from lora_jax.errors import ConfigError
 
 

@@ -6,8 +6,9 @@ from typing import Self
 import jax.numpy as jnp
 
 from lora_jax import svd
-from lora_jax.adapter.registry import register_method
-from lora_jax.adapter.updates import Array, LowRank, Start, pytree, times
+from lora_jax.adapter.factors import Array, times
+from lora_jax.adapter.registry import Start, register_method
+from lora_jax.adapter.updates import LowRank, pytree
 
 
 @register_method("lora-xs", draws=False)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lora_jax.adapter.factors import Array, joined, widened
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import Array, joined, widened
 
 _EXACT = jax.lax.Precision.HIGHEST
 

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from lora_jax.adapter.factors import Array, widened
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import Array, Change, Update, pytree, unscalable, widened
+from lora_jax.adapter.updates import Change, Update, pytree, unscalable
 
 
 @pytree("site", "rows")

@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
+from lora_jax.adapter.factors import Array, times, widened
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import Array, Change, Update, pytree, times, widened
+from lora_jax.adapter.updates import Change, Update, pytree
 
 
 @pytree("site")

@@ -6,9 +6,10 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapter.registry import register_method
+from lora_jax.adapter.factors import Array, over, times
+from lora_jax.adapter.registry import Start, register_method
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import Array, Change, LowRank, Start, Update, over, pytree, times
+from lora_jax.adapter.updates import Change, LowRank, Update, pytree
 from lora_jax.errors import ConfigError
 
 D_START = 0.1

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax.adapter.updates import Array, is_update
+from lora_jax.adapter.factors import Array
+from lora_jax.adapter.updates import is_update
 from lora_jax.config.checks import positive_int, probability
 from lora_jax.errors import ConfigError, ParameterError
 from lora_jax.methods.adalora import AdaLora

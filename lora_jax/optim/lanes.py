@@ -1,4 +1,4 @@
-"""Lanes: one optimizer for a stack of adapters, with hyperparameters and an early stop for each."""
+"""Sweeps and populations: one optimizer for a stack of adapters, with hyperparameters and an early stop for each."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.adapter.factors import Array
 from lora_jax.adapter.stack import lanes_of
-from lora_jax.adapter.updates import Array
 from lora_jax.errors import ConfigError
 from lora_jax.optim.frozen import optimizer
 
@@ -28,10 +28,11 @@ class LanesState(NamedTuple):
 def lanes(
     build: Callable[..., optax.GradientTransformation], **hyperparams: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Train the lanes of a stack of adapters, each as if it were alone.
+    """Train a stack of adapters, a sweep or a population, each as if it were alone.
 
-    Each lane has the optimizer that `build` makes of its own hyperparameters, restricted to what trains as by
-    `lora_jax.optimizer`. What looks at a whole tree, such as clipping by global norm, sees one lane.
+    A lane is one adapter of the stack (`Adapter.stack`), with everything that belongs to it. Each has the optimizer
+    that `build` makes of its own hyperparameters, restricted to what trains as by `lora_jax.optimizer`. What looks at a
+    whole tree, such as clipping by global norm, sees one lane.
 
     `update` takes `active`, a boolean for every lane. Where it is False, the lane's state stays and its update changes
     no bit of it, not even if its gradients are not finite. Its arithmetic goes on: lanes are stopped without compiling

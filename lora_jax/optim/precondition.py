@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax.scipy.linalg import cho_solve
 
-from lora_jax.adapter.updates import is_update, map_updates, over, widened
+from lora_jax.adapter.factors import over, widened
+from lora_jax.adapter.updates import is_update, map_updates
 from lora_jax.config.checks import positive
 from lora_jax.engine.meshes import explicit
 from lora_jax.errors import ParameterError

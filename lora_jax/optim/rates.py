@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax.adapter.updates import is_traced, map_updates
+from lora_jax.adapter.factors import is_traced
+from lora_jax.adapter.updates import map_updates
 from lora_jax.config import checks
 from lora_jax.config.checks import Patterns
 from lora_jax.config.selection import check_patterns

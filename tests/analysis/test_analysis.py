@@ -14,8 +14,9 @@ from helpers import GOLDEN, cast_floats, random_adapter
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax as lora
+from lora_jax.adapter.factors import matrices
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import exact_sum, matrices
+from lora_jax.adapter.updates import exact_sum
 from lora_jax.analysis import intruders, overlap, rounding, spectra
 from lora_jax.analysis.codes import FORMATS
 from lora_jax.analysis.rounding import FACTOR_BYTES, FRACTIONS

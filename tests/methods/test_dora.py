@@ -10,8 +10,9 @@ import pytest
 from helpers import assert_close, assert_same, random_adapter
 
 import lora_jax as lora
+from lora_jax.adapter.factors import outer
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import held, outer
+from lora_jax.adapter.updates import held
 from lora_jax.methods.norms import changed_squares, squares
 
 SITES = {

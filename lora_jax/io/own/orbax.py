@@ -19,7 +19,7 @@ from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.by_path import fit
+from lora_jax.adapter.by_path import check_parameters
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError, LoraError
 from lora_jax.io.own import manifest
@@ -71,7 +71,7 @@ def save(
     if not adapter:
         raise CheckpointError(f"Nothing to save at {where}: the adapter is empty")
     if params is not None:
-        fit(adapter, named_leaves(params)[0])
+        check_parameters(adapter, named_leaves(params)[0])
     if where.exists():
         _check_replaceable(where, overwrite)
     arrays = {name: {field: _array(leaf) for field, leaf in manifest.arrays(adapter[name]).items()} for name in adapter}

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.by_path import fit
+from lora_jax.adapter.by_path import check_parameters
 from lora_jax.adapter.site import Sites
 from lora_jax.errors import CheckpointError, listed, nearest
 from lora_jax.io.names import layouts
@@ -113,7 +113,7 @@ def load(
     leaves, _ = named_leaves(params)
     reader = _Reader(files, leaves, sites, find_names(names))
     adapter, unmatched = reader.adapter()
-    fit(adapter, leaves)
+    check_parameters(adapter, leaves)
     if not strict:
         return adapter, unmatched
     if any(unmatched):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.updates import Array, LowRank, Replace, Update, times
+from lora_jax.adapter.factors import Array, times
+from lora_jax.adapter.updates import LowRank, Replace, Update
 from lora_jax.errors import CheckpointError
 from lora_jax.io.peft.config import ADALORA, LORA, RANK_OFFSET, VERA, PeftType
 from lora_jax.io.peft.factors import ScaledModule

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.by_path import fit
+from lora_jax.adapter.by_path import check_parameters
 from lora_jax.adapter.site import Site, Sites
 from lora_jax.adapter.updates import Replace
 from lora_jax.errors import CheckpointError
@@ -97,7 +97,7 @@ def save(
     """
     leaves = {} if params is None else named_leaves(params)[0]
     if leaves:
-        fit(adapter, leaves)
+        check_parameters(adapter, leaves)
     writers = (_Writer(adapter, find_names(names), sites, leaves, peft_type) for peft_type in peft_types_for(adapter))
     writer, files = next((writer, files) for writer in writers if (files := writer.files()) is not None)
     if save_embedding_layers is True or (save_embedding_layers == "auto" and writer.full.resized(base_model)):
