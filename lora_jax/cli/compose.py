@@ -13,12 +13,11 @@ from lora_jax.compose.methods import METHODS
 from lora_jax.compose.report import ComposeReport
 from lora_jax.compose.settings import checked, weighed
 from lora_jax.errors import ParameterError
+from lora_jax.io.compose import base_values, compose_files
 from lora_jax.io.hf.folder import open_checkpoint
-from lora_jax.io.hf.values import base_values
-from lora_jax.io.inspect.contents import Format, detect
+from lora_jax.io.inspect import Format, detect
 from lora_jax.io.own import orbax
 from lora_jax.io.peft import read_peft, write_peft
-from lora_jax.io.peft.compose import compose_files
 from lora_jax.train.options import OptionError, require
 from lora_jax.train.report import make_console
 

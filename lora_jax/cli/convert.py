@@ -9,7 +9,7 @@ import tyro
 from lora_jax.adapter.site import Sites
 from lora_jax.errors import MatchError
 from lora_jax.io import peft
-from lora_jax.io.inspect.contents import detect, inspect
+from lora_jax.io.inspect import detect, inspect
 from lora_jax.io.names.known import find_names
 from lora_jax.io.own import orbax
 from lora_jax.train.options import OptionError

@@ -7,8 +7,7 @@ import tyro
 
 from lora_jax.analysis import overlap, spectra
 from lora_jax.analysis.rows import left_out_line
-from lora_jax.io.inspect.contents import inspect
-from lora_jax.io.inspect.without_base import bare
+from lora_jax.io.inspect import inspect, read_factors
 from lora_jax.train.options import OptionError
 from lora_jax.train.report import make_console
 
@@ -59,7 +58,7 @@ class InspectJob:
         if options.against is not None:
             self._compare(options.against)
         elif options.plot is not None:
-            adapter, notes = bare(options.path)
+            adapter, notes = read_factors(options.path)
             found = spectra(adapter).noted(notes)
             console.print(found.summary())
             found.plot(options.plot, f"Updates of {_name(options.path)}")
@@ -68,7 +67,7 @@ class InspectJob:
 
     def _compare(self, against: Path) -> None:
         options, console = self._options, self._console
-        (one, notes), (other, others) = bare(options.path), bare(against)
+        (one, notes), (other, others) = read_factors(options.path), read_factors(against)
         found = overlap(one, other)
         console.print(found.summary())
         left_out = dict(found.left_out) | {name: why for name, why in (others | notes).items() if name not in one}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.errors import CheckpointError
-from lora_jax.io.inspect.contents import Contents, inspect
+from lora_jax.io.inspect import Contents, inspect
 from lora_jax.io.peft.config import CONFIG, read_config
 from lora_jax.io.peft.keys import WEIGHTS
 

@@ -21,7 +21,7 @@ from lora_jax.analysis import intruders, overlap, rounding, spectra
 from lora_jax.analysis.codes import FORMATS
 from lora_jax.analysis.rounding import FACTOR_BYTES, FRACTIONS
 from lora_jax.cli import main
-from lora_jax.io.inspect.without_base import bare
+from lora_jax.io.inspect import read_factors
 from lora_jax.methods import Rows, Shift, precompute
 
 EXPERTS: dict[str, Any] = {"in_axes": (2,), "out_axes": (3,), "batch_axes": (0, 1)}
@@ -470,9 +470,9 @@ def test_pictures_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", sorted(file.parent.name for file in GOLDEN.glob("*/adapter_config.json")))
 def test_factors_of_pefts_files(name: str) -> None:
     """Norms are those that `inspect` measures, which are held to PEFT's; what has no factors has a note."""
-    from lora_jax.io.inspect.contents import inspect
+    from lora_jax.io.inspect import inspect
 
-    adapter, notes = bare(GOLDEN / name)
+    adapter, notes = read_factors(GOLDEN / name)
     found = spectra(adapter).noted(notes)
     measured = {entry.name: entry for entry in inspect(GOLDEN / name).entries}
     for path in adapter:

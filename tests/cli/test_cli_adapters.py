@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax.cli import main
-from lora_jax.io.inspect.contents import inspect
+from lora_jax.io.inspect import inspect
 
 SAVED = sorted(file.parent.name for file in GOLDEN.glob("*/expected.safetensors") if "vera" not in file.parent.name)
 

@@ -12,10 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax.cli import main
+from lora_jax.io.compose import base_values, compose_files
 from lora_jax.io.hf.folder import open_checkpoint
-from lora_jax.io.hf.values import base_values
 from lora_jax.io.peft import Module, PeftFiles, read_peft, write_peft
-from lora_jax.io.peft.compose import compose_files
 from lora_jax.io.peft.files import TOKEN_ROWS, full_tensors, token_rows
 
 COMPOSABLE = [

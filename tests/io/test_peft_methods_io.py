@@ -31,7 +31,7 @@ import lora_jax as lora
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank
 from lora_jax.cli import main
-from lora_jax.io.inspect.contents import inspect
+from lora_jax.io.inspect import inspect
 from lora_jax.io.peft import Module, Names, PeftFiles, Rule, read_peft, write_peft
 from lora_jax.methods import AdaLora, Vera
 

@@ -14,8 +14,8 @@ peft = pytest.importorskip("peft")
 from helpers import assert_close
 from torch import nn
 
+from lora_jax.io.compose import compose_files
 from lora_jax.io.peft import PeftFiles, read_peft, write_peft
-from lora_jax.io.peft.compose import compose_files
 
 WEIGHTS = [0.7, -0.4, 1.3]
 THINNED = ("ties", "magnitude_prune", "dare_linear", "dare_ties")

@@ -5,7 +5,7 @@ tensors.py   safetensors files as named ranges of bytes, read and written in pie
 folder.py    a checkpoint directory: its shards, its config, its other files
 changes.py   what an adapter does to one tensor
 plan.py      what adapters do to a checkpoint: names, tied tables, weights
+ties.py      tables that are look-up and output head at once
 merge.py     merge_checkpoint
-values.py    what a checkpoint has where adapters hold values of their own, for composing
 ```
 """

@@ -11,7 +11,7 @@ from lora_jax.errors import CheckpointError, listed, nearest
 from lora_jax.io.hf.changes import Change, Part, bias_part, merged_with
 from lora_jax.io.hf.folder import Checkpoint
 from lora_jax.io.hf.tensors import Tensor
-from lora_jax.io.hf.ties import is_head, settle, tied_tables
+from lora_jax.io.hf.ties import is_head, resolve_ties, tied_tables
 from lora_jax.io.peft.config import setting
 from lora_jax.io.peft.files import PeftFiles, full_tensors, table_name, token_indices, token_rows
 from lora_jax.io.peft.match import saves
@@ -59,12 +59,12 @@ def plan(base: Checkpoint, adapters: Sequence[tuple[PeftFiles, float]], untie: b
     tensors = base.tensors
     found: dict[str, Change] = {}
     for files, weight in adapters:
-        for name, change in OnBase(base, files, weight).changes().items():
+        for name, change in PlacedAdapter(base, files, weight).changes().items():
             found[name] = merged_with(found[name], change, name) if name in found else change
     tied = tied_tables(base)
     known = {*tensors, *(tied[:2] if tied else ())}
     added = {name: change.value for name, change in found.items() if name not in known and change.value is not None}
-    planned = Plan(*settle(base, {name: change for name, change in found.items() if name not in added}, untie))
+    planned = Plan(*resolve_ties(base, {name: change for name, change in found.items() if name not in added}, untie))
     for name, change in planned.changes.items():
         change.check(tensors[name])
     for source, change in planned.copies.values():
@@ -72,7 +72,7 @@ def plan(base: Checkpoint, adapters: Sequence[tuple[PeftFiles, float]], untie: b
     return replace(planned, added=added)
 
 
-class OnBase:
+class PlacedAdapter:
     """One adapter on its way into one checkpoint.
 
     Attributes:
@@ -218,7 +218,7 @@ def _renaming(base: Checkpoint, files: PeftFiles) -> Callable[[str], str]:
     equal = [places for places, count in hits.items() if count == most]
     if len(equal) > 1 and most:
         one, other = (
-            next(name for name, twin in zip(*pair, strict=True) if name != twin) for pair in (equal[:2], equal[1::-1])
+            next(here for here, there in zip(*pair, strict=True) if here != there) for pair in (equal[:2], equal[1::-1])
         )
         raise CheckpointError(
             f"{files.where} fits {base.path} in several places: {one} as well as {other}. Give the checkpoint of the "

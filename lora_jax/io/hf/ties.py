@@ -73,7 +73,7 @@ def _setting(config: Mapping[str, Any], field: str) -> Any:
     return config.get(field, text.get(field) if isinstance(text, Mapping) else None)
 
 
-def settle(
+def resolve_ties(
     base: Checkpoint, found: Mapping[str, Change], untie: bool
 ) -> tuple[dict[str, Change], dict[str, tuple[str, Change]], bool]:
     """Keep a tied table one table, or write two.

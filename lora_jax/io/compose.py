@@ -5,6 +5,8 @@ whole is a value there, DoRA's magnitudes too: their differences to the base are
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +18,10 @@ from lora_jax.adapter.updates import LowRank, Replace, Update
 from lora_jax.compose import compose_report
 from lora_jax.compose.report import ComposeReport
 from lora_jax.errors import CheckpointError
+from lora_jax.io.hf.changes import Change
+from lora_jax.io.hf.folder import Checkpoint
+from lora_jax.io.hf.plan import PlacedAdapter
+from lora_jax.io.hf.tensors import Tensor
 from lora_jax.io.peft import config as peft_config
 from lora_jax.io.peft.config import LORA, peft_type_of
 from lora_jax.io.peft.files import TOKEN_ROWS, PeftFiles, full_tensors, token_indices, token_rows
@@ -23,7 +29,7 @@ from lora_jax.io.peft.module import Module, ModuleKind
 from lora_jax.methods import Rows, Shift
 
 _KINDS: dict[str, Kind] = {"linear": "dense", "conv": "conv", "embedding": "embedding"}
-MAGNITUDE = ".lora_magnitude_vector"
+_MAGNITUDE = ".lora_magnitude_vector"
 """What follows a module's name in that of its DoRA magnitudes."""
 
 _BIAS = ".lora_B.bias"
@@ -44,7 +50,7 @@ def compose_files(
     Args:
       files: what to compose.
       weights: as for `lora_jax.compose`.
-      base: of `lora_jax.io.hf.values.base_values`; without it, values that replace the base's need weights that add up
+      base: from `base_values`; without it, values that replace the base's need weights that add up
         to 1.
       **settings: likewise, but for `params`.
 
@@ -69,6 +75,35 @@ def compose_files(
     return _files(report.adapter, files), report
 
 
+def base_values(base: Checkpoint, adapters: Sequence[PeftFiles]) -> dict[str, np.ndarray]:
+    """What `compose_files` needs of a base, by the adapters' names: all else is factors, which need no base.
+
+    Raises:
+      CheckpointError: the base does not have what an adapter changes, or in another shape, or it is quantised.
+    """
+    found: dict[str, np.ndarray] = {}
+    for files in adapters:
+        placed = PlacedAdapter(base, files, 1.0)
+        changes = placed.changes()
+        for name in full_tensors(files.saved):
+            tensor = base.tensors.get(placed.place(name))
+            if tensor is None:
+                raise CheckpointError(
+                    f"{base.path} has no {name}, which {files.where} trains in full: compose without a base, with "
+                    "weights that add up to 1"
+                )
+            found[name] = _read_tensor(tensor, changes[tensor.name])
+        for name in token_rows(files.saved):
+            tensor = placed.tensor(f"{name}.weight")
+            found[name + TOKEN_ROWS] = _read_tensor(tensor, changes[placed.place(f"{name}.weight")])
+        for name, module in files.modules.items():
+            if module.magnitude is not None:
+                tensor = placed.tensor(f"{name}.weight")
+                norms = _norms(tensor, changes[tensor.name])
+                found[name + _MAGNITUDE] = norms.reshape(module.magnitude.shape)
+    return found
+
+
 def _params(adapters: Sequence[Adapter], base: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The base as parameters; zeros without memory where only its shape counts."""
     sites = {path: update.site for adapter in adapters for path, update in adapter.items()}
@@ -82,7 +117,7 @@ def _adapter(files: PeftFiles, base: Mapping[str, np.ndarray]) -> Adapter:
         scale = jnp.float32(files.scale(name))
         updates[name] = _factors(files.where, name, module, scale, dropout)
         if module.magnitude is not None:
-            updates[name + MAGNITUDE] = _whole(files.where, name + MAGNITUDE, module.magnitude)
+            updates[name + _MAGNITUDE] = _whole(files.where, name + _MAGNITUDE, module.magnitude)
         if module.b_bias is not None:
             bias = _whole(files.where, name + _BIAS, module.b_bias)
             updates[bias.site.path] = Shift(bias.value, scale, bias.site)
@@ -126,7 +161,7 @@ def _files(adapter: Adapter, sources: Sequence[PeftFiles]) -> PeftFiles:
         if isinstance(update, LowRank):
             kind = kinds[name]
             a, b = np.asarray(update.a), _laid_out(kind, np.asarray(update.b).T, update.a.ndim)
-            modules[name] = Module(kind, a, b, arrays.pop(name + MAGNITUDE, None), arrays.pop(name + _BIAS, None))
+            modules[name] = Module(kind, a, b, arrays.pop(name + _MAGNITUDE, None), arrays.pop(name + _BIAS, None))
     rows = {path.removesuffix(TOKEN_ROWS): each.rows for path, each in adapter.items() if isinstance(each, Rows)}
     return PeftFiles(_config(modules, rows, adapter, [each.config for each in sources]), modules, arrays)
 
@@ -201,3 +236,17 @@ def _check_alike(files: Sequence[PeftFiles]) -> None:
                 f"{name} is DoRA in one adapter and not in another, which cannot become one without the base. Compose "
                 "them in Python: lora_jax.methods.precompute(params, adapter) takes DoRA's norm out."
             )
+
+
+def _read_tensor(tensor: Tensor, change: Change) -> np.ndarray:
+    change.check(tensor)
+    columns = tensor.shape[-1] if tensor.shape else 1
+    rows = prod(tensor.shape) // max(columns, 1)
+    return tensor._replace(shape=(rows, columns)).rows(0, rows).reshape(tensor.shape).astype(np.float32)
+
+
+def _norms(tensor: Tensor, change: Change) -> np.ndarray:
+    """Of the weights of every output."""
+    weight = _read_tensor(tensor, replace(change, value=None, rows=()))
+    flat = weight.reshape(-1, weight.shape[-1]).T if change.outputs_last else weight.reshape(len(weight), -1)
+    return np.sqrt(np.square(flat, dtype=np.float64).sum(1)).astype(np.float32)

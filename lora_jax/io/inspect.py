@@ -1,4 +1,4 @@
-"""What an adapter on disk holds, in either format, without the base it belongs to."""
+"""Inspecting an adapter on disk, in either format, without the base it belongs to: its contents, and its factors."""
 
 from dataclasses import dataclass
 from itertools import permutations
@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from lora_jax.adapter.site import render
-from lora_jax.adapter.updates import Update
+from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.site import Site, render
+from lora_jax.adapter.updates import LowRank, Update
 from lora_jax.errors import CheckpointError
 from lora_jax.io.own import manifest, orbax
 from lora_jax.io.peft.config import CONFIG, alpha_of, rank_of, scale_of
@@ -123,6 +125,36 @@ def inspect(path: str | PathLike[str]) -> Contents:
     return Contents(where, found, tuple(entries))
 
 
+def read_factors(path: str | PathLike[str]) -> tuple[Adapter, dict[str, str]]:
+    """Read the factors of an adapter, to look at and not to run; the base is not needed.
+
+    PyTorch's modules are parameters here, by their own names and in layouts of their own.
+
+    Args:
+      path: what `lora_jax.save` wrote, or a PEFT adapter: a directory or a `.safetensors` file.
+
+    Returns:
+      The adapter, and by name what its factors are not the whole of, or why there are none. What PEFT stores whole is
+      in the notes only.
+
+    Raises:
+      CheckpointError: there is no adapter, or it is damaged.
+
+    Example:
+      >>> import jax, lora_jax as lora, tempfile
+      >>> params = {"q": {"kernel": jnp.ones((4, 3))}}
+      >>> sites = lora.find_sites(lambda p, x: x @ p["q"]["kernel"], params, jnp.ones((2, 4)))
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="q", method="dora"), params, sites)
+      >>> folder = f"{tempfile.mkdtemp()}/peft"
+      >>> lora.peft.save(folder, adapter)
+      >>> found, notes = read_factors(folder)
+      >>> found["q"].a.shape, notes
+      ((2, 4), {'q': "inside DoRA's norm"})
+    """
+    where = Path(path).expanduser()
+    return _peft_factors(read_peft(where)) if detect(where) == "peft" else (orbax.load(where), {})
+
+
 def detect(path: Path) -> Format:
     """Which of the two formats is at `path`.
 
@@ -157,7 +189,7 @@ def _peft(files: PeftFiles) -> list[Entry]:
 
 
 def _module(files: PeftFiles, name: str, module: Module) -> Entry:
-    rank, experts, alpha, scale = strength(files, name, module)
+    rank, experts, alpha, scale = _rank_and_scale(files, name, module)
     labels = {"adalora": ", AdaLoRA", "vera": ", VeRA"}
     kind = module.kind + (labels.get(module.form, "") if module.magnitude is None else ", DoRA")
     plain = module.plain(len(module.b if module.outputs is None else module.outputs) * module.a.shape[1])
@@ -165,7 +197,7 @@ def _module(files: PeftFiles, name: str, module: Module) -> Entry:
         own = {part: array for part, array in module.arrays().items() if part not in ("a", "b")}
         norms, nbytes = (None, _norm(plain.b), None), sum(array.nbytes for array in own.values())
         return Entry(name, kind, module.outputs.shape, rank, alpha, scale, norms, str(module.outputs.dtype), nbytes)
-    a, b = stacks(plain, rank, experts)
+    a, b = _stacks(plain, rank, experts)
     expert = (experts, b.shape[2], a.shape[2])
     shape = expert if module.kind == "parameter" else (module.b.shape[0], *module.a.shape[1:])
     norms = (_norm(module.a), _norm(module.b), None if scale is None else abs(scale) * _product_norm(a, b))
@@ -173,7 +205,7 @@ def _module(files: PeftFiles, name: str, module: Module) -> Entry:
     return Entry(name, kind, shape, rank, alpha, scale, norms, str(module.a.dtype), nbytes)
 
 
-def stacks(module: Module, rank: int, experts: int) -> tuple[np.ndarray, np.ndarray]:
+def _stacks(module: Module, rank: int, experts: int) -> tuple[np.ndarray, np.ndarray]:
     """The factors of plain LoRA, `[stack, rank, inputs]` and `[stack, rank, outputs]`; a stack of one but for experts.
 
     Of a convolution in groups B has fewer columns than A has rows, as each reads the channels of one group.
@@ -185,7 +217,7 @@ def stacks(module: Module, rank: int, experts: int) -> tuple[np.ndarray, np.ndar
     return module.a.reshape(1, rank, prod(module.a.shape[1:])), b
 
 
-def strength(files: PeftFiles, name: str, module: Module) -> tuple[int, int, float | None, float | None]:
+def _rank_and_scale(files: PeftFiles, name: str, module: Module) -> tuple[int, int, float | None, float | None]:
     """Rank, number of experts, alpha and scale of a PEFT module.
 
     Of a parameter the file does not say which one of its module's it is, and PEFT's patterns go by that: alpha and
@@ -215,6 +247,48 @@ def _parameters(files: PeftFiles, owner: str) -> list[str]:
     """Full names of a module's adapted parameters; the config may have the ends of them only."""
     wanted = [name.rpartition(".") for name in files.config.get("target_parameters") or ()]
     return [f"{owner}.{leaf}" for module, _, leaf in wanted if not module or f".{owner}".endswith(f".{module}")]
+
+
+def _peft_factors(files: PeftFiles) -> tuple[Adapter, dict[str, str]]:
+    updates: dict[str, Update] = {}
+    notes: dict[str, str] = {}
+    for name, module in files.modules.items():
+        found = _module_factors(files, name, module)
+        if isinstance(found, LowRank):
+            updates[name] = found
+        else:
+            notes[name] = found
+        if module.magnitude is not None:
+            notes[name] = "inside DoRA's norm"
+        if module.b_bias is not None:
+            notes[f"{name}.lora_B.bias"] = "added to a bias"
+    notes |= dict.fromkeys(files.saved, "stored whole")
+    return Adapter(updates), notes
+
+
+def _module_factors(files: PeftFiles, name: str, module: Module) -> LowRank | str:
+    """The factors of a module, or why there are none to look at."""
+    if module.outputs is not None:
+        return "VeRA, whose file does not tell how many inputs a module has"
+    rank, experts, _, scale = _rank_and_scale(files, name, module)
+    if scale is None:
+        return "the file does not tell its scale"
+    plain = module.plain(len(module.b) * module.a.shape[1])
+    if module.kind != "parameter" and plain.b.shape[1] != len(plain.a):
+        return "a convolution in groups, whose A reads the channels of all of them"
+    return _low_rank(name, *_stacks(plain, rank, experts), scale)
+
+
+def _low_rank(name: str, a: np.ndarray, b: np.ndarray, scale: float) -> LowRank:
+    """Factors `[stack, rank, inputs]` and `[stack, rank, outputs]`; a stack of one is none."""
+    axes: dict[str, Any] = {"in_axes": (1,), "out_axes": (2,), "batch_axes": (0,)}
+    stack = len(a)
+    if stack == 1:
+        a, b, axes = a[0], b[0], {"in_axes": (0,), "out_axes": (1,)}
+    shape = (*a.shape[:-2], a.shape[-1], b.shape[-1])
+    site = Site(path=name, shape=shape, dtype="float32", kind="dense", **axes)
+    scales = jnp.full(site.batch_shape, scale, jnp.float32)
+    return LowRank(jnp.asarray(a), jnp.asarray(b), scales, site)
 
 
 def _orbax(where: Path) -> list[Entry]:

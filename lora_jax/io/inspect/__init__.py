@@ -1,1 +1,0 @@
-"""What an adapter on disk holds, without the base it belongs to."""
