@@ -1,4 +1,4 @@
-"""Composing PEFT adapters as they are on disk, without the model they belong to.
+"""Composing PEFT adapters on disk, without the model they belong to, and with its checkpoint where values need it.
 
 PyTorch's modules become parameters of their own kind: an adapter by module name, in PyTorch's layout. What PEFT stores
 whole is a value there, DoRA's magnitudes too: their differences to the base are known only with it.

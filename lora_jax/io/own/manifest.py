@@ -1,4 +1,4 @@
-"""What a checkpoint says about an adapter beside its arrays: kinds of update, sites, config and base, as JSON."""
+"""The manifest: what our checkpoints say about an adapter beside its arrays (updates, sites, config, base), as JSON."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields

@@ -1,4 +1,4 @@
-"""Adapter checkpoints through Orbax: what the adapter holds, and enough to know what it belongs to.
+"""`lora_jax.save` and `load`: adapter checkpoints through Orbax, with enough to know what they belong to.
 
 The directory is an ordinary Orbax checkpoint: a tree `{path: {field: array}}`, and under `lora_jax` in its custom
 metadata everything that is no array. Orbax writes to a temporary directory and renames it at the end, so a save
