@@ -72,8 +72,8 @@ class Adapter(Mapping[str, Update]):
     def stack(cls, adapters: Sequence["Adapter"]) -> "Adapter":
         """Several adapters of one form in one tree, to be trained in one step, as a sweep or a population is.
 
-        Every array gets an axis in front, for `jax.vmap`; each adapter is a lane along it, and `lora_jax.optim.lanes` is
-        for their optimizers. Values of arrays may differ from lane to lane: factors, and scales, so `alpha` too.
+        Every array gets an axis in front, for `jax.vmap`. Each adapter is a lane along it; their optimizers are those
+        of `lora_jax.optim.lanes`. Values of arrays may differ from lane to lane: factors, and scales, so `alpha` too.
 
         Args:
           adapters: of the same paths, methods, ranks, dropout rates, shapes and dtypes.
