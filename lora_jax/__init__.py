@@ -3,23 +3,23 @@
 ```python
 import lora_jax as lora
 
-sites   = lora.find_sites(model.apply, variables, tokens)    # what the program uses linearly
+sites   = lora.find_sites(model.apply, variables, tokens)    # the weights that the program multiplies by
 adapter = lora.init(key, lora.LoraConfig(rank=16), variables, sites)
 adapted = lora.adapt(model.apply)                            # adapted(params, adapter, *args, lora_key=None)
 merged  = lora.merge(variables, adapter)                     # plain parameters for the plain model
 ```
 
-What to adapt:        `LoraConfig`, `find_sites`, `Sites`, `Site`, `explain`, `Explanation`
-Starting:             `init`, `initialisers`, `loftq`, `capture`, `Captured`, `redistribute`
-Running and training: `adapt`, `optimizer`, `trainable`, `optim`, `nnx`
-Adapters:             `Adapter`, `Update`, `LowRank`, `Replace`, `methods`, `scale`, `summary`, `trainable_line`,
-                      `adapter_sharding`
-Merging:              `merge`, `absorb`, `merge_report`
-Several as one:       `compose`, `compose_report`, `canonical`
-Many at once:         `route`, `routers`, `AdapterBank`, `AdapterCache`
-Looking at them:      `analysis`
-Disk:                 `save`, `load`, `load_config`, `peft`, `hub`
-Errors:               `LoraError`, `ConfigError`, `MatchError`, `ParameterError`, `MergeError`, `CheckpointError`
+Config and sites:      `LoraConfig`, `find_sites`, `Sites`, `Site`, `explain`, `Explanation`
+Initialisation:        `init`, `initialisers`, `loftq`, `capture`, `Captured`, `redistribute`
+Running and training:  `adapt`, `optimizer`, `trainable`, `optim`, `nnx`
+Adapters:              `Adapter`, `Update`, `LowRank`, `Replace`, `methods`, `scale`, `summary`, `trainable_line`,
+                       `adapter_sharding`
+Merging:               `merge`, `absorb`, `merge_report`
+Composing:             `compose`, `compose_report`, `canonical`
+Many adapters:         `route`, `routers`, `AdapterBank`, `AdapterCache`
+Analysis:              `analysis`
+Saving and loading:    `save`, `load`, `load_config`, `peft`, `hub`
+Errors:                `LoraError`, `ConfigError`, `MatchError`, `ParameterError`, `MergeError`, `CheckpointError`
 
 Names are imported when they are first used, so that `import lora_jax` costs nothing beside `import jax`.
 """
