@@ -15,27 +15,89 @@ from difflib import get_close_matches
 
 
 class LoraError(Exception):
-    """Base class of every error this library raises on purpose."""
+    """Base class of every error this library raises on purpose.
+
+    Example:
+      >>> import lora_jax as lora
+      >>> try:
+      ...     lora.LoraConfig(rank=0)
+      ... except lora.LoraError as error:
+      ...     print(type(error).__name__)
+      ConfigError
+    """
 
 
 class ConfigError(LoraError, ValueError):
-    """A `LoraConfig` field is out of range or contradicts another."""
+    """A `LoraConfig` field is out of range or contradicts another.
+
+    Example:
+      >>> import lora_jax as lora
+      >>> try:
+      ...     lora.LoraConfig(rank=0)
+      ... except lora.ConfigError as error:
+      ...     print(error)
+      rank=0 must be a positive integer
+    """
 
 
 class MatchError(LoraError, ValueError):
-    """A target, exclude or pattern selects nothing, or selects what cannot be adapted."""
+    """A target, exclude or pattern selects nothing, or selects what cannot be adapted.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+      >>> sites = lora.find_sites(lambda params, x: x @ params["w"], params, x)
+      >>> try:
+      ...     lora.init(jax.random.key(0), lora.LoraConfig(targets=("v",)), params, sites)
+      ... except lora.MatchError as error:
+      ...     print(str(error)[:46])
+      targets: 'v' hits none of the 1 sites. Nearest
+    """
 
 
 class ParameterError(LoraError, ValueError):
-    """An adapter names a parameter that is missing or shaped differently."""
+    """An adapter names a parameter that is missing or shaped differently.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+      >>> sites = lora.find_sites(lambda params, x: x @ params["w"], params, x)
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
+      >>> try:
+      ...     lora.merge({"w": jnp.ones((4, 7))}, adapter)
+      ... except lora.ParameterError as error:
+      ...     print(str(error)[:59])
+      'w' has shape (4, 7), but the adapter was made for shape (4
+    """
 
 
 class MergeError(LoraError, ValueError):
-    """Merging would give a result that cannot be trusted."""
+    """Merging would give a result that cannot be trusted.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+      >>> sites = lora.find_sites(lambda params, x: x @ params["w"], params, x)
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
+      >>> try:
+      ...     lora.merge(params, lora.scale(adapter, float("nan")))
+      ... except lora.MergeError as error:
+      ...     print(str(error)[:45])
+      Merging makes 12 NaN or infinite entries in '
+    """
 
 
 class CheckpointError(LoraError, ValueError):
-    """An adapter checkpoint is unreadable, incomplete, or belongs to another base."""
+    """An adapter checkpoint is unreadable, incomplete, or belongs to another base.
+
+    Example:
+      >>> import lora_jax as lora
+      >>> try:
+      ...     lora.load("/nowhere")
+      ... except lora.CheckpointError as error:
+      ...     print(error)
+      There is nothing at /nowhere. Check the path; lora_jax.save creates such a directory.
+    """
 
 
 def listed(names: Sequence[str], separator: str = ", ", count: int = 5) -> str:

@@ -53,6 +53,15 @@ class Update(ABC):
       notes: names of fields that are no parameters: scales, and what is computed from the base.
       reads_base: whether the change depends on the parameter's value, which another update must not have replaced.
       waits: why it does not act on every input, and what makes it act, for messages; empty if it does.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+      >>> sites = lora.find_sites(lambda params, x: x @ params["w"], params, x)
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
+      >>> update = adapter["w"]
+      >>> isinstance(update, lora.Update), update.site.path, update.trains().a, update.trains().scale
+      (True, 'w', True, False)
     """
 
     site: Site

@@ -38,6 +38,11 @@ class Merged:
       tensors: number of tensors in all.
       nbytes: their bytes.
       left_out: files of the base that hold the unmerged weights in other formats, and were not copied.
+
+    Example:
+      >>> merged = Merged(Path("merged"), ("q.weight",), (), tensors=9, nbytes=1024, left_out=(Path("old.bin"),))
+      >>> f"{len(merged.changed)} of {merged.tensors} tensors changed"
+      '1 of 9 tensors changed'
     """
 
     path: Path

@@ -34,6 +34,11 @@ class Unmatched(NamedTuple):
       missing: modules that the adapter's config names and the model has, but the file does not.
       unexpected: modules and tensors of the file that the model does not have.
       mismatched: modules and tensors that are shaped differently, with both shapes.
+
+    Example:
+      >>> left_out = Unmatched(missing=(), unexpected=("layers.7.q_proj",), mismatched=())
+      >>> any(left_out), left_out.unexpected
+      (True, ('layers.7.q_proj',))
     """
 
     missing: tuple[str, ...]
