@@ -56,3 +56,20 @@ def test_page_says_for_whom_it_is_and_what_to_read_next(page: Path) -> None:
 def test_gallery_shows_the_examples_as_they_are() -> None:
     gallery = runpy.run_path(str(DOCS / "scripts" / "gallery.py"))
     assert (DOCS / "examples.md").read_text() == gallery["page"](), "run: python docs/scripts/gallery.py"
+
+
+@pytest.mark.parametrize("page", [*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_named_files_exist(page: Path) -> None:
+    named = re.findall(r"`((?:lora_jax|tests|docs|examples|benchmarks|\.ci|\.github)/[\w./-]*)`", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_changelog_keeps_its_form() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert versions[0] == "[Unreleased]"
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", version) for version in versions[1:])
+    for version in re.split(r"^## .+$", text, flags=re.MULTILINE)[1:]:
+        sections = re.findall(r"^### (.+)$", version, re.MULTILINE)
+        order = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+        assert sections == [name for name in order if name in sections]

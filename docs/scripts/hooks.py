@@ -22,7 +22,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Let `::: lora_jax.merge` mean the public name, wherever it is defined; links to the root lead to pages."""
-    markdown = re.sub(r"\]\(\.\./(CHANGELOG|CONTRIBUTING)\.md", lambda match: f"]({match[1].lower()}.md", markdown)
+    markdown = re.sub(r"\]\((?:\.\./)?(CHANGELOG|CONTRIBUTING)\.md", lambda match: f"]({match[1].lower()}.md", markdown)
     return re.sub(r"^::: (\S+)$", lambda match: _directive(match[1]), markdown, flags=re.MULTILINE)
 
 
