@@ -33,7 +33,7 @@ def write_peft(path: str | PathLike[str], files: PeftFiles, *, overwrite: bool =
 
     Example:
       >>> import os, tempfile
-      >>> from lora_jax.io.peft.delta import Module
+      >>> from lora_jax.io.peft.module import Module
       >>> folder = tempfile.mkdtemp() + "/adapter"
       >>> modules = {"q": Module("linear", np.ones((2, 4), np.float32), np.ones((3, 2), np.float32))}
       >>> write_peft(folder, PeftFiles({"r": 2, "target_modules": {"q"}}, modules))
