@@ -16,7 +16,12 @@ import jax
 from lora_jax.errors import ParameterError
 
 ALL_LINEAR = "all-linear"
-_BOX = jax.tree_util.GetAttrKey("value")
+# How a box around an array is keyed: NNX's and Flax's, penzai's named arrays, and any node without keys of its own.
+_BOXES = (
+    jax.tree_util.GetAttrKey("value"),
+    jax.tree_util.GetAttrKey("data_array"),
+    jax.tree_util.FlattenedIndexKey(0),
+)
 _NUMBERED = re.compile(r"(?:^|/)(?:[^/]*_)?(\d+)(?=/)")
 
 
@@ -41,8 +46,8 @@ def is_array(leaf: Any) -> bool:
 def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
     """Flatten a tree into its leaves by path.
 
-    A box around a leaf is not part of its path: the parameter that an NNX `Variable` or a Flax
-    `Partitioned` holds in its attribute `value` is `layers/0/attn/kernel`, as in an unboxed tree.
+    A box around a leaf is not part of its path: the parameter that an NNX `Variable`, a Flax `Partitioned`
+    or a Haliax `NamedArray` holds is `layers/0/attn/kernel`, as in an unboxed tree.
 
     Args:
       tree: any pytree. Leaves that are no arrays (functions in an Equinox module) are kept.
@@ -79,11 +84,11 @@ def rebuild(treedef: Any, leaves: Mapping[str, Any]) -> Any:
 
 def _names(keypaths: list[Any]) -> list[str]:
     names = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys in keypaths]
-    boxed = [keys[-1:] == (_BOX,) for keys in keypaths]
+    boxed = [bool(keys) and keys[-1] in _BOXES for keys in keypaths]
     if not any(boxed):
         return names
     parents = [name.rpartition("/")[0] for name in names]
-    # An attribute `value` beside others (the `query`, `key`, `value` of a module) is no box.
+    # What has siblings (the `query`, `key`, `value` of a module, the parts of a node without keys) is in no box.
     siblings = Counter(parents)
     short = [
         parent if box and parent and siblings[parent] == 1 else name

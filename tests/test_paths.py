@@ -13,6 +13,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lora_jax as lora
 from lora_jax import paths
 from lora_jax.errors import ParameterError
 
@@ -29,6 +30,21 @@ class Triple(NamedTuple):
 @dataclass
 class Box:
     value: Any
+
+
+@jax.tree_util.register_pytree_node_class
+class Named:
+    """Arrays with names for their axes, as Haliax has them: a node whose children have no keys."""
+
+    def __init__(self, *arrays: Any):
+        self.arrays = arrays
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        return self.arrays, None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, arrays: tuple[Any, ...]) -> "Named":
+        return cls(*arrays)
 
 
 class Mlp(nnx.Module):
@@ -61,6 +77,21 @@ def test_a_box_is_kept_where_its_content_would_lose_its_name():
     assert names(Box(1)) == ["value"]
     assert names({"w": {"value": 1}}) == ["w/value"]  # a dict key is a name like any other
     assert names({"a": Box(1), "b": Box(Box(2))}) == ["a", "b/value"]
+
+
+def test_a_node_without_keys_around_one_array_is_a_box():
+    tree = {"q_proj": {"weight": Named(1), "bias": Named(2)}, "list": [3], "pair": Named(4, 5)}
+    assert names(tree) == ["list/0", "pair/0", "pair/1", "q_proj/bias", "q_proj/weight"]
+    leaves, treedef = paths.named_leaves(tree)
+    assert paths.rebuild(treedef, leaves)["q_proj"]["weight"].arrays == (1,)
+
+
+def test_the_bias_of_a_boxed_weight_is_beside_it():
+    params = {"q_proj": {"weight": Named(jnp.ones((4, 5))), "bias": Named(jnp.ones(5))}}
+    call = lambda p, x: x @ p["q_proj"]["weight"].arrays[0] + p["q_proj"]["bias"].arrays[0]
+    sites = lora.find_sites(call, params, jnp.ones(4))
+    config = lora.LoraConfig(rank=2, targets=("q_proj",), bias="lora_only")
+    assert set(lora.init(jax.random.key(0), config, params, sites)) == {"q_proj/weight", "q_proj/bias"}
 
 
 def test_leaves_that_are_no_arrays_survive_the_round_trip():
