@@ -47,6 +47,11 @@ class Named:
         return cls(*arrays)
 
 
+def affine(params: Any, x: jax.Array) -> jax.Array:
+    layer = params["q_proj"]
+    return x @ layer["weight"].arrays[0] + layer["bias"].arrays[0]
+
+
 class Mlp(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.layers = nnx.List([nnx.Linear(2, 2, rngs=rngs) for _ in range(2)])
@@ -88,8 +93,7 @@ def test_a_node_without_keys_around_one_array_is_a_box():
 
 def test_the_bias_of_a_boxed_weight_is_beside_it():
     params = {"q_proj": {"weight": Named(jnp.ones((4, 5))), "bias": Named(jnp.ones(5))}}
-    call = lambda p, x: x @ p["q_proj"]["weight"].arrays[0] + p["q_proj"]["bias"].arrays[0]
-    sites = lora.find_sites(call, params, jnp.ones(4))
+    sites = lora.find_sites(affine, params, jnp.ones(4))
     config = lora.LoraConfig(rank=2, targets=("q_proj",), bias="lora_only")
     assert set(lora.init(jax.random.key(0), config, params, sites)) == {"q_proj/weight", "q_proj/bias"}
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -50,6 +51,18 @@ def halves(w: np.ndarray, size: int) -> np.ndarray:
 LLAMA = "model.layers.{}.self_attn.{}_proj"
 BERT = "bert.encoder.layer.1.attention.self.query"
 QKV = ("q", "k", "v")
+DEEPSEEK = lora.peft.maxtext_names({"decoder_block": "deepseek", "first_num_dense_layers": 2})
+
+
+def to_huggingface(kernel: np.ndarray, scaled: bool = False, adjust_rope: bool = False) -> np.ndarray:
+    """A kernel `[in, heads, width]` as MaxText's checkpoint conversion writes it, hook by hook."""
+    if scaled:  # scale_query_layer
+        kernel = kernel * np.sqrt(kernel.shape[-1])
+    if adjust_rope:
+        kernel = np.concatenate((kernel[..., ::2], kernel[..., 1::2]), axis=kernel.ndim - 1)
+    return kernel.reshape(len(kernel), -1).transpose()  # reshape_kernel
+
+
 ROWS = {
     "identity": Row(None, site("params/layers_1/attn_2/query/kernel", (6, 2, 4), "ioo"), one("layers.1.attn.2.query", 6)),
     "identity keeps inner numbers": Row(None, site("fc_1_in/kernel", (6, 4), "io"), one("fc_1_in", 6)),
@@ -136,21 +149,53 @@ ROWS = {
     "gemma down": Row("gemma", site("layer_0/mlp/linear", (8, 6), "io"), one("model.layers.0.mlp.down_proj", 8)),
     "MaxText": Row(
         "maxtext", site("params/decoder/layers/self_attention/query/kernel", (6, 3, 2, 4), "iboo"),
-        lambda w: {LLAMA.format(i, "q"): w[:, i].reshape(6, 8).T for i in range(3)},
+        lambda w: {LLAMA.format(i, "q"): to_huggingface(w[:, i]) for i in range(3)},
     ),
     "MaxText unrolled": Row("maxtext", site("decoder/layers_2/mlp/wi_0/kernel", (6, 8), "io"), one("model.layers.2.mlp.gate_proj", 6)),
     "MaxText Llama query": Row(
         "maxtext_llama", site("decoder/layers/self_attention/query/kernel", (6, 3, 2, 4), "iboo"),
-        lambda w: {LLAMA.format(i, "q"): 2 * halves(w[:, i].reshape(6, 8).T, 4) for i in range(3)},
+        lambda w: {LLAMA.format(i, "q"): to_huggingface(w[:, i], scaled=True) for i in range(3)},
     ),
     "MaxText Llama key": Row(
         "maxtext_llama", site("decoder/layers/self_attention/key/kernel", (6, 3, 1, 4), "iboo"),
-        lambda w: {LLAMA.format(i, "k"): halves(w[:, i].reshape(6, 4).T, 4) for i in range(3)},
+        lambda w: {LLAMA.format(i, "k"): to_huggingface(w[:, i]) for i in range(3)},
     ),
     "MaxText Llama out": Row(
         "maxtext_llama", site("decoder/layers/self_attention/out/kernel", (2, 3, 4, 6), "ibio"),
         lambda w: {LLAMA.format(i, "o"): w[:, i].reshape(8, 6).T for i in range(3)},
     ),
+    "MaxText Llama 3.1 query": Row(
+        "maxtext_llama3.1", site("decoder/layers/self_attention/query/kernel", (6, 3, 2, 4), "iboo"),
+        lambda w: {LLAMA.format(i, "q"): to_huggingface(w[:, i], scaled=True, adjust_rope=True) for i in range(3)},
+    ),
+    "MaxText Llama 3.1 key": Row(
+        "maxtext_llama3.1", site("decoder/layers_1/self_attention/key/kernel", (6, 1, 4), "ioo"),
+        lambda w: {LLAMA.format(1, "k"): to_huggingface(w, adjust_rope=True)},
+    ),
+    "MaxText Mixtral": Row(
+        "maxtext_llama", site("decoder/layers/MoeBlock_0/wi_1", (2, 3, 6, 8), "bbio", "ragged"),
+        lambda w: {f"model.layers.{i}.block_sparse_moe.experts.{e}.w3": w[e, i].T for e in range(2) for i in range(3)},
+    ),
+    "MaxText Qwen3-MoE": Row(
+        "maxtext", site("decoder/layers_1/moe_block/wo", (2, 8, 6), "bio", "ragged"),
+        lambda w: {f"model.layers.1.mlp.experts.{e}.down_proj": w[e].T for e in range(2)},
+    ),
+    "MaxText DeepSeek": Row(
+        DEEPSEEK, site("decoder/moe_layers/DeepSeekMoeBlock_0/MoeBlock_0/wi_0", (2, 3, 6, 8), "bbio", "ragged"),
+        lambda w: {f"model.layers.{i + 2}.mlp.experts.{e}.gate_proj": w[e, i].T for e in range(2) for i in range(3)},
+    ),
+    "MaxText DeepSeek attention": Row(
+        DEEPSEEK, site("decoder/moe_layers_1/self_attention/wkv_b/kernel", (6, 2, 4), "ioo"), one("model.layers.3.self_attn.kv_b_proj", 6)
+    ),
+    "MaxText DeepSeek dense": Row(
+        DEEPSEEK, site("decoder/dense_layers/mlp/wo/kernel", (8, 2, 6), "ibo"),
+        lambda w: {f"model.layers.{i}.mlp.down_proj": w[:, i].T for i in range(2)},
+    ),
+    "tunix Qwen3-MoE": Row(
+        "tunix", site("layers/1/mlp/down_proj", (2, 8, 6), "bio"),
+        lambda w: {f"model.layers.1.mlp.experts.{e}.down_proj": w[e].T for e in range(2)},
+    ),
+    "tunix Qwen3-MoE router": Row("tunix", site("layers/1/mlp/router/kernel", (6, 2), "io"), one("model.layers.1.mlp.gate", 6)),
 }  # fmt: skip
 
 
@@ -336,12 +381,15 @@ EXPERTS = site("moe/up", (3, 6, 8), "bio")
         (Names([("moe/up", "mlp.experts.up")]), EXPERTS),
         (None, site("mlp/experts/up", (3, 6, 8), "bio", "ragged")),
         (Names([("moe/up", "layers.{i}.up")]), site("moe/up", (2, 3, 6, 8), "bbio")),
+        ("tunix", site("layers/3/moe/gating_einsum", (4, 2, 8, 6), "booi", "ragged")),  # Gemma 4
     ],
 )
-def test_a_stack_that_no_number_counts_is_a_parameter(names: Names | None, of: Site) -> None:
+def test_a_stack_that_no_number_counts_is_a_parameter(names: Names | str | None, of: Site) -> None:
     targets = find_names(names).targets(of)
     assert all(target.parameter for target in targets)
-    assert [target.name for target in targets] in (["mlp.experts.up"], ["layers.0.up", "layers.1.up"])
+    assert [target.name for target in targets] in (
+        ["mlp.experts.up"], ["layers.0.up", "layers.1.up"], ["model.layers.3.experts.gate_up_proj"]
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -460,3 +508,24 @@ def test_any_layout_comes_back_bit_for_bit(
     folder = tmp_path_factory.mktemp("layout") / "a"
     lora.peft.save(folder, lora.Adapter({of.path: update}), names)
     assert_same(lora.peft.load(folder, _zeros(of), Sites([of]), names)[of.path], update)
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        ({"model_name": "llama3.1-8b", "decoder_block": "llama2", "rope_type": "default"}, "maxtext_llama3.1"),
+        ({"model_name": "mine", "decoder_block": "llama2", "rope_type": "LLaMA3.1"}, "maxtext_llama3.1"),
+        ({"model_name": "llama3.3-70b", "decoder_block": "llama2", "rope_type": "default"}, "maxtext_llama"),
+        ({"decoder_block": "mixtral"}, "maxtext_llama"),
+        ({"decoder_block": "llama2", "use_qk_norm": True}, "maxtext"),
+        ({"decoder_block": "qwen3_moe"}, "maxtext"),
+        ({}, "maxtext_llama"),
+    ],
+)
+def test_maxtext_names_follow_its_configuration(config: dict[str, object], known: str) -> None:
+    assert lora.peft.maxtext_names(config) == KNOWN[known] == lora.peft.maxtext_names(SimpleNamespace(**config))
+
+
+def test_a_decoder_of_maxtext_without_a_map_is_refused() -> None:
+    with pytest.raises(lora.MatchError, match="decoder_block='gemma3'; there are deepseek, llama2, "):
+        lora.peft.maxtext_names({"decoder_block": "gemma3"})

@@ -192,5 +192,5 @@ _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 FAMILIES = {
     "GPT-2": Family(lambda: GPT2LMHeadModel(GPT2Config(**GPT2)), gpt2, gpt2_params, "hf_flax_gpt2", ("c_attn", "c_proj", "c_fc"), "wte"),
     "Gemma": Family(lambda: GemmaForCausalLM(GemmaConfig(**SIZES)), gemma, gemma_params, "gemma", _LLAMA, "embed_tokens"),
-    "MaxText": Family(lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), maxtext, maxtext_params, "maxtext_llama", _LLAMA, "embed_tokens"),
+    "MaxText": Family(lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), maxtext, maxtext_params, "maxtext_llama3.1", _LLAMA, "embed_tokens"),
 }  # fmt: skip

@@ -1,9 +1,9 @@
 """Known maps of names, for models of tunix, gemma, MaxText, Hugging Face's former Flax classes, and lora_jax's own."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from lora_jax.errors import MatchError
+from lora_jax.io.names.maxtext import MAXTEXT
 from lora_jax.io.names.names import Names
 from lora_jax.io.names.rules import Rule
 
@@ -28,34 +28,6 @@ _EINSUM_ATTENTION = {
     "attn/attn_vec_einsum/w": f"{_LAYER}.self_attn.o_proj",
 }
 _HEAD = {"model.embed_tokens": "lm_head"}
-
-_MAXTEXT = {
-    "self_attention/query/kernel": "self_attn.q_proj",
-    "self_attention/key/kernel": "self_attn.k_proj",
-    "self_attention/value/kernel": "self_attn.v_proj",
-    "self_attention/out/kernel": "self_attn.o_proj",
-    "mlp/wi_0/kernel": "mlp.gate_proj",
-    "mlp/wi_1/kernel": "mlp.up_proj",
-    "mlp/wo/kernel": "mlp.down_proj",
-    "pre_self_attention_layer_norm/scale": "input_layernorm",
-    "post_self_attention_layer_norm/scale": "post_attention_layernorm",
-}
-
-
-def _maxtext(special: Mapping[str, Mapping[str, Any]]) -> Names:
-    """MaxText's decoder with scanned layers or without; `special` is what else rules for some paths say."""
-    layers = [
-        Rule(f"decoder/{stem}/{path}", f"{_LAYER}.{module}", **special.get(path, {}))
-        for stem in ("layers", "layers_{i}")
-        for path, module in _MAXTEXT.items()
-    ]
-    outside = [
-        Rule("token_embedder/embedding", "model.embed_tokens"),
-        Rule("decoder/decoder_norm/scale", "model.norm"),
-        Rule("decoder/logits_dense/kernel", "lm_head"),
-    ]
-    return Names([*outside, *layers], tied=_HEAD)
-
 
 KNOWN: Mapping[str, Names] = {
     # models/transformer.py is a Llama with tied embeddings: PyTorch's LlamaForCausalLM computes the same.
@@ -88,7 +60,12 @@ KNOWN: Mapping[str, Names] = {
             ("layers/{i}/attn/{name}_norm/w", f"{_LAYER}.self_attn.{{name}}_norm"),
             ("layers/{i}/attn/{name}_proj/w", f"{_LAYER}.self_attn.{{name}}_proj"),
             *(Rule(f"layers/{{i}}/{path}", modules) for path, modules in _EINSUM_ATTENTION.items()),
+            ("layers/{i}/mlp/router/kernel", f"{_LAYER}.mlp.gate"),  # experts of Qwen3
             ("layers/{i}/mlp/{name}/kernel", f"{_LAYER}.mlp.{{name}}"),
+            ("layers/{i}/mlp/{name}_proj", f"{_LAYER}.mlp.experts.{{j}}.{{name}}_proj"),
+            ("layers/{i}/moe/router_logits", f"{_LAYER}.router.proj"),  # experts of Gemma 4
+            ("layers/{i}/moe/gating_einsum", f"{_LAYER}.experts.gate_up_proj"),
+            ("layers/{i}/moe/linear", f"{_LAYER}.experts.down_proj"),
         ],
         tied=_HEAD,
     ),
@@ -101,15 +78,7 @@ KNOWN: Mapping[str, Names] = {
         ],
         tied=_HEAD,
     ),
-    # Qwen: the numbers are those of PyTorch.
-    "maxtext": _maxtext({}),
-    # Llama: neighbouring features rotate, and the query kernel holds the scale of the attention.
-    "maxtext_llama": _maxtext(
-        {
-            "self_attention/query/kernel": {"rotary": -1, "query_scaled": True},
-            "self_attention/key/kernel": {"rotary": -1},
-        }
-    ),
+    **MAXTEXT,
 }
 """Maps by name, for `names=` of `lora_jax.peft.load` and `save`."""
 

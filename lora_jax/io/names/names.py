@@ -81,7 +81,7 @@ class Names:
         rule, known = self._rule(site.path)
         stack = site.kind == "ragged" and rule is None
         templates = rule.templates if rule else (self._identity(f"{site.path}/" if stack else site.path),)
-        counted = [hole for hole in holes(templates) if hole not in known]
+        counted = sorted(hole for hole in holes(templates) if hole not in known)
         over = len(site.batch_axes) - len(counted)
         if over not in (0, 1) or (over and rule is None and not stack):
             raise MatchError(_stack_problem(site, templates[0], counted))

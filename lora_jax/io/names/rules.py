@@ -12,7 +12,7 @@ from lora_jax.adapter.site import Site
 from lora_jax.errors import MatchError
 from lora_jax.io.names.fused import OutputSlice, Part, fused_slice
 
-_HOLE = re.compile(r"\{(\w+)\}")
+_HOLE = re.compile(r"\{(\w+)(?:\+(\d+))?\}")
 NUMBERS = ("i", "j")
 """What stands for numbers; any other name in braces is part of one component."""
 
@@ -31,7 +31,9 @@ class Rule:
         parts of one fused module, in the order of its outputs, with the same names in braces.
       modules: template of the module's name, `model.layers.{i}.self_attn.q_proj`. A number that the path does not have
         is an index along a stacked axis: with the path `layers/attn/query/kernel` the rule unstacks scanned layers, on
-        whichever axis they are. Several modules share the outputs of one fused parameter, in order. A stack that
+        whichever axis they are. Of two stacked axes `{i}` counts the first and `{j}` the second, wherever they stand in
+        the name; `{i+3}` is the number that is 3 more. Several modules share the outputs of one fused parameter, in
+        order. A stack that
         no number accounts for (experts) makes the name that of a 3-D parameter; rules for several parameters of one
         module stand in the order in which PyTorch's module declares them.
       axis: which of the parameter's output axes several modules share, counted among output axes.
@@ -216,13 +218,13 @@ def _compiled(template: str) -> re.Pattern[str]:
 
 def holes(templates: tuple[str, ...]) -> list[str]:
     """Names in braces, in the order in which they come first."""
-    return list(dict.fromkeys(_HOLE.findall("".join(templates))))
+    return list(dict.fromkeys(hole[1] for hole in _HOLE.finditer("".join(templates))))
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:
     """The template with its braces filled.
 
-    >>> filled("layers.{i}.{name}", {"i": "3", "name": "q"})
-    'layers.3.q'
+    >>> filled("layers.{i}.{name}", {"i": "3", "name": "q"}), filled("layers.{i+2}", {"i": "3"})
+    ('layers.3.q', 'layers.5')
     """
-    return _HOLE.sub(lambda hole: values[hole[1]], template)
+    return _HOLE.sub(lambda hole: str(int(values[hole[1]]) + int(hole[2])) if hole[2] else values[hole[1]], template)

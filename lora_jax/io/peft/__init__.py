@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lora_jax.io.hf.merge import Merged as Merged
     from lora_jax.io.hf.merge import merge_checkpoint as merge_checkpoint
     from lora_jax.io.names.known import KNOWN as KNOWN
+    from lora_jax.io.names.maxtext import maxtext_names as maxtext_names
     from lora_jax.io.names.names import Names as Names
     from lora_jax.io.names.rules import Rule as Rule
     from lora_jax.io.peft.files import PeftFiles as PeftFiles
@@ -27,6 +28,7 @@ _lazy.face(
     {
         "lora_jax.io.hf.merge": "Merged merge_checkpoint",
         "lora_jax.io.names.known": "KNOWN",
+        "lora_jax.io.names.maxtext": "maxtext_names",
         "lora_jax.io.names.names": "Names",
         "lora_jax.io.names.rules": "Rule",
         "lora_jax.io.peft.module": "Module",
