@@ -11,7 +11,7 @@ merged  = lora.merge(variables, adapter)                     # plain parameters 
 
 Config and sites:      `LoraConfig`, `find_sites`, `Sites`, `Site`, `explain`, `Explanation`
 Initialisation:        `init`, `initialisers`, `loftq`, `capture`, `Captured`, `redistribute`
-Running and training:  `adapt`, `optimizer`, `trainable`, `optim`, `nnx`
+Running and training:  `adapt`, `optimizer`, `partition`, `combine`, `trainable`, `optim`, `nnx`
 Adapters:              `Adapter`, `Update`, `LowRank`, `Replace`, `methods`, `scale`, `summary`, `trainable_line`,
                        `adapter_sharding`
 Merging:               `merge`, `absorb`, `merge_report`
@@ -74,7 +74,9 @@ if TYPE_CHECKING:  # What type checkers and editors see; a test holds it equal t
     from lora_jax.merge import absorb as absorb
     from lora_jax.merge import merge as merge
     from lora_jax.merge import merge_report as merge_report
+    from lora_jax.optim.frozen import combine as combine
     from lora_jax.optim.frozen import optimizer as optimizer
+    from lora_jax.optim.frozen import partition as partition
     from lora_jax.sites import Explanation as Explanation
     from lora_jax.sites import explain as explain
     from lora_jax.sites import find_sites as find_sites
@@ -107,7 +109,7 @@ _lazy.face(
         "lora_jax.methods": "",
         "lora_jax.nnx": "",
         "lora_jax.optim": "",
-        "lora_jax.optim.frozen": "optimizer",
+        "lora_jax.optim.frozen": "combine optimizer partition",
         "lora_jax.sites": "Explanation explain find_sites",
     },
 )

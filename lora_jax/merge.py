@@ -12,7 +12,8 @@ from rich.console import Group
 from rich.table import Table
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.by_path import NumberedUpdate, check_parameters, updates_by_path
+from lora_jax.adapter.by_path import NumberedUpdate, adapter_list, check_parameters, updates_by_path
+from lora_jax.adapter.checksum import warn_if_moved
 from lora_jax.adapter.factors import Array, is_traced, widened
 from lora_jax.adapter.site import render
 from lora_jax.adapter.updates import exact_sum, held
@@ -61,7 +62,8 @@ def merge(
       >>> x, fn = jnp.ones((2, 4)), lambda params, x: x @ params["w"]
       >>> sites = lora.find_sites(fn, params, x)
       >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
-      >>> trained = jax.tree.map(lambda leaf: leaf + 0.5, adapter)
+      >>> train, fixed = lora.partition(adapter)
+      >>> trained = lora.combine(jax.tree.map(lambda leaf: leaf + 0.5, train), fixed)
       >>> merged = lora.merge(params, trained)
       >>> bool(jnp.allclose(fn(merged, x), lora.adapt(fn)(params, trained, x), rtol=1e-6))
       True
@@ -69,6 +71,7 @@ def merge(
     References:
       Hu et al., LoRA, arXiv 2106.09685. Gupta et al., stochastic rounding, arXiv 1502.02551.
     """
+    warn_if_moved(adapter_list(adapters))
     key = _checked_key(rounding, key)
     leaves, treedef = named_leaves(params)
     merged: dict[str, Any] = {}
@@ -260,7 +263,9 @@ def merge_report(params: Any, adapters: Adapter | Sequence[Adapter]) -> MergeRep
       >>> params = {"w": jnp.ones((4, 3), jnp.bfloat16)}
       >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4), jnp.bfloat16))
       >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
-      >>> report = lora.merge_report(params, jax.tree.map(lambda leaf: leaf + 1e-4, adapter))
+      >>> train, fixed = lora.partition(adapter)
+      >>> train = jax.tree.map(lambda leaf: leaf + 1e-4, train)
+      >>> report = lora.merge_report(params, lora.combine(train, fixed))
       >>> report.warnings
       ('w',)
     """

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import adapter_list
+from lora_jax.adapter.checksum import warn_if_moved
 from lora_jax.adapter.site import Site, Sites, render
 from lora_jax.apply import run_adapted
 from lora_jax.engine import Call, Context, Log, Strategy, Use, dense, interpret, trace_call
@@ -153,6 +154,7 @@ def explain(
       [('dot_general', 'merged'), ('abs', 'materialised')]
     """
     adapters = adapter_list(adapter)
+    warn_if_moved(adapters)
     call = trace_call(fn, params, args, kwargs)
     log = Log()
 

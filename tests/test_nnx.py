@@ -100,3 +100,47 @@ def test_the_adapted_function_inside_nnx_jit(mode):
         return lora.adapt(lambda params, x: nnx.merge(graph, params)(x))(params, adapter, x)
 
     assert_close(step(model, adapter, x), fn(merged(params, adapter), x))
+
+
+def test_state_goes_on_as_the_models_own_does(mode):
+    own, x = Noisy(nnx.Rngs(0)), jnp.arange(8.0).reshape(2, 4)
+    fn, params, state = functional(Noisy(nnx.Rngs(0)), state=True)
+    adapted = jax.jit(lora.adapt(fn))
+    adapter = lora.init(
+        jax.random.key(0), lora.LoraConfig(rank=2, targets=("linear",)), params, lora.find_sites(fn, params, state, x)
+    )
+    for _ in range(3):
+        out, state = adapted(params, adapter, state, x)
+        assert_close(out, own(x))
+    assert int(state["calls"][...]) == 3
+    assert_close(state["norm"]["mean"][...], own.norm.mean[...])
+    nnx.update(own, state)
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_another_mode_of_the_model_is_refused(mode, state):
+    model, x = Noisy(nnx.Rngs(0)), jnp.ones((2, 4))
+    fn, *given = functional(model, state=state)
+    fn(*given, x)
+    model.eval()
+    with pytest.raises(
+        lora.ParameterError, match=r"mode of the model was changed.*drop/deterministic=True.*functional again"
+    ):
+        lora.adapt(fn)(given[0], (), *given[1:], x)
+    fn, *given = functional(model, state=state)
+    again = fn(*given, x)
+    assert_close(again[0] if state else again, model(x))
+    del model
+    fn(*given, x)
+
+
+def test_state_of_nnx_does_not_train():
+    """Even if the whole state of the model is given as parameters."""
+    model, x = Noisy(nnx.Rngs(0)), jnp.ones((2, 4))
+    graph, everything, rest = nnx.split(model, nnx.Not(nnx.RngState), ...)
+    fn = lambda everything, x: nnx.merge(graph, everything, rest, copy=True)(x)  # noqa: E731
+    sites = lora.find_sites(fn, everything, x)
+    config = lora.LoraConfig(rank=2, targets=("linear",), train=("norm",))
+    assert set(lora.init(jax.random.key(0), config, everything, sites)) == {"linear/kernel", "norm/bias", "norm/scale"}
+    with pytest.raises(lora.MatchError, match="'mean' hits only state"):
+        lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets=("linear",), train=("mean",)), everything, sites)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
+from lora_jax.adapter.checksum import checksum
+from lora_jax.adapter.serialization import exportable, known_to_flax
 from lora_jax.adapter.site import render
 from lora_jax.adapter.stack import check_alike, lanes_of
 from lora_jax.adapter.updates import Update, map_updates
@@ -20,7 +22,8 @@ class Adapter(Mapping[str, Update]):
     Everything that works on trees works on it: `jax.tree.map`, `jax.vmap` over stacked adapters, optax,
     Orbax, `jax.device_put`. Facts that shape the compiled program (paths, axes, dropout rates) are in its
     tree structure; everything else, the scales included, is an array, so a swapped adapter of the same
-    shapes never recompiles.
+    shapes never recompiles. Beside the updates the tree has one leaf more, `checksum`: a sum over what does not train,
+    by which `merge`, `save`, `summary` and `explain` see whether an optimizer moved it.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -32,8 +35,11 @@ class Adapter(Mapping[str, Update]):
       (['dense/kernel'], (2, 4))
     """
 
-    def __init__(self, updates: Mapping[str, Update]):
+    def __init__(self, updates: Mapping[str, Update], checksum_of_frozen: Any = None):
+        known_to_flax(Adapter)
         self._updates = dict(sorted(updates.items()))
+        self.checksum = checksum(self._updates) if checksum_of_frozen is None else checksum_of_frozen
+        """Of each update what is frozen, squared and summed, `[updates]`; computed if not given."""
 
     def __getitem__(self, path: str) -> Update:
         try:
@@ -112,15 +118,17 @@ class Adapter(Mapping[str, Update]):
         leaves, structure = jax.tree.flatten(self)
         return [jax.tree.unflatten(structure, lane) for lane in zip(*map(jnp.unstack, leaves), strict=True)]
 
-    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Update]], tuple[str, ...]]:
-        """The updates with their paths as keys, as JAX asks of a pytree."""
-        children = [(jax.tree_util.DictKey(path), update) for path, update in self._updates.items()]
-        return children, tuple(self._updates)
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+        """The updates with their paths as keys, and the checksum, as JAX asks of a pytree."""
+        children: list[tuple[Any, Any]] = [(jax.tree_util.DictKey(path), update) for path, update in self.items()]
+        return [*children, (jax.tree_util.GetAttrKey("checksum"), self.checksum)], tuple(self._updates)
 
     @classmethod
-    def tree_unflatten(cls, paths: tuple[str, ...], updates: Any) -> "Adapter":
-        """Inverse of the flattening; the updates may be anything JAX puts in their place."""
+    def tree_unflatten(cls, paths: tuple[str, ...], children: Any) -> "Adapter":
+        """Inverse of the flattening; the children may be anything JAX puts in their place."""
+        known_to_flax(Adapter)
         adapter = object.__new__(cls)
+        *updates, adapter.checksum = children
         adapter._updates = dict(zip(paths, updates, strict=True))
         return adapter
 
@@ -132,6 +140,9 @@ class Adapter(Mapping[str, Update]):
 
     def __repr__(self) -> str:
         return render(self)
+
+
+exportable(Adapter)
 
 
 def _spelled(named: tuple[str, Any]) -> str:
@@ -164,7 +175,7 @@ def trainable(tree: Any) -> Any:
       >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
       >>> lora.trainable({"params": params, "lora": adapter})["params"]
       {'w': False}
-      >>> jax.tree.leaves(lora.trainable(adapter))  # a, b and the frozen scale
+      >>> jax.tree.leaves(lora.trainable(adapter["w"]))  # a, b and the frozen scale
       [True, True, False]
     """
     return map_updates(lambda update: update.trains(), tree, lambda leaf: False)

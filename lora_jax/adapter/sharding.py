@@ -47,7 +47,15 @@ def adapter_sharding(adapter: Adapter, params: Any) -> Adapter:
     """
     leaves, _ = named_leaves(params)
     check_parameters(adapter, leaves)
-    return Adapter({path: _shardings(update, leaves) for path, update in adapter.items()})
+    placed = {path: _shardings(update, leaves) for path, update in adapter.items()}
+    return Adapter(placed, None if adapter.checksum is None else checksum_place(placed))
+
+
+def checksum_place(places: Any) -> Any:
+    """Where the checksum of an adapter goes whose arrays have these shardings: with them, a copy on every device."""
+    own = getattr(places, "checksum", None)
+    first = next(iter(jax.tree.leaves(places)), None)
+    return own if own is not None else _follow(first, ()) if isinstance(first, Sharding) else None
 
 
 def _shardings(update: Update, leaves: Mapping[str, Any]) -> Any:

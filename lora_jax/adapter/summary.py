@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from lora_jax.adapter.adapter import Adapter, leaves_by_name
+from lora_jax.adapter.checksum import warn_if_moved
 from lora_jax.adapter.factors import is_traced
 from lora_jax.adapter.site import render
 from lora_jax.adapter.updates import Update
@@ -115,6 +116,7 @@ def summary(adapter: Adapter, params: Any = None) -> Summary:
       >>> info.line
       'trainable params: 14 || all params: 26 || trainable%: 53.8462'
     """
+    warn_if_moved([adapter])
     rows = tuple(_row(path, update) for path, update in adapter.items())
     return Summary(rows, None if params is None else _size(jax.tree.leaves(params)))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapter.factors import Array, aligned, joined, outer, times, widened
 from lora_jax.adapter.registry import Start, register_method
+from lora_jax.adapter.serialization import exportable_dataclass
 from lora_jax.adapter.site import Site
 from lora_jax.errors import ParameterError
 
@@ -22,6 +23,7 @@ def pytree(*static: str) -> Callable[[_Class], _Class]:
     def register(cls: _Class) -> _Class:
         names = [field.name for field in fields(cls)]
         jax.tree_util.register_dataclass(cls, [name for name in names if name not in static], list(static))
+        exportable_dataclass(cls, static)
         return cls
 
     return register

@@ -17,6 +17,7 @@ from lora_jax.capture.statistics import Gradient as Gradient
 from lora_jax.capture.statistics import Inputs as Inputs
 from lora_jax.config.config import LoraConfig
 from lora_jax.config.selection import select
+from lora_jax.config.state import state_paths
 from lora_jax.errors import ConfigError, ParameterError
 from lora_jax.sites import find_sites
 
@@ -89,7 +90,7 @@ def capture(
         raise ConfigError(f"what={what!r}; choose one of {', '.join(get_args(What))}")
     config = config or LoraConfig()
     first, rounds = open_batches(batches, passes if what == "components" else 1, progress and f"capturing {what}")
-    sites = select(config, find_sites(fn, params, *first)).sites
+    sites = select(config, find_sites(fn, params, *first), state_paths(params)).sites
     if what == "gradient":
         found = mean_gradients(fn, params, rounds, [site.path for site in sites])
     else:

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from lora_jax.adapter.site import Site, Sites
 from lora_jax.config.checks import as_tuple, pairs
 from lora_jax.config.config import LoraConfig
+from lora_jax.config.state import collections_beside
 from lora_jax.errors import MatchError, nearest
 from lora_jax.paths import ALL_LINEAR, bias_beside, hits, inside, layer_number, lookup, name_hits, pattern_hits
 
@@ -28,15 +30,19 @@ class Selection:
     rows: tuple[tuple[Site, tuple[int, ...]], ...] = ()
 
 
-def select(config: LoraConfig, sites: Sites) -> Selection:
+def select(config: LoraConfig, sites: Sites, state: Collection[str] = ()) -> Selection:
     """Apply a configuration to the sites of a program.
 
     The order is PEFT's: what `exclude` or `train` names is never targeted. Unlike in PEFT, where a partial miss is
     silent, every single name, regex, layer number and pattern key has to hit something.
 
+    State is no parameter: what stands beside linen's `params` (`batch_stats`, caches) is left out, and refused where a
+    name hits nothing else.
+
     Args:
       config: what to select.
       sites: what there is, from `find_sites`.
+      state: paths that are known to be state otherwise.
 
     Returns:
       The selected sites and the paths trained in full.
@@ -50,8 +56,15 @@ def select(config: LoraConfig, sites: Sites) -> Selection:
       >>> [site.path for site in select(LoraConfig(targets=("query",), layers=1), sites).sites]
       ['layers_1/query/kernel']
     """
+    everything, state = sites, {*state, *collections_beside(sites.all_paths)}
+    for field, match in (("targets", hits), ("train", lambda name, path: inside(name[0], path))):
+        _check_no_state(field, getattr(config, field), match, everything.all_paths, state)
+    sites = Sites(
+        [site for path, site in sites.items() if path not in state],
+        tuple(path for path in sites.all_paths if path not in state),
+    )
     train = _train(config, sites)
-    excluded = _excluded(config, sites)
+    excluded = _excluded(config, everything)
     targeted = _targeted(config, sites)
     layered = _in_layers(config, targeted, sites)
     chosen = [path for path in layered if path not in excluded and path not in train]
@@ -69,6 +82,21 @@ def select(config: LoraConfig, sites: Sites) -> Selection:
         shifted=_shifted(chosen, train, sites) if config.lora_bias else (),
         rows=tuple(_table(name, rows, {*chosen, *train}, sites) for name, rows in config.tables()),
     )
+
+
+def _check_no_state(
+    field: str, wanted: Any, match: Callable[[Any, str], bool], paths: Collection[str], state: set[str]
+) -> None:
+    """Refuse a name that hits state and no parameter."""
+    for name in [] if wanted == ALL_LINEAR else _each(wanted):
+        hit = [path for path in paths if match(name, path)]
+        if hit and state.issuperset(hit):
+            raise MatchError(
+                f"{field}: {name if isinstance(name, str) else name[0]!r} hits only state that the program writes "
+                f"({_some(hit)}), and no parameter. State neither trains nor has factors: leave it out of {field}= and "
+                "let the program update it, as docs/state.md shows. If these are parameters, give them as a tree of "
+                "their own, or inside of the collection 'params'."
+            )
 
 
 def _targeted(config: LoraConfig, sites: Sites) -> list[str]:

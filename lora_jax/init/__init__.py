@@ -19,6 +19,7 @@ from lora_jax.adapter.updates import Replace, Update
 from lora_jax.config.checks import as_tuple
 from lora_jax.config.config import LoraConfig
 from lora_jax.config.selection import select
+from lora_jax.config.state import state_paths
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.init.corda import corda
 from lora_jax.init.data import captured_data
@@ -78,7 +79,7 @@ def init(key: Any, config: LoraConfig, params: Any, sites: Sites, captured: Mapp
     """
     leaves, _ = named_leaves(params)
     _check(sites, leaves)
-    selection = select(config, sites)
+    selection = select(config, sites, state_paths(params))
     key = _typed(key)
     updates: dict[str, Update] = {site.path: _start(key, config, site, leaves, captured) for site in selection.sites}
     updates |= {path: _replace(config, path, leaves, sites) for path in _floating(selection.train, leaves)}

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.factors import Array, is_traced
+from lora_jax.adapter.serialization import exportable
 from lora_jax.adapter.site import Site, Sites, render
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.many.slots import Slots, check_fits, empty, factors, padded, stacked, taken
@@ -188,6 +189,9 @@ class AdapterBank:
 
     def __repr__(self) -> str:
         return render(self)
+
+
+exportable(AdapterBank)
 
 
 def common_sites(adapters: Sequence[Adapter]) -> dict[str, Site]:

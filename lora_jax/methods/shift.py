@@ -42,7 +42,8 @@ class Shift(Update):
     def axes(self) -> "Shift":
         """The bias's axes along each array."""
         axes = tuple(range(len(self.site.shape)))
-        return replace(self, value=axes, scale=axes[: self.scale.ndim])
+        lanes = self.value.ndim - len(axes)
+        return replace(self, value=axes, scale=axes[: self.scale.ndim - lanes])
 
     def change(self, weight: Array) -> Change:
         """The bias with the addition, rounded once to its dtype."""

@@ -16,12 +16,12 @@ tx = lora.optimizer(
 """
 
 from lora_jax.optim.adalora import adalora, orthogonality
-from lora_jax.optim.frozen import optimizer
+from lora_jax.optim.frozen import optimizer, schedule_free_eval_params
 from lora_jax.optim.lanes import lanes
 from lora_jax.optim.precondition import lora_fa, riemannian
 from lora_jax.optim.rates import lora_plus, lora_plus_labels, rate_pattern
 
 __all__ = [
     "adalora", "lanes", "lora_fa", "lora_plus", "lora_plus_labels", "optimizer", "orthogonality", "rate_pattern",
-    "riemannian",
+    "riemannian", "schedule_free_eval_params",
 ]  # fmt: skip

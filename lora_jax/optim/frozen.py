@@ -1,6 +1,9 @@
-"""Freezing: an optimizer that keeps state for, and changes, only what trains."""
+"""Freezing: an optimizer that keeps state for, and changes, only what trains; and a tree parted into both."""
 
 import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import wraps
 from typing import Any
 
 import jax
@@ -24,8 +27,9 @@ def optimizer(tx: optax.GradientTransformation, tree: Any) -> optax.GradientTran
     Which leaves train is read off the tree given to `init` and `update`, so another adapter of another shape
     works too.
 
-    A transformation in `tx` that must know frozen leaves, as `lora_jax.optim.lora_fa` must know scales, gets the whole
-    tree as optax's extra argument `unmasked_params`.
+    Extra arguments of optax are passed on: trees like `tree`, gradients for instance, are masked too, and functions of
+    such trees (`value_fn` of a line search, `grad_fn` of SAM) get them whole. So `optax.lbfgs`, `optax.contrib.sam` and
+    wrappers take the steps that they take on the factors alone.
 
     Differs from PEFT, which marks frozen parameters with `requires_grad=False` and leaves the filtering to the user.
 
@@ -59,7 +63,7 @@ def optimizer(tx: optax.GradientTransformation, tree: Any) -> optax.GradientTran
       >>> bool((optax.apply_updates(tree, updates)["params"]["w"] == params["w"]).all())
       True
     """
-    masked = optax.masked(tx, trainable)
+    masked = optax.masked(tx, trainable, mask_compatible_extra_args=True)
     _check(tree)
 
     def init(params: Any) -> optax.OptState:
@@ -68,11 +72,144 @@ def optimizer(tx: optax.GradientTransformation, tree: Any) -> optax.GradientTran
         return masked.init(nnx.as_pure(params) if nnx else params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        extra = {"unmasked_params": params, **extra}
-        updates, state = masked.update(updates, state, params, **extra)
+        extra = {name: _of_masked(each, params) if callable(each) else each for name, each in extra.items()}
+        token = _UNMASKED.set(params)
+        try:
+            updates, state = masked.update(updates, state, params, **extra)
+        finally:
+            _UNMASKED.reset(token)
         return jax.tree.map(lambda trains, leaf: leaf if trains else _nothing(leaf), trainable(updates), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+_UNMASKED: ContextVar[Any] = ContextVar("unmasked", default=None)
+"""The whole tree, while an optimizer runs that sees a part. No extra argument: many transformations refuse those."""
+
+
+def unmasked(params: Any) -> Any:
+    """The tree that `lora_jax.optimizer` was given, for a transformation in it that must know frozen leaves, as scales.
+
+    Args:
+      params: what the transformation was given, and what is returned outside of `lora_jax.optimizer`.
+    """
+    whole = _UNMASKED.get()
+    return params if whole is None else whole
+
+
+def _of_masked(fn: Callable[..., Any], whole: Any) -> Callable[..., Any]:
+    """A function of trees like `whole` as one of masked trees."""
+    mask, structure = trainable(whole), jax.tree.structure(whole)
+    masked = jax.tree.structure(_masked(whole, mask))
+
+    def filled(value: Any) -> Any:
+        if jax.tree.structure(value) != masked:
+            return value
+        return jax.tree.map(lambda trains, leaf, part: part if trains else leaf, mask, whole, value)
+
+    @wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = fn(*map(filled, args), **{name: filled(each) for name, each in kwargs.items()})
+        return _masked(result, mask) if jax.tree.structure(result) == structure else result
+
+    return call
+
+
+def _masked(tree: Any, mask: Any) -> Any:
+    return jax.tree.map(lambda trains, leaf: leaf if trains else optax.MaskedNode(), mask, tree)
+
+
+def partition(tree: Any) -> tuple[Any, Any]:
+    """Part a tree into what trains and what does not, as `equinox.partition` does.
+
+    For optimizers and trainers that take a tree of parameters as it is, and would decay a scale or the frozen start of
+    PiSSA with the rest: give them the first part, and `combine` both in the loss. `optimizer` does the same inside.
+
+    Args:
+      tree: an `Adapter`, or any tree that holds some, such as `{"params": base, "lora": adapter}`.
+
+    Returns:
+      Two trees like `tree`: what trains, with None for everything else, and everything else, with None for what trains.
+
+    Raises:
+      ParameterError: `tree` holds no adapter, or an adapter in which nothing trains.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
+      >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+      >>> fn = lambda params, x: x @ params["w"]
+      >>> sites = lora.find_sites(fn, params, x)
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
+      >>> train, fixed = lora.partition(adapter)
+      >>> loss = lambda train: lora.adapt(fn)(params, lora.combine(train, fixed), x).sum()
+      >>> tx = optax.adamw(1e-3, weight_decay=0.1)  # as it is
+      >>> updates, state = tx.update(jax.grad(loss)(train), tx.init(train), train)
+      >>> adapter = lora.combine(optax.apply_updates(train, updates), fixed)
+      >>> float(adapter["w"].scale)
+      2.0
+    """
+    _check(tree)
+    mask = trainable(tree)
+    train = jax.tree.map(lambda trains, leaf: leaf if trains else None, mask, tree)
+    return train, jax.tree.map(lambda trains, leaf: None if trains else leaf, mask, tree)
+
+
+def combine(train: Any, fixed: Any) -> Any:
+    """The inverse of `partition`: one tree again of what trains and what does not.
+
+    Args:
+      train, fixed: as `partition` returns them; what trains may have changed since.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lora
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)))
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
+      >>> train, fixed = lora.partition(adapter)
+      >>> jax.tree.leaves(train["w"].scale), lora.combine(train, fixed)["w"].scale.tolist()
+      ([], 2.0)
+    """
+    return jax.tree.map(lambda one, other: other if one is None else one, train, fixed, is_leaf=lambda x: x is None)
+
+
+def schedule_free_eval_params(state: Any, tree: Any) -> Any:
+    """The averaged weights of `optax.contrib.schedule_free` inside `lora_jax.optimizer`, for evaluation and merging.
+
+    `optax.contrib.schedule_free_eval_params` for a tree that does not train whole.
+
+    Args:
+      state: of `lora_jax.optimizer(tx, tree)`, where `tx` is `schedule_free` or wraps it.
+      tree: the adapter, or the tree that holds it, as trained so far.
+
+    Returns:
+      A tree like `tree`.
+
+    Raises:
+      ParameterError: there is no state of `schedule_free` in `state`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lora_jax as lora
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)))
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
+      >>> tx = lora.optimizer(optax.contrib.schedule_free_sgd(0.1), adapter)
+      >>> averaged = lora.optim.schedule_free_eval_params(tx.init(adapter), adapter)
+      >>> bool(jnp.allclose(averaged["w"].a, adapter["w"].a))
+      True
+    """
+    found = [node for node in jax.tree.leaves(state, is_leaf=_is_schedule_free) if _is_schedule_free(node)]
+    if not found:
+        raise ParameterError(
+            f"There is no state of optax.contrib.schedule_free in a {type(state).__name__}: give the state of "
+            "lora_jax.optimizer(optax.contrib.schedule_free(...), tree), and leave the weights alone otherwise."
+        )
+    mask = trainable(tree)
+    averaged = optax.contrib.schedule_free_eval_params(found[0], _masked(tree, mask))
+    return jax.tree.map(lambda trains, leaf, part: part if trains else leaf, mask, tree, averaged)
+
+
+def _is_schedule_free(node: Any) -> bool:
+    return isinstance(node, optax.contrib.ScheduleFreeState)
 
 
 def _nothing(leaf: Any) -> jax.Array:

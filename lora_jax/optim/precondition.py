@@ -2,7 +2,7 @@
 
 A step of the factors moves `W + s·AB`, and how far depends on how large the other factor is. Dividing by its Gram
 matrix takes that away. Both transformations here need the values of the factors, and of leaves that a mask hides, such
-as a frozen A or the scale: `lora_jax.optimizer` hands the whole tree through its mask as `unmasked_params`.
+as a frozen A or the scale: `lora_jax.optimizer` keeps the whole tree for them.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from lora_jax.config.checks import positive
 from lora_jax.engine.meshes import explicit
 from lora_jax.errors import ParameterError
 from lora_jax.optim.factors import check_factors, has_factors, is_masked, map_trained
+from lora_jax.optim.frozen import unmasked
 
 OTHER = {"a": "b", "b": "a"}
 
@@ -154,9 +155,9 @@ def _per_update(name: str, fn: Callable[[Any, Any], Any]) -> optax.GradientTrans
     def changed(gradient: Any, update: Any) -> Any:
         return fn(gradient, update) if has_factors(gradient) else gradient
 
-    def update(updates: Any, state: Any, params: Any = None, *, unmasked_params: Any = None, **extra: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         check_factors(name, updates)
-        values = params if unmasked_params is None else unmasked_params
+        values = unmasked(params)
         if values is None:
             raise ParameterError(
                 f"{name} reads the values of the factors: call tx.update(gradients, state, params), where params is "
@@ -172,8 +173,7 @@ def _visible(name: str, update: Any, field: str) -> jax.Array:
     if is_masked(leaf):
         raise ParameterError(
             f"{name} needs {field!r} of {update.site.path!r}, but an optax mask hides it. Put {name} outside of that "
-            "mask, or mask with lora_jax.optimizer, which hands the whole tree through; what drops optax's extra "
-            "arguments, as MultiSteps(...).gradient_transformation() does, goes around lora_jax.optimizer."
+            "mask, or mask with lora_jax.optimizer, which hands the whole tree through."
         )
     return leaf
 

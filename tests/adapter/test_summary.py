@@ -47,7 +47,7 @@ def test_rows_and_totals() -> None:
     assert stack.scale[0] < stack.scale[1]
     assert (head.update, head.kind, head.rank, head.scale, head.parameters) == ("Replace", "full", None, None, 40)
     assert info.trainable == info.parameters == FACTORS + 40
-    assert info.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(make()))
+    assert info.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(dict(make())))
 
 
 def test_line_is_that_of_peft() -> None:

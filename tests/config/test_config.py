@@ -249,3 +249,41 @@ def test_errors_for_programs_without_candidates():
 def test_names_select_the_union_of_what_each_selects(names):
     each = {path for name in names for path in chosen(targets=(name,))}
     assert set(chosen(targets=names)) == each
+
+
+LINEN = Sites(
+    [site("params/fc/kernel"), site("batch_stats/spectral/fc/kernel/u")],
+    (
+        "params/fc/kernel", "params/fc/bias", "params/norm/scale", "params/norm/bias", "batch_stats/norm/mean",
+        "batch_stats/spectral/fc/kernel/u", "router_state/gate/bias",
+    ),
+)  # fmt: skip
+"""Collections of a linen model beside its parameters."""
+
+
+def test_state_beside_the_parameters_is_left_out() -> None:
+    chosen = select(LoraConfig(bias="all", train=("norm",)), LINEN)
+    assert [each.path for each in chosen.sites] == ["params/fc/kernel"]
+    assert chosen.train == ("params/fc/bias", "params/norm/scale", "params/norm/bias")
+    assert [each.path for each in select(LoraConfig(targets=("kernel", "fc")), LINEN).sites] == ["params/fc/kernel"]
+    assert select(LoraConfig(exclude=("u",)), LINEN).sites == chosen.sites
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"train": ("batch_stats",)}, {"train": ("norm/mean",)}, {"targets": ("u",)}, {"targets": ".*/u"}],
+    ids=str,
+)
+def test_state_that_is_asked_for_is_refused_by_name(fields: dict) -> None:
+    (field,) = fields
+    with pytest.raises(MatchError, match=rf"^{field}: .* hits only state .*\(batch_stats/.*docs/state\.md"):
+        select(LoraConfig(**fields), LINEN)
+
+
+def test_state_of_nested_models_and_trees_without_collections() -> None:
+    paths = ("a/params/fc/kernel", "a/cache/fc/bias", "b/fc/kernel", "b/cache/bias")
+    chosen = select(
+        LoraConfig(targets=("fc",), bias="all"), Sites([site("a/params/fc/kernel"), site("b/fc/kernel")], paths)
+    )
+    assert [each.path for each in chosen.sites] == ["a/params/fc/kernel", "b/fc/kernel"]
+    assert chosen.train == ("b/cache/bias",)

@@ -1,5 +1,7 @@
 """Freezing: no state and no change for what does not train, wherever optax is used."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,13 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from helpers import assert_close
 
-from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.adapter import Adapter, trainable
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank, Replace, pytree
 from lora_jax.errors import ParameterError
-from lora_jax.optim import optimizer
+from lora_jax.optim import optimizer, schedule_free_eval_params
 
 SITE = Site(path="w", shape=(6, 5), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
 BIAS = Site(path="bias", shape=(5,), dtype="float32", kind="full")
@@ -197,3 +200,66 @@ def test_adapter_in_which_nothing_trains_is_refused() -> None:
     frozen = make()["w"]
     with pytest.raises(ParameterError, match="nothing that trains"):
         optimizer(optax.sgd(0.1), Adapter({"w": Frozen(frozen.a, frozen.b, frozen.scale, SITE)}))
+
+
+def by_hand(factors: dict[str, jax.Array]) -> jax.Array:
+    whole = Adapter(
+        {"w": LowRank(factors["a"], factors["b"], jnp.float32(2.0), SITE), "bias": Replace(factors["c"], BIAS)}
+    )
+    return loss(whole, base())
+
+
+def on_adapters(adapter: Adapter) -> jax.Array:
+    return loss(adapter, base())
+
+
+SAM = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
+LOOKING_AROUND = {
+    "lbfgs": optax.lbfgs(),
+    "backtracking": optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=8)),
+    "sam": optax.contrib.sam(optax.sgd(0.05), SAM, sync_period=2),
+    "sam, opaque": optax.contrib.sam(optax.adam(0.05), SAM, sync_period=2, opaque_mode=True),
+    "schedule_free": optax.contrib.schedule_free_adamw(0.05),
+    "finite": optax.apply_if_finite(optax.adam(0.05), 3),
+    "several": optax.MultiSteps(optax.adam(0.05), 2),
+    "injected": optax.inject_hyperparams(optax.adamw)(learning_rate=0.05, weight_decay=0.1),
+    "prodigy": optax.contrib.prodigy(),
+    "polyak": optax.polyak_sgd(max_learning_rate=0.1),
+    "plateau": optax.chain(optax.sgd(0.05), optax.contrib.reduce_on_plateau(patience=1)),
+}
+
+
+@pytest.mark.parametrize("name", LOOKING_AROUND)
+def test_optimizers_take_the_steps_that_they_take_on_the_factors_alone(name: str) -> None:
+    tx: Any = LOOKING_AROUND[name]
+    wants = {
+        "lbfgs": ("value", "grad", "value_fn"),
+        "backtracking": ("value", "grad", "value_fn"),
+        "sam, opaque": ("grad_fn",),
+    }
+    wants |= {"polyak": ("value",), "plateau": ("value",)}
+
+    def trained(tx: Any, tree: Any, fn: Any) -> Any:
+        state = tx.init(tree)
+        for _ in range(4):
+            value, gradients = jax.value_and_grad(fn)(tree)
+            more = {"value": value, "grad": gradients, "value_fn": fn, "grad_fn": lambda p, _: jax.grad(fn)(p)}
+            given = {each: more[each] for each in wants.get(name, ())}
+            updates, state = tx.update(gradients, state, tree, **given)
+            tree = optax.apply_updates(tree, updates)
+        return tree, state
+
+    adapter = jax.tree.map(lambda leaf, trains: leaf + 0.1 if trains else leaf, make(), trainable(make()))
+    got, state = trained(optimizer(tx, adapter), adapter, on_adapters)
+    factors = {"a": adapter["w"].a, "b": adapter["w"].b, "c": adapter["bias"].value}
+    want, plain = trained(tx, factors, by_hand)
+    if name == "schedule_free":
+        got, want = schedule_free_eval_params(state, got), optax.contrib.schedule_free_eval_params(plain, want)
+    assert_close({"a": got["w"].a, "b": got["w"].b, "c": got["bias"].value}, want, factor=10)
+    assert bits(got["w"].scale) == bits(adapter["w"].scale)
+
+
+def test_averages_of_no_schedule_free_state_are_refused() -> None:
+    adapter = make()
+    with pytest.raises(ParameterError, match=r"no state of optax\.contrib\.schedule_free in a MaskedState"):
+        schedule_free_eval_params(optimizer(optax.adam(0.1), adapter).init(adapter), adapter)

@@ -182,6 +182,7 @@ def test_every_place_gives_the_same(name: str) -> None:
     for wrapped in (
         optax.apply_if_finite(make(), 3),
         optax.chain(optax.identity(), make()),
+        optax.MultiSteps(make(), 1).gradient_transformation(),
         optax.partition({"all": make()}, lambda tree: jax.tree.map(lambda leaf: "all", tree)),
     ):
         check(run(lora.optimizer(wrapped, adapter), gradients, adapter))

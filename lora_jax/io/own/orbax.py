@@ -20,6 +20,8 @@ from orbax.checkpoint import v1 as ocp
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import check_parameters
+from lora_jax.adapter.checksum import warn_if_moved
+from lora_jax.adapter.sharding import checksum_place
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError, LoraError
 from lora_jax.io.own import manifest
@@ -74,6 +76,7 @@ def save(
         check_parameters(adapter, named_leaves(params)[0])
     if where.exists():
         _check_replaceable(where, overwrite)
+    warn_if_moved([adapter])
     arrays = {name: {field: _array(leaf) for field, leaf in manifest.arrays(adapter[name]).items()} for name in adapter}
     notes: Any = {_KEY: manifest.describe(adapter, config, params)}
     ocp.save(where, arrays, overwrite=overwrite, custom_metadata=notes)
@@ -120,9 +123,13 @@ def load(
     abstract = _guarded(where, _abstract, notes, stored)
     _guarded(where, manifest.check_base, str(where), notes, params)
     _check_dtypes(where, abstract)
-    target = _target(abstract, sharding)
+    places = sharding(abstract) if callable(sharding) and not isinstance(sharding, Sharding) else sharding
+    target = _target(abstract, places)
     arrays = _guarded(where, ocp.load, where, {name: manifest.arrays(target[name]) for name in target})
-    return manifest.assemble(notes, arrays if sharding is not None else jax.tree.map(jnp.asarray, arrays))
+    if places is None:
+        return manifest.assemble(notes, jax.tree.map(jnp.asarray, arrays))
+    adapter = manifest.assemble(notes, arrays)
+    return Adapter(dict(adapter), jax.device_put(adapter.checksum, checksum_place(places)))
 
 
 def load_config(path: str | PathLike[str]) -> LoraConfig | None:
@@ -224,9 +231,10 @@ def _check_dtypes(where: Any, abstract: Adapter) -> None:
             )
 
 
-def _target(abstract: Adapter, sharding: Any) -> Adapter:
+def _target(abstract: Adapter, places: Any) -> dict[str, Any]:
     """What Orbax restores into: NumPy arrays when no placement is asked for, because its JAX arrays are committed."""
-    if sharding is None:
-        return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
-    placed = jax.tree.broadcast(sharding if isinstance(sharding, Sharding) else sharding(abstract), abstract)
-    return jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), abstract, placed)
+    updates = dict(abstract)
+    if places is None:
+        return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), updates)
+    placed = jax.tree.broadcast(dict(places) if isinstance(places, Adapter) else places, updates)
+    return jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), updates, placed)

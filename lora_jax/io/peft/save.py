@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import check_parameters
+from lora_jax.adapter.checksum import warn_if_moved
 from lora_jax.adapter.site import Site, Sites
 from lora_jax.adapter.updates import Replace
 from lora_jax.errors import CheckpointError
@@ -95,6 +96,7 @@ def save(
       >>> files.config["target_modules"], files.modules["layers.0.query"].a.shape
       (['query'], (2, 4))
     """
+    warn_if_moved([adapter])
     leaves = {} if params is None else named_leaves(params)[0]
     if leaves:
         check_parameters(adapter, leaves)
