@@ -15,9 +15,7 @@ import jax.numpy as jnp
 import lora_jax as lora
 from benchmarks.harness import CLOCKS, Report, machine, ratio, rounds
 from benchmarks.transformer import LINEARS, Shape, Transformer, initial, next_token_loss, token_batch
-from lora_jax.capture.batches import split
-from lora_jax.capture.gradient import gradient_step
-from lora_jax.capture.observe import observing_step, zeros
+from lora_jax.capture.collect import gradient_step, observing_step, split, zeros
 from lora_jax.config.selection import select
 
 CONFIG = lora.LoraConfig(targets=LINEARS)

@@ -6,15 +6,13 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from lora_jax.capture.batches import open_batches
 from lora_jax.capture.captured import Captured as Captured
+from lora_jax.capture.captured import Components as Components
+from lora_jax.capture.captured import Gradient as Gradient
+from lora_jax.capture.captured import Inputs as Inputs
 from lora_jax.capture.captured import What
-from lora_jax.capture.gradient import mean_gradients
-from lora_jax.capture.observe import observed
+from lora_jax.capture.collect import mean_gradients, observed, open_batches
 from lora_jax.capture.redistribute import redistribute as redistribute
-from lora_jax.capture.statistics import Components as Components
-from lora_jax.capture.statistics import Gradient as Gradient
-from lora_jax.capture.statistics import Inputs as Inputs
 from lora_jax.config.config import LoraConfig
 from lora_jax.config.selection import select
 from lora_jax.config.state import state_paths

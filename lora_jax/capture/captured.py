@@ -1,15 +1,73 @@
-"""Captured: statistics by path, as `lora_jax.capture` returns them."""
+"""What `lora_jax.capture` returns: by path the inputs of a site, their principal components, or its gradient."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from rich.table import Table
 
 from lora_jax.adapter.adapter import leaves_by_name
-from lora_jax.adapter.site import render
-from lora_jax.capture.statistics import Components, Gradient, Inputs
-from lora_jax.errors import nearest
+from lora_jax.adapter.registry import Data
+from lora_jax.adapter.site import Site, render
+from lora_jax.adapter.updates import pytree
+from lora_jax.errors import ParameterError, nearest
+
+
+@pytree()
+@dataclass(frozen=True)
+class Inputs:
+    """The second moment of what a site reads.
+
+    Attributes:
+      second: `[*batch, fan_in, fan_in]` float32, the sum of `x xᵀ` over tokens.
+      total: `[*batch, fan_in]` float32, the sum of `x`.
+      count: `[*batch]` float32, the number of tokens; a use of the parameter in several places counts each.
+    """
+
+    second: Any
+    total: Any
+    count: Any
+
+
+@pytree()
+@dataclass(frozen=True)
+class Components:
+    """The principal components of what a site reads, the largest first.
+
+    Attributes:
+      vectors: `[*batch, components, fan_in]` float32, orthonormal; the entry of largest size of each is positive.
+      energies: `[*batch, components]` float32, the sum over tokens of the squared centred inputs along each: squares of
+        the singular values of the centred inputs.
+      energy: `[*batch]` float32, the sum of all squared centred inputs.
+      count: `[*batch]` float32, the number of tokens.
+    """
+
+    vectors: Any
+    energies: Any
+    energy: Any
+    count: Any
+
+    @property
+    def explained(self) -> Any:
+        """`[*batch, components]`: the share of the variance along each component."""
+        return self.energies / jnp.maximum(self.energy, jnp.finfo(jnp.float32).tiny)[..., None]
+
+
+@pytree()
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of the loss by the parameter.
+
+    Attributes:
+      mean: float32, in the parameter's own layout; the mean over batches.
+      count: number of batches.
+    """
+
+    mean: Any
+    count: Any
+
 
 What: TypeAlias = Literal["inputs", "components", "gradient"]
 Statistic: TypeAlias = Inputs | Components | Gradient
@@ -68,3 +126,39 @@ class Captured(Mapping[str, Statistic]):
 
     def __repr__(self) -> str:
         return render(self)
+
+
+def statistic_for(captured: Mapping[str, Any] | None, what: Data, init: str, site: Site) -> Any:
+    """The statistic of a site that an initialiser reads, checked against the site.
+
+    Raises:
+      ParameterError: nothing was captured, something else, elsewhere, or for another shape.
+    """
+    call = f'captured = lora_jax.capture(fn, params, batches, "{what}", config=config)'
+    if not isinstance(captured, Captured) or captured.what != what:
+        given = f"captured {captured.what}" if isinstance(captured, Captured) else f"captured={captured!r}"
+        raise ParameterError(
+            f"init={init!r} starts from captured {what}, not from {given}: {call}, then init(..., captured)"
+        )
+    if site.path not in captured:
+        raise ParameterError(
+            f"{what} of {site.path!r} were not captured (nearest: {nearest(site.path, captured)}): capture with this "
+            f"config, {call}"
+        )
+    found = captured[site.path]
+    value, lead, wanted = _form(found, what, site)
+    if value.shape != (*lead, *wanted):
+        raise ParameterError(
+            f"{what} of {site.path!r} have shape {value.shape} where this model needs {(*lead, *wanted)}: they were "
+            "captured with another one"
+        )
+    return found.mean if what == "gradient" else found
+
+
+def _form(found: Any, what: Data, site: Site) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
+    """The array that shows what a statistic was captured for, and the shape it must have."""
+    if what == "gradient":
+        return found.mean, (), site.shape
+    if what == "inputs":
+        return found.second, site.batch_shape, (site.fan_in, site.fan_in)
+    return found.vectors, site.batch_shape, (found.vectors.shape[-2], site.fan_in)

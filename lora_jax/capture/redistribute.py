@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.capture.captured import Captured
-from lora_jax.capture.statistics import Components
+from lora_jax.capture.captured import Captured, Components
 from lora_jax.config.checks import as_tuple
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import ConfigError

@@ -1,7 +1,7 @@
-"""What capturing collects at a site: second moments of its inputs, their principal components, or its gradient.
+"""Running sums over a site's inputs: second moments, and a sketch of them that principal components are read off.
 
-Each statistic starts at zero, takes in inputs as they come, and is finished once. While it is collected its arrays have
-one axis for the whole stack of a site's linear maps, and live in references that a running program adds to.
+Each starts at zero, takes in inputs as they come, and is finished once. While it is collected its arrays have one axis
+for the whole stack of a site's linear maps, and live in references that a running program adds to.
 """
 
 from collections.abc import Sequence
@@ -13,23 +13,11 @@ import jax.numpy as jnp
 
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import pytree
-from lora_jax.capture.gram import add_at, add_gram, panels, products, whole
+from lora_jax.capture.captured import Components, Inputs
+from lora_jax.engine.hooks import add_at
 
-
-@pytree()
-@dataclass(frozen=True)
-class Inputs:
-    """The second moment of what a site reads.
-
-    Attributes:
-      second: `[*batch, fan_in, fan_in]` float32, the sum of `x xᵀ` over tokens.
-      total: `[*batch, fan_in]` float32, the sum of `x`.
-      count: `[*batch]` float32, the number of tokens; a use of the parameter in several places counts each.
-    """
-
-    second: Any
-    total: Any
-    count: Any
+_PANEL = 512
+"""Columns of a panel of a symmetric product."""
 
 
 @pytree()
@@ -53,12 +41,12 @@ class Moments:
         parts = tuple(jnp.zeros((maps, rows.stop - rows.start, size - rows.start)) for rows in panels(size))
         return cls(parts, jnp.zeros((maps, size)), jnp.zeros(maps))
 
-    def add(self, entry: Any, tokens: Any, kept: Any) -> None:
-        """Take in the inputs `[*maps, tokens, fan_in]` of the maps numbered `entry`; the arrays are references."""
+    def add(self, maps: Any, tokens: Any, kept: Any) -> None:
+        """Take in the inputs `[*maps, tokens, fan_in]` of the maps with these numbers; the arrays are references."""
         tokens, counts = _masked(tokens, kept)
-        add_gram(self.panels, entry, tokens)
-        add_at(self.total, entry, tokens.sum(-2, dtype=jnp.float32))
-        add_at(self.count, entry, counts)
+        add_gram(self.panels, maps, tokens)
+        add_at(self.total, maps, tokens.sum(-2, dtype=jnp.float32))
+        add_at(self.count, maps, counts)
 
     def again(self) -> Self:
         """What another pass over the data starts from: there is nothing to refine."""
@@ -67,30 +55,6 @@ class Moments:
     def finish(self, components: int) -> Inputs:
         """The statistic of one map."""
         return Inputs(whole(self.panels), self.total, self.count)
-
-
-@pytree()
-@dataclass(frozen=True)
-class Components:
-    """The principal components of what a site reads, the largest first.
-
-    Attributes:
-      vectors: `[*batch, components, fan_in]` float32, orthonormal; the entry of largest size of each is positive.
-      energies: `[*batch, components]` float32, the sum over tokens of the squared centred inputs along each: squares of
-        the singular values of the centred inputs.
-      energy: `[*batch]` float32, the sum of all squared centred inputs.
-      count: `[*batch]` float32, the number of tokens.
-    """
-
-    vectors: Any
-    energies: Any
-    energy: Any
-    count: Any
-
-    @property
-    def explained(self) -> Any:
-        """`[*batch, components]`: the share of the variance along each component."""
-        return self.energies / jnp.maximum(self.energy, jnp.finfo(jnp.float32).tiny)[..., None]
 
 
 @pytree()
@@ -119,14 +83,14 @@ class Sketch:
         test = jnp.tile(test, (maps, 1, 1))
         return cls(test, jnp.zeros((maps, size, few)), jnp.zeros((maps, size)), jnp.zeros(maps), jnp.zeros(maps))
 
-    def add(self, entry: Any, tokens: Any, kept: Any) -> None:
-        """Take in the inputs `[*maps, tokens, fan_in]` of the maps numbered `entry`; the arrays are references."""
+    def add(self, maps: Any, tokens: Any, kept: Any) -> None:
+        """Take in the inputs `[*maps, tokens, fan_in]` of the maps with these numbers; the arrays are references."""
         tokens, counts = _masked(tokens, kept)
-        along = products("...ti,...ik->...tk", tokens, self.test[...][entry].astype(tokens.dtype))
-        add_at(self.product, entry, products("...ti,...tk->...ik", tokens, along.astype(tokens.dtype)))
-        add_at(self.total, entry, tokens.sum(-2, dtype=jnp.float32))
-        add_at(self.count, entry, counts)
-        add_at(self.energy, entry, jnp.square(tokens.astype(jnp.float32)).sum((-2, -1)))
+        along = products("...ti,...ik->...tk", tokens, self.test[...][maps].astype(tokens.dtype))
+        add_at(self.product, maps, products("...ti,...tk->...ik", tokens, along.astype(tokens.dtype)))
+        add_at(self.total, maps, tokens.sum(-2, dtype=jnp.float32))
+        add_at(self.count, maps, counts)
+        add_at(self.energy, maps, jnp.square(tokens.astype(jnp.float32)).sum((-2, -1)))
 
     def again(self) -> Self:
         """The start of another pass, which looks where this one found most: one step of subspace iteration."""
@@ -150,20 +114,6 @@ class Sketch:
         return Components(oriented(left.T[:components]), jnp.square(sizes[:components]), energy, self.count)
 
 
-@pytree()
-@dataclass(frozen=True)
-class Gradient:
-    """The gradient of the loss by the parameter.
-
-    Attributes:
-      mean: float32, in the parameter's own layout; the mean over batches.
-      count: number of batches.
-    """
-
-    mean: Any
-    count: Any
-
-
 def oriented(rows: Any) -> Any:
     """The rows with signs that make the entry of largest size positive, so that they do not depend on the solver."""
     largest = jnp.take_along_axis(rows, jnp.abs(rows).argmax(-1, keepdims=True), -1)
@@ -177,3 +127,37 @@ def _masked(tokens: Any, kept: Any) -> tuple[Any, Any]:
         return tokens, jnp.full(lead, tokens.shape[-2], jnp.float32)
     kept = jnp.broadcast_to(kept, tokens.shape[:-1]).astype(bool)
     return jnp.where(kept[..., None], tokens, jnp.zeros((), tokens.dtype)), kept.sum(-1, dtype=jnp.float32)
+
+
+def products(subscripts: str, *operands: Any) -> Any:
+    """An einsum in float32 at full precision."""
+    return jnp.einsum(
+        subscripts, *operands, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )  # fmt: skip
+
+
+def panels(size: int) -> list[slice]:
+    """The rows of each panel of a symmetric matrix; a panel holds the columns from its first row on.
+
+    >>> panels(1200)
+    [slice(0, 512, None), slice(512, 1024, None), slice(1024, 1200, None)]
+    """
+    return [slice(start, min(start + _PANEL, size)) for start in range(0, size, _PANEL)]
+
+
+def add_gram(refs: tuple[Any, ...], maps: Any, x: Any) -> None:
+    """Add `xᵀx` of `[*maps, tokens, size]` to the panels `[all maps, rows, columns]` of a symmetric matrix."""
+    for ref, rows in zip(refs, panels(x.shape[-1]), strict=True):
+        add_at(ref, maps, products("...ti,...tj->...ij", x[..., rows], x[..., rows.start :]))
+
+
+def whole(given: tuple[Any, ...]) -> Any:
+    """The symmetric matrix of its panels `[rows, columns]`.
+
+    >>> whole((jnp.array([[1.0, 2.0], [2.0, 5.0]]),)).tolist()
+    [[1.0, 2.0], [2.0, 5.0]]
+    """
+    size = given[0].shape[-1]
+    upper = jnp.concatenate([jnp.pad(panel, [(0, 0), (size - panel.shape[-1], 0)]) for panel in given])
+    number = jnp.arange(size) // _PANEL
+    return jnp.where(number[:, None] <= number[None], upper, upper.T)

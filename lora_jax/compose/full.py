@@ -14,7 +14,7 @@ from lora_jax.compose.methods import Method
 from lora_jax.compose.terms import Options
 from lora_jax.errors import ParameterError
 from lora_jax.methods import Rows, Shift
-from lora_jax.methods.rows import rows_of
+from lora_jax.methods.trainable_tokens import rows_of
 
 
 class Weighted(NamedTuple):

@@ -117,3 +117,12 @@ def observe_patches(ctx: Context, eqn: Any, kernel: Weight, image: Any, window: 
     patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)
     names = (*range(-patches.ndim, -1), *window)
     observe(ctx, kernel, Labelled(patches.reshape(*patches.shape[:-1], *sizes), names), window)
+
+
+def add_at(ref: Any, maps: Any, value: Any) -> None:
+    """Add a value `[*maps, ...]` to the entries of a reference `[all maps, ...]` that `maps` numbers."""
+    if maps.ndim == 0:
+        ref[maps] += value
+    else:
+        # Through a value, because a number may be there twice.
+        ref[...] = ref[...].at[maps].add(value)

@@ -16,23 +16,21 @@ from lora_jax.adapter.factors import matrices, over, widened
 from lora_jax.adapter.registry import METHODS, Data, Entry, Initialiser, Start, find_init, initialisers, register
 from lora_jax.adapter.site import Site, Sites, full_site
 from lora_jax.adapter.updates import Replace, Update
+from lora_jax.capture.captured import statistic_for
 from lora_jax.config.checks import as_tuple
 from lora_jax.config.config import LoraConfig
 from lora_jax.config.selection import select
 from lora_jax.config.state import state_paths
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.init.corda import corda
-from lora_jax.init.data import captured_data
-from lora_jax.init.default import default
 from lora_jax.init.eva import eva
-from lora_jax.init.gaussian import gaussian
 from lora_jax.init.loftq import loftq
 from lora_jax.init.lora_ga import lora_ga
 from lora_jax.init.olora import olora
-from lora_jax.init.orthogonal import orthogonal
 from lora_jax.init.pissa import milora, pissa, pissa_niter
-from lora_jax.methods.rows import Rows, rows_of
-from lora_jax.methods.shift import Shift
+from lora_jax.init.random import default, gaussian, orthogonal
+from lora_jax.methods.lora_bias import Shift
+from lora_jax.methods.trainable_tokens import Rows, rows_of
 from lora_jax.paths import is_array, named_leaves
 
 __all__ = [
@@ -102,7 +100,7 @@ def _start(
     def factors() -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
         known: dict[Data, Callable[[], Any]] = {"weight": weight, "scale": lambda: scale}
         data = {what: known[what]() for what in entry.reads if what in known}
-        data |= {what: captured_data(captured, what, config.init, site) for what in entry.reads if what not in known}
+        data |= {what: statistic_for(captured, what, config.init, site) for what in entry.reads if what not in known}
         # Without its path, so that all sites of one shape share one compilation.
         draw = partial(_draw, key, name, entry, replace(site, path=""), dtype=config.param_dtype, data=data)
         a, b = _by_layer(draw, site, config.ranks_for(site.path))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lora_jax import svd
 from lora_jax.adapter.registry import register
 from lora_jax.adapter.site import Site
-from lora_jax.capture.statistics import Inputs
+from lora_jax.capture.captured import Inputs
 from lora_jax.errors import ConfigError
 
 _HIGHEST = jax.lax.Precision.HIGHEST

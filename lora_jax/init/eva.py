@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapter.registry import register
 from lora_jax.adapter.site import Site
-from lora_jax.capture.statistics import Components
+from lora_jax.capture.captured import Components
 from lora_jax.errors import ConfigError
 
 

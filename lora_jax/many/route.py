@@ -12,9 +12,8 @@ import numpy as np
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import adapter_list
 from lora_jax.adapter.factors import is_traced
-from lora_jax.capture.gram import add_at
 from lora_jax.engine import Call, Context, Log, evaluate_call, trace_call
-from lora_jax.engine.hooks import numbered
+from lora_jax.engine.hooks import add_at, numbered
 from lora_jax.engine.routing.axes import Axes, plain
 from lora_jax.engine.routing.batch_axes import BatchAxes
 from lora_jax.engine.routing.router import Router

@@ -5,10 +5,10 @@ from lora_jax.adapter.registry import register_method
 from lora_jax.methods.adalora import AdaLora, trim
 from lora_jax.methods.alora import ALora, invoked
 from lora_jax.methods.dora import Dora, Gained, precompute
+from lora_jax.methods.lora_bias import Shift
 from lora_jax.methods.lora_fa import FrozenA
 from lora_jax.methods.lora_xs import LoraXS
-from lora_jax.methods.rows import Rows
-from lora_jax.methods.shift import Shift
+from lora_jax.methods.trainable_tokens import Rows
 from lora_jax.methods.vera import Vera
 
 __all__ = [

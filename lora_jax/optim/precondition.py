@@ -20,8 +20,7 @@ from lora_jax.adapter.updates import is_update, map_updates
 from lora_jax.config.checks import positive
 from lora_jax.engine.meshes import explicit
 from lora_jax.errors import ParameterError
-from lora_jax.optim.factors import check_factors, has_factors, is_masked, map_trained
-from lora_jax.optim.frozen import unmasked
+from lora_jax.optim.frozen import check_factors, has_factors, is_masked, map_trained, unmasked
 
 OTHER = {"a": "b", "b": "a"}
 

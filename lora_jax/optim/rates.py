@@ -11,7 +11,7 @@ from lora_jax.adapter.updates import map_updates
 from lora_jax.config import checks
 from lora_jax.config.checks import Patterns
 from lora_jax.config.selection import check_patterns
-from lora_jax.optim.factors import check_factors, has_factors, map_trained, updates_in
+from lora_jax.optim.frozen import check_factors, has_factors, map_trained, updates_in
 from lora_jax.paths import lookup
 
 Group: TypeAlias = Literal["a", "b", "embedding", "frozen"]

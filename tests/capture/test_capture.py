@@ -13,8 +13,7 @@ from table import CASES
 
 import lora_jax as lora
 from benchmarks.harness import compilations
-from lora_jax.capture.batches import split
-from lora_jax.capture.observe import observing_step, zeros
+from lora_jax.capture.collect import observing_step, split, zeros
 from lora_jax.errors import ConfigError, MatchError, ParameterError
 
 DRAW = np.random.default_rng(3)

@@ -9,7 +9,7 @@ from jax import lax
 
 import lora_jax as lora
 from lora_jax.adapter.site import Site
-from lora_jax.capture.statistics import Inputs
+from lora_jax.capture.captured import Inputs
 from lora_jax.errors import ConfigError, ParameterError
 from lora_jax.init.corda import corda
 from lora_jax.init.lora_ga import lora_ga

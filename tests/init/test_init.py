@@ -10,7 +10,7 @@ from lora_jax.adapter.updates import LowRank, Replace
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import ConfigError, MatchError, ParameterError
 from lora_jax.init import init, initialisers, register
-from lora_jax.init.orthogonal import orthogonal
+from lora_jax.init.random import orthogonal
 
 KEY = jax.random.key(7)
 PARAMS = {

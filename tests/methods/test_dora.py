@@ -13,7 +13,7 @@ import lora_jax as lora
 from lora_jax.adapter.factors import outer
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import held
-from lora_jax.methods.norms import changed_squares, squares
+from lora_jax.methods.dora import changed_squares, squares
 
 SITES = {
     "dense": Site(path="w", shape=(12, 7), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,)),

@@ -18,7 +18,7 @@ from lora_jax.io.names.torch_model import Place, TorchModel
 from lora_jax.io.peft.concatenate import Concatenated, Piece, Stacked, concatenate, grouped, stack, ungrouped
 from lora_jax.io.peft.module import Module, ModuleKind
 from lora_jax.methods import AdaLora, Dora, Shift, Vera
-from lora_jax.methods.norms import squares
+from lora_jax.methods.dora import squares
 from lora_jax.paths import bias_beside
 
 
