@@ -1,6 +1,6 @@
 """route: one call in which every example, or every token, meets an adapter of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, get_args
@@ -11,7 +11,6 @@ import numpy as np
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import adapter_list
-from lora_jax.adapter.factors import is_traced
 from lora_jax.engine import Call, Context, Log, evaluate_call, trace_call
 from lora_jax.engine.hooks import add_at, numbered
 from lora_jax.engine.routing.axes import Axes, plain
@@ -21,6 +20,7 @@ from lora_jax.engine.routing.slots import RoutedContext, RouteStrategy, Routing
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Term, Weight
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.many.bank import AdapterBank, Slots
+from lora_jax.many.ids import Arguments, check_ids
 from lora_jax.paths import is_array
 from lora_jax.sites import Explanation
 
@@ -142,9 +142,9 @@ class RoutedFunction:
         shapes = {path: (prod(each.site.batch_shape), each.count) for path, each in held.items()}
         totals = {path: jax.new_ref(jnp.zeros(shape)) for path, shape in shapes.items()}
 
-        def observe(path: str, entry: Any, found: Any, kept: Any) -> None:
+        def observe(path: str, maps: Any, found: Any, kept: Any) -> None:
             counted = jnp.concatenate([found, jnp.ones((*found.shape[:-1], 1))], -1)
-            add_at(totals[path], entry, counted.sum(-2))
+            add_at(totals[path], maps, counted.sum(-2))
 
         self._run(Context(Log(), observe=observe), params, held, router, *args, **kwargs)
         found = {path: jax.freeze(total) for path, total in totals.items()}
@@ -155,39 +155,22 @@ class RoutedFunction:
         return bank if isinstance(bank, AdapterBank) else AdapterBank.of(_runnable(bank, self.token_axes))
 
     def _run(self, ctx: Context, params: Any, bank: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check the bank, find the examples in the arguments, follow them through the program, evaluate it."""
         held = self._held(bank)
-        rates = _rates(bank) if ctx.keys else {}
-        if any(isinstance(key, (tuple, list)) for key in ctx.keys):
-            raise ConfigError("lora_key is one key here: the inputs of all adapters are dropped alike")
-        if isinstance(ids, Router):
-            _check_router(ids, held)
-            chosen, sizes = ids, ()
-        else:
-            chosen, sizes = _checked(ids, held.slots, self.token_axes is not None)
-        leaves, tree = jax.tree.flatten(args)
-        places = _places(args, self.batch_axes, self.token_axes)
-        labelled = [_axes(leaf, each, sizes) for leaf, each in zip(leaves, places, strict=True)]
-        pairs = list(zip(leaves, labelled, strict=True))
-        opened = [leaf if axes is None else _abstract(leaf) for leaf, axes in pairs]
-        call = trace_call(self.fn, params, jax.tree.unflatten(tree, opened), kwargs)
-        batch_axes = BatchAxes()
-        unlabelled = [tuple(map(plain, np.shape(leaf))) for leaf in call.arrays.values()]
-        batch_axes.follow(call.program, [*unlabelled, *(axes for axes in labelled if axes is not None)])
-        if 0 in sizes:
-            chosen, sizes = jnp.full((1,) * len(sizes), held.slots - 1), (1,) * len(sizes)
-        routing = Routing(chosen, sizes, held.slots - 1, batch_axes, self.strategy)
-        given = [leaf for leaf, axes in pairs if axes is not None]
+        rates = _dropout_rates(bank, ctx.keys)
+
+        chosen, sizes = check_ids(ids, held, tokens=self.token_axes is not None)
+        arguments = Arguments.of(args, self.batch_axes, self.token_axes, sizes)
+
+        call = trace_call(self.fn, params, arguments.abstract(), kwargs)
+        batch_axes = _follow(call, [axes for _, axes in arguments.labelled()])
         _check_parameters(call, held)
+
+        routing = Routing.of(chosen, sizes, held.slots - 1, batch_axes, self.strategy)
         keys = ctx.keys if any(rates.values()) else ()
-        ctx = RoutedContext(ctx.log, keys=keys, observe=ctx.observe, routing=routing)
-        vectors = chosen.keys if isinstance(chosen, Router) else {}
-
-        def symbolic(path: str, leaf: Any) -> Any:
-            if path not in held:
-                return leaf
-            return _weight(ctx, path, leaf, held[path], rates.get(path, 0.0), vectors.get(path))
-
-        return evaluate_call(ctx, call, given, symbolic)
+        routed = RoutedContext(ctx.log, keys=keys, observe=ctx.observe, routing=routing)
+        symbolic = _symbolic(routed, held, rates, ids.keys if isinstance(ids, Router) else {})
+        return evaluate_call(routed, call, [leaf for leaf, _ in arguments.labelled()], symbolic)
 
 
 def _runnable(adapters: Adapter | Sequence[Adapter], token_axes: Any) -> list[Adapter]:
@@ -215,19 +198,10 @@ def _check_parameters(call: Call, bank: AdapterBank) -> None:
             )
 
 
-def _check_router(router: Router, bank: AdapterBank) -> None:
-    """Refuse a router that is not for the bank."""
-    for path, held in bank.items():
-        wanted = held.keys_shape
-        given = jnp.shape(router.keys[path]) if path in router.keys else f"none; nearest: {nearest(path, router.keys)}"
-        if given != wanted:
-            raise ParameterError(
-                f"At {path!r} the bank needs keys of shape {wanted}, and the router has {given}: make it for this bank"
-            )
-
-
-def _rates(bank: AdapterBank | Adapter | Sequence[Adapter]) -> dict[str, float]:
-    """The dropout of each parameter's inputs."""
+def _dropout_rates(bank: AdapterBank | Adapter | Sequence[Adapter], keys: Sequence[Any]) -> dict[str, float]:
+    """The dropout of each parameter's inputs; none without a key."""
+    if not keys:
+        return {}
     if isinstance(bank, AdapterBank):
         raise ParameterError("A bank holds no dropout, so lora_key has no effect: give the adapters, or leave it out")
     rates: dict[str, float] = {}
@@ -238,7 +212,30 @@ def _rates(bank: AdapterBank | Adapter | Sequence[Adapter]) -> dict[str, float]:
                     f"{path} has dropout {rates[path]} in one adapter and {update.dropout} in another: in one batch "
                     "the inputs of all adapters are dropped alike"
                 )
+    if any(isinstance(key, (tuple, list)) for key in keys):
+        raise ConfigError("lora_key is one key here: the inputs of all adapters are dropped alike")
     return rates
+
+
+def _follow(call: Call, labelled: Sequence[Axes]) -> BatchAxes:
+    """Follow the examples and tokens of the arguments through the program."""
+    batch_axes = BatchAxes()
+    parameters = [tuple(map(plain, np.shape(leaf))) for leaf in call.arrays.values()]
+    batch_axes.follow(call.program, [*parameters, *labelled])
+    return batch_axes
+
+
+def _symbolic(
+    ctx: Context, bank: AdapterBank, rates: Mapping[str, float], keys: Mapping[str, Any]
+) -> Callable[[str, Any], Any]:
+    """What the program sees of each parameter: those of the bank with the factors of all slots."""
+
+    def symbolic(path: str, leaf: Any) -> Any:
+        if path not in bank:
+            return leaf
+        return _weight(ctx, path, leaf, bank[path], rates.get(path, 0.0), keys.get(path))
+
+    return symbolic
 
 
 def _weight(ctx: Context, path: str, base: Any, held: Slots, dropout: float, keys: Any) -> Weight:
@@ -251,78 +248,3 @@ def _weight(ctx: Context, path: str, base: Any, held: Slots, dropout: float, key
         weight = replace(weight, keys=Labelled(keys, (*batch, SLOT, *into)))
         weight = numbered(weight, site.batch_axes, site.in_axes)
     return replace(weight, terms=(Term(a, b, dropout, 0),), gain=gain)
-
-
-def _checked(ids: Any, slots: int, tokens: bool) -> tuple[Any, tuple[int, ...]]:
-    """Positions along the axis of slots (or their weights), and the lengths of the axes of ids.
-
-    The base, and what is out of range, is past the end of the axis.
-    """
-    try:
-        ids = jnp.asarray(ids)
-    except TypeError:
-        raise ParameterError(
-            f"ids of type {type(ids).__name__}: give slots as integers, weights of slots as floating-point numbers, or "
-            "a router, an object of a subclass of lora_jax.routers.Router"
-        ) from None
-    mixes, rank = jnp.issubdtype(ids.dtype, jnp.floating), 1 + tokens
-    if ids.ndim != rank + mixes or (mixes and ids.shape[-1] != slots) or ids.dtype == bool:
-        wanted = f"[{', '.join(('batch', 'tokens')[:rank])}]"
-        raise ParameterError(
-            f"ids of shape {ids.shape} and dtype {ids.dtype}: give slots as integers {wanted}, or weights of all "
-            f"{slots} slots as floating-point numbers {wanted[:-1]}, slots]"
-            + ("" if tokens else "; for ids of every token say where tokens run, with token_axes")
-        )
-    if mixes:
-        return ids[..., 1:], ids.shape[:-1]
-    # In a narrow dtype, numbers of slots may not be.
-    known = jnp.clip(ids, 0, 1 << 30) if ids.dtype.itemsize >= 4 and ids.dtype.kind == "u" else ids
-    ids = known.astype(jnp.int32)
-    inside = (ids >= 0) & (ids < slots)
-    if not is_traced(inside) and not bool(inside.all()):
-        raise ParameterError(f"ids {sorted({*np.asarray(ids[~inside]).tolist()})} are no slots of a bank of {slots}")
-    return jnp.where(inside & (ids > 0), ids - 1, slots - 1), ids.shape
-
-
-def _places(args: tuple[Any, ...], *given: Any) -> list[tuple[int | None, ...]]:
-    """For each leaf of the arguments, which of its axes each axis of the ids is."""
-    found = []
-    for axes in given:
-        prefix = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,) * len(args)
-        try:
-            found.append(jax.tree.leaves(_broadcast(prefix, args), is_leaf=lambda node: node is None))
-        except ValueError as error:
-            raise ConfigError(
-                f"{axes!r} does not match the {len(args)} positional arguments after params: {error}"
-            ) from None
-    return list(zip(*found, strict=True))
-
-
-def _broadcast(prefix: Any, tree: Any) -> Any:
-    """A tree like `tree` with the leaves of a prefix of it."""
-    return jax.tree.map(
-        lambda axis, part: jax.tree.map(lambda _: axis, part), prefix, tree, is_leaf=lambda node: node is None
-    )
-
-
-def _axes(leaf: Any, places: tuple[int | None, ...], sizes: tuple[int, ...]) -> Axes | None:
-    """What runs along the axes of an argument; None if nothing labelled does, or it is no array."""
-    if not is_array(leaf) or not leaf.shape or all(place is None for place in places[: len(sizes)]):
-        return None
-    axes = list(map(plain, leaf.shape))
-    for label, (place, size) in enumerate(zip(places, sizes, strict=False)):
-        if place is None:
-            continue
-        if not -leaf.ndim <= place < leaf.ndim or leaf.shape[place] != size:
-            what, option = (("examples", "batch_axes"), ("tokens", "token_axes"))[label]
-            raise ParameterError(
-                f"ids have {size} {what}, but an argument of shape {leaf.shape} is said to have them along axis "
-                f"{place}: set {option}, with None for arguments without them"
-            )
-        axes[place] = ((label, size),) if size > 1 else ()
-    return tuple(axes)
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    kind = jax.typeof(leaf)
-    return jax.ShapeDtypeStruct(kind.shape, kind.dtype, weak_type=getattr(kind, "weak_type", False))

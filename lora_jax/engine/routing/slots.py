@@ -44,6 +44,15 @@ class Routing:
     batch_axes: BatchAxes
     strategy: RouteStrategy
 
+    @classmethod
+    def of(
+        cls, given: Any, sizes: tuple[int, ...], slots: int, batch_axes: BatchAxes, strategy: RouteStrategy
+    ) -> "Routing":
+        """The routing of a call; one without any examples meets the base."""
+        if 0 in sizes:
+            given, sizes = jnp.full((1,) * len(sizes), slots), (1,) * len(sizes)
+        return cls(given, sizes, slots, batch_axes, strategy)
+
     @property
     def mixes(self) -> bool:
         """Whether every row has weights of all slots."""
