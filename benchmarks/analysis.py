@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax.models import Transformer, TransformerConfig
+from lora_jax.report.tables import show
 from lora_jax.train.data import python_source, split
 from lora_jax.train.pretrain import Recipe, cache_path, load_cached
-from lora_jax.train.report import make_console
 
 
 def base_of(folder: Path) -> tuple[Transformer, Any, Any]:
@@ -54,7 +54,7 @@ def main() -> None:
         ),
     }
     for name, (report, title) in reports.items():
-        make_console().print(report.summary())
+        show(report.summary())
         report.plot(args.images / f"{name}.png", title)
     print(f"intruders: {reports['intruders'][0].count}")
 

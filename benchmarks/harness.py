@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 
-from lora_jax.bench.tables import Report as Report
 from lora_jax.bench.timing import CLOCKS as CLOCKS
 from lora_jax.bench.timing import machine as machine
 from lora_jax.bench.timing import ratio as ratio

@@ -16,11 +16,10 @@ from matplotlib.figure import Figure
 
 import lora_jax as lora
 from lora_jax.models import Transformer, TransformerConfig
+from lora_jax.report.terminal import Progress
 from lora_jax.train.data import Corpus, batch, python_source, python_topics, split, windows
 from lora_jax.train.evaluate import cross_entropy, evaluate
-from lora_jax.train.log import Reporter
 from lora_jax.train.pretrain import Recipe, cache_path, load_cached, pretrain, store
-from lora_jax.train.report import make_console
 
 LENGTH, SIZE, EVALUATIONS = 128, 8, 6
 
@@ -115,9 +114,8 @@ def _task() -> tuple[Transformer, Any, Any, Corpus]:
     path = cache_path(model, recipe, source)
     base = load_cached(path, abstract)
     if base is None:
-        console = make_console()
         with TemporaryDirectory() as folder:
-            report = lambda step: Reporter(console, "pre-training", recipe.steps, step)  # noqa: E731
+            report = lambda step: Progress("pre-training", recipe.steps, step)  # noqa: E731
             base = pretrain(model, sites, source, recipe, Path(folder), report)
         store(path, base)
     return model, base, sites, split("Python's topics", python_topics(), LENGTH)

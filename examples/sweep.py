@@ -22,11 +22,10 @@ from rich.table import Table
 
 import lora_jax as lora
 from lora_jax.models import Transformer, TransformerConfig
+from lora_jax.report.terminal import Progress
 from lora_jax.train.data import batch, python_source, python_topics, split, windows
 from lora_jax.train.evaluate import cross_entropy
-from lora_jax.train.log import Reporter
 from lora_jax.train.pretrain import Recipe, cache_path, load_cached, pretrain, store
-from lora_jax.train.report import make_console
 
 LENGTH, SIZE, HELD_OUT = 128, 2, 32
 """Bytes per sequence; sequences per lane and step; sequences to evaluate on."""
@@ -73,7 +72,7 @@ class Course:
         self.stopped[ends] = step
 
 
-def base_model(console: Console, steps: int) -> tuple[Transformer, Any, lora.Sites]:
+def base_model(steps: int) -> tuple[Transformer, Any, lora.Sites]:
     """The built-in transformer, pre-trained on Python's sources, and its sites."""
     model, tokens = Transformer(TransformerConfig()), jax.ShapeDtypeStruct((1, LENGTH), jnp.uint8)
     abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)
@@ -83,7 +82,7 @@ def base_model(console: Console, steps: int) -> tuple[Transformer, Any, lora.Sit
     base = load_cached(path, abstract)
     if base is None:
         with TemporaryDirectory() as folder:
-            report = lambda start: Reporter(console, "pre-training", steps, start)  # noqa: E731
+            report = lambda start: Progress("pre-training", steps, start)  # noqa: E731
             base = pretrain(model, sites, source, recipe, Path(folder), report)
         store(path, base)
     return model, base, sites
@@ -111,8 +110,8 @@ def main(
       pretrain_steps: steps of pre-training the base model.
       out: folder for the picture and the best adapter.
     """
-    console = make_console()
-    model, base, sites = base_model(console, pretrain_steps)
+    console = Console()
+    model, base, sites = base_model(pretrain_steps)
     lanes = [Lane(rate, seed) for rate in learning_rates for seed in seeds]
     config = lora.LoraConfig(rank=rank)
     adapters = lora.Adapter.stack([lora.init(jax.random.key(lane.seed), config, base, sites) for lane in lanes])
@@ -121,7 +120,7 @@ def main(
     def loss_fn(adapter: lora.Adapter, tokens: jax.Array) -> jax.Array:
         return cross_entropy(adapted(base, adapter, tokens[:, :-1]), tokens).mean()
 
-    course, reporter = Course(len(lanes), patience), Reporter(console, f"training {len(lanes)} adapters", steps)
+    course, reporter = Course(len(lanes), patience), Progress(f"training {len(lanes)} adapters", steps)
     with reporter.shown():
         adapters = train(loss_fn, adapters, lanes, steps, eval_every, course, reporter)
     out.mkdir(parents=True, exist_ok=True)
@@ -139,7 +138,7 @@ def train(
     steps: int,
     eval_every: int,
     course: Course,
-    reporter: Reporter,
+    reporter: Progress,
 ) -> lora.Adapter:
     """Train a stack of adapters until the last step, or until no lane goes on."""
     corpus = split("Python's topics", python_topics(), LENGTH)

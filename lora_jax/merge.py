@@ -8,17 +8,16 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Group
-from rich.table import Table
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import NumberedUpdate, adapter_list, check_parameters, updates_by_path
 from lora_jax.adapter.checksum import warn_if_moved
 from lora_jax.adapter.factors import Array, is_traced, widened
-from lora_jax.adapter.site import render
 from lora_jax.adapter.updates import exact_sum, held
 from lora_jax.errors import MergeError
 from lora_jax.paths import named_leaves, rebuild
+from lora_jax.report.report import Report
+from lora_jax.report.tables import Table
 
 
 def merge(
@@ -212,7 +211,7 @@ class MergeRow:
 
 
 @dataclass(frozen=True, repr=False)
-class MergeReport:
+class MergeReport(Report):
     """What `merge_report` returns: a table when printed, and its numbers as attributes.
 
     Attributes:
@@ -226,19 +225,18 @@ class MergeReport:
         """Paths at which too little of the delta survives."""
         return tuple(row.path for row in self.rows if row.warns)
 
-    def __rich__(self) -> Group:
-        table = Table("path", "dtype", "|Δ|/|W|", "unchanged", "survives", "")
+    def table(self) -> Table:
+        """A row for every parameter, and advice where too little survives."""
+        headers = ("path", "dtype", "|Δ|/|W|", "unchanged", "survives", "")
+        rows = []
         for row in self.rows:
             numbers = (f"{row.relative:.2e}", f"{row.unchanged:.1%}", f"{row.survival:.3f}")
-            table.add_row(row.path, row.dtype, *numbers, "⚠" if row.warns else "")
+            rows.append((row.path, row.dtype, *numbers, "⚠" if row.warns else ""))
         advice = (
             f"⚠ Less than {WARN_BELOW:.0%} of the delta survives rounding to nearest at {len(self.warnings)} of "
             f'{len(self.rows)} parameters. Merge with rounding="stochastic", or into float32 parameters.'
         )
-        return Group(table, advice) if self.warnings else Group(table)
-
-    def __repr__(self) -> str:
-        return render(self)
+        return Table(headers, rows, notes=[advice] if self.warnings else [], words=(1,))
 
 
 def merge_report(params: Any, adapters: Adapter | Sequence[Adapter]) -> MergeReport:

@@ -6,15 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.table import Table
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import adapter_list
 from lora_jax.adapter.checksum import warn_if_moved
-from lora_jax.adapter.site import Site, Sites, render
+from lora_jax.adapter.site import Site, Sites
 from lora_jax.apply import run_adapted
 from lora_jax.engine import Call, Context, Log, Strategy, Use, dense, interpret, trace_call
 from lora_jax.engine.heads import head_equations
+from lora_jax.report.report import Report
+from lora_jax.report.tables import Table
 
 
 def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
@@ -79,8 +80,8 @@ def _site(path: str, leaf: Any, uses: list[Use], heads: set[int]) -> Site:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(Report):
     """How a call uses its adapted parameters; printing it shows a table.
 
     Attributes:
@@ -108,16 +109,14 @@ class Explanation:
         """The uses where `W + a·b` had to be formed."""
         return tuple(use for use in self.uses if use.route == "materialised")
 
-    def __rich__(self) -> Table:
-        table = Table("path", "operation", "route", "+FLOPs", "+bytes", "why")
-        for use in self.uses:
-            table.add_row(use.path, use.primitive, use.route, f"{use.flops:,}", f"{use.nbytes:,}", use.reason)
-        table.add_section()
-        table.add_row("total", "", f"{len(self.uses)} uses", f"{self.flops:,}", f"{self.nbytes:,}", "")
-        return table
-
-    def __repr__(self) -> str:
-        return render(self)
+    def table(self) -> Table:
+        """A row for every use, and totals."""
+        headers = ("path", "operation", "route", "+FLOPs", "+bytes", "why")
+        rows = [
+            (use.path, use.primitive, use.route, f"{use.flops:,}", f"{use.nbytes:,}", use.reason) for use in self.uses
+        ]
+        total = ("total", "", f"{len(self.uses)} uses", f"{self.flops:,}", f"{self.nbytes:,}", "")
+        return Table(headers, rows, total, words=(1, 2, 5))
 
 
 def explain(

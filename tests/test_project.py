@@ -51,7 +51,6 @@ def imports() -> Graph:
     return {module: {*imported(ast.parse(path.read_text()))} - {module} for module, path in MODULES.items()}
 
 
-@pytest.mark.xfail(reason="bench.plot and bench.result", strict=False)
 def test_modules_import_in_no_circle() -> None:
     done: set[str] = set()
 

@@ -5,18 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.table import Table
 
 from lora_jax.adapter.checksum import checksum
 from lora_jax.adapter.serialization import exportable, known_to_flax
-from lora_jax.adapter.site import render
 from lora_jax.adapter.stack import check_alike, lanes_of
 from lora_jax.adapter.updates import Update, map_updates
 from lora_jax.errors import ParameterError, nearest
+from lora_jax.report.report import Printed
+from lora_jax.report.tables import Table
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class Adapter(Mapping[str, Update]):
+class Adapter(Printed, Mapping[str, Update]):
     """A read-only mapping from parameter path to update, and a pytree of their arrays.
 
     Everything that works on trees works on it: `jax.tree.map`, `jax.vmap` over stacked adapters, optax,
@@ -132,14 +132,13 @@ class Adapter(Mapping[str, Update]):
         adapter._updates = dict(zip(paths, updates, strict=True))
         return adapter
 
-    def __rich__(self) -> Table:
-        table = Table("path", "update", "leaves")
-        for path, update in self.items():
-            table.add_row(path, type(update).__name__, "  ".join(map(_spelled, leaves_by_name(update))))
-        return table
-
-    def __repr__(self) -> str:
-        return render(self)
+    def table(self) -> Table:
+        """A row for every parameter."""
+        rows = [
+            (path, type(update).__name__, "  ".join(map(_spelled, leaves_by_name(update))))
+            for path, update in self.items()
+        ]
+        return Table(("path", "update", "leaves"), rows, words=(1, 2))
 
 
 exportable(Adapter)

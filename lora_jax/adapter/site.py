@@ -6,10 +6,10 @@ from math import prod
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 from lora_jax.errors import ParameterError
+from lora_jax.report.report import Report
+from lora_jax.report.tables import Table, times
 
 Kind = Literal["dense", "conv", "embedding", "ragged", "full"]
 
@@ -101,7 +101,7 @@ class Site:
         return prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
-class Sites(Mapping[str, Site]):
+class Sites(Report, Mapping[str, Site]):
     """Read-only mapping from parameter path to `Site`; printing it shows a table.
 
     Example:
@@ -125,33 +125,19 @@ class Sites(Mapping[str, Site]):
     def __len__(self) -> int:
         return len(self._sites)
 
-    def __rich__(self) -> Table:
-        table = Table("path", "kind", "shape", "dtype", "in", "out", "stacked", "uses")
-        table.columns[0].overflow = "fold"
+    def table(self) -> Table:
+        """A row for every site."""
+        headers = ("path", "kind", "shape", "dtype", "in", "out", "stacked", "uses")
+        rows = []
         for site in self.values():
             uses = f"{site.uses}{' (head)' if site.head else ''}"
             axes = [_sizes(site, axes) for axes in (site.in_axes, site.out_axes, site.batch_axes)]
-            table.add_row(site.path, site.kind, _times(site.shape), site.dtype, *axes, uses)
-        return table
-
-    def __repr__(self) -> str:
-        return render(self)
-
-
-def render(table: object, width: int = 120) -> str:
-    """Render a rich renderable as plain text."""
-    console = Console(width=width, color_system=None, force_terminal=False)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+            rows.append((site.path, site.kind, times(site.shape) or "scalar", site.dtype, *axes, uses))
+        return Table(headers, rows, words=range(1, 8))
 
 
 def _sizes(site: Site, axes: tuple[int, ...]) -> str:
-    return _times(site.sizes(axes)) + f" @{','.join(map(str, axes))}" if axes else ""
-
-
-def _times(sizes: tuple[int, ...]) -> str:
-    return "×".join(map(str, sizes)) if sizes else "scalar"
+    return f"{times(site.sizes(axes))} @{','.join(map(str, axes))}" if axes else ""
 
 
 def full_site(path: str, leaf: Any) -> Site:

@@ -5,15 +5,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Group
-from rich.table import Table
 
 from lora_jax.adapter.adapter import Adapter, leaves_by_name
 from lora_jax.adapter.checksum import warn_if_moved
 from lora_jax.adapter.factors import is_traced
-from lora_jax.adapter.site import render
 from lora_jax.adapter.updates import Update
 from lora_jax.paths import is_array
+from lora_jax.report.report import Report
+from lora_jax.report.tables import Table, times
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class SummaryRow:
 
 
 @dataclass(frozen=True, repr=False)
-class Summary:
+class Summary(Report):
     """What `summary` returns: a table when printed, and its numbers as attributes.
 
     Attributes:
@@ -77,22 +76,16 @@ class Summary:
         """PEFT's line, or None if the base's parameters were not given."""
         return None if self.base is None else _line(self.trainable, self.base + self.parameters)
 
-    def __rich__(self) -> Group:
-        table = Table("path", "update", "kind", "shape", "stacked", "rank", "scale", "parameters", "bytes")
-        table.columns[0].overflow = "fold"
-        for column in table.columns[5:]:
-            column.justify = "right"
+    def table(self) -> Table:
+        """A row for every parameter, totals, and PEFT's line."""
+        headers = ("path", "update", "kind", "shape", "stacked", "rank", "scale", "parameters", "bytes")
+        rows = []
         for row in self.rows:
-            sizes = [_times(row.shape), _times(row.stacked), "" if row.rank is None else str(row.rank)]
-            numbers = [_scale(row.scale), f"{row.parameters:,d}", f"{row.nbytes:,d}"]
-            table.add_row(row.path, row.update, row.kind, *sizes, *numbers)
-        table.columns[0].footer = f"{len(self.rows)} adapted parameters"
-        table.columns[7].footer, table.columns[8].footer = f"{self.parameters:,d}", f"{self.nbytes:,d}"
-        table.show_footer = True
-        return Group(table, self.line) if self.line else Group(table)
-
-    def __repr__(self) -> str:
-        return render(self)
+            sizes = (times(row.shape), times(row.stacked), "" if row.rank is None else str(row.rank))
+            numbers = (_scale(row.scale), f"{row.parameters:,d}", f"{row.nbytes:,d}")
+            rows.append((row.path, row.update, row.kind, *sizes, *numbers))
+        total = (f"{len(self.rows)} adapted parameters", *[""] * 6, f"{self.parameters:,d}", f"{self.nbytes:,d}")
+        return Table(headers, rows, total, notes=[self.line] if self.line else [], words=range(1, 5))
 
 
 def summary(adapter: Adapter, params: Any = None) -> Summary:
@@ -185,7 +178,3 @@ def _scale(scale: tuple[float, float] | None) -> str:
         return ""
     low, high = scale
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
-
-
-def _times(sizes: tuple[int, ...]) -> str:
-    return "×".join(map(str, sizes))

@@ -9,21 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import check_parameters
 from lora_jax.adapter.factors import Array, matrices, widened
-from lora_jax.adapter.site import render
 from lora_jax.adapter.updates import Update, exact_sum
 from lora_jax.analysis.pictures import draw_intruders
-from lora_jax.analysis.rows import Row, left_out_line, short_table, table_of
+from lora_jax.analysis.rows import Row, left_out_lines, short_table
 from lora_jax.compose.fuse import gathered, has_factors, plain_factors
 from lora_jax.compose.terms import product
 from lora_jax.errors import ConfigError, listed
 from lora_jax.paths import named_leaves
+from lora_jax.report.report import Report
+from lora_jax.report.tables import Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +50,7 @@ class IntruderRow(Row):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Intruders:
+class Intruders(Report):
     """What `intruders` returns: a table when printed, a picture, and its numbers as attributes.
 
     Attributes:
@@ -89,18 +87,16 @@ class Intruders:
         """
         draw_intruders(path, title, self.rows)
 
-    def __rich__(self) -> Group:
-        table = table_of("parameter", "intruders", "of", "which", "least similarity", "σ₁ of W", "σ₁ of W+ΔW")
+    def table(self) -> Table:
+        """A row for every linear map."""
+        headers = ("parameter", "intruders", "of", "which", "least similarity", "σ₁ of W", "σ₁ of W+ΔW")
+        rows = []
         for row in self.rows:
             which = listed([str(each + 1) for each in row.numbers])
             numbers = (f"{row.similarity.min():.3f}", f"{row.base_values[0]:.3g}", f"{row.values[0]:.3g}")
-            table.add_row(Text(row.name), str(len(row.numbers)), str(len(row.similarity)), which, *numbers)
-        table.columns[0].footer, table.columns[1].footer = "all", str(self.count)
-        table.show_footer = True
-        return Group(table, Text(left_out_line(self.left_out))) if self.left_out else Group(table)
-
-    def __repr__(self) -> str:
-        return render(self)
+            rows.append((row.name, str(len(row.numbers)), str(len(row.similarity)), which, *numbers))
+        total = ("all", str(self.count), "", "", "", "", "")
+        return Table(headers, rows, total, notes=left_out_lines(self.left_out))
 
 
 def intruders(params: Any, adapter: Adapter, *, threshold: float = 0.5, top: int = 10) -> Intruders:

@@ -8,19 +8,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.site import Site, render
+from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import Update
 from lora_jax.analysis.pictures import draw_overlap
-from lora_jax.analysis.rows import Row, left_out_line, number, short_table, table_of
+from lora_jax.analysis.rows import Row, left_out_lines, number, short_table
 from lora_jax.analysis.terms import Directions, decomposed, part_of, why_without_factors
 from lora_jax.compose.fuse import gathered
 from lora_jax.compose.terms import Part, product
 from lora_jax.errors import ParameterError, listed
+from lora_jax.report.report import Report
+from lora_jax.report.tables import Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class OverlapRow(Row):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Overlap:
+class Overlap(Report):
     """What `overlap` returns: a table when printed, a picture, and its numbers as attributes.
 
     Attributes:
@@ -93,20 +92,19 @@ class Overlap:
         """
         draw_overlap(path, title, self.rows)
 
-    def __rich__(self) -> Group:
-        table = table_of(
+    def table(self) -> Table:
+        """A row for every linear map."""
+        headers = (
             "parameter", "ranks", "inputs φ", "(chance)", "outputs φ", "(chance)", "cosine", "signs opposed",
             "by energy",
         )  # fmt: skip
+        rows = []
         for row in self.rows:
             found = ((row.input_overlap, row.chance[0]), (row.output_overlap, row.chance[1]))
             shared = [number(each, ".3f") for pair in found for each in pair]
             rest = (number(row.cosine, ".3f"), number(row.opposed, ".1%"), number(row.opposed_energy, ".1%"))
-            table.add_row(Text(row.name), " × ".join(map(str, row.inputs.shape)), *shared, *rest)
-        return Group(table, Text(left_out_line(self.left_out))) if self.left_out else Group(table)
-
-    def __repr__(self) -> str:
-        return render(self)
+            rows.append((row.name, " × ".join(map(str, row.inputs.shape)), *shared, *rest))
+        return Table(headers, rows, notes=left_out_lines(self.left_out))
 
 
 def overlap(first: Adapter, second: Adapter) -> Overlap:

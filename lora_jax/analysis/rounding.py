@@ -9,20 +9,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from lora_jax.adapter.factors import Array, matrices, widened
-from lora_jax.adapter.site import Site, render
+from lora_jax.adapter.site import Site
 from lora_jax.analysis.codes import FORMATS
 from lora_jax.analysis.pictures import draw_rounding
-from lora_jax.analysis.rows import Row, number, short_table, table_of
+from lora_jax.analysis.rows import Row, number, short_table
 from lora_jax.capture import Inputs
 from lora_jax.compose.fuse import gathered
 from lora_jax.compose.terms import product
 from lora_jax.errors import ParameterError, listed, nearest
 from lora_jax.paths import is_array, named_leaves
+from lora_jax.report.report import Report
+from lora_jax.report.tables import Table
 
 FACTOR_BYTES = 2
 """Of every number in the factors of a truncation: bfloat16 or float16."""
@@ -90,7 +89,7 @@ class RoundingRow(Row):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Rounding:
+class Rounding(Report):
     """What `rounding` returns: a table when printed, a picture, and its numbers as attributes.
 
     Attributes:
@@ -121,21 +120,17 @@ class Rounding:
         """
         draw_rounding(path, title, self.rows, FRACTIONS, self.inputs)
 
-    def __rich__(self) -> Group:
-        table = table_of("parameter", "form", "bits", "error", "of outputs", "in 1 % of entries", "max/rms")
-        table.columns[1].justify = "left"
-        named: set[str] = set()
+    def table(self) -> Table:
+        """Rows for every linear map: a format of numbers each, and the truncation of as many bytes."""
+        headers = ("parameter", "form", "bits", "error", "of outputs", "in 1 % of entries", "max/rms")
+        rows: list[tuple[str, ...]] = []
         for row, after in zip(self.rows, (*self.rows[1:], None), strict=True):
-            name = "" if row.name in named else row.name
-            named.add(row.name)
-            table.add_row(Text(name), row.form, f"{row.bits:.3g}", *_numbers(row.rounded))
+            rows.append((row.name, row.form, f"{row.bits:.3g}", *_numbers(row.rounded)))
             # Formats of as many bytes have the same truncation.
             if after is None or (after.name, after.nbytes) != (row.name, row.nbytes):
-                table.add_row("", f"SVD, rank {row.rank}", f"≤ {row.bits:.3g}", *_numbers(row.truncated))
-        return Group(table, f"Outputs for {self.inputs} inputs; scales in float32, factors in 16 bits")
-
-    def __repr__(self) -> str:
-        return render(self)
+                rows.append((row.name, f"SVD, rank {row.rank}", f"≤ {row.bits:.3g}", *_numbers(row.truncated)))
+        note = f"Outputs for {self.inputs} inputs; scales in float32, factors in 16 bits"
+        return Table(headers, rows, notes=[note], words=(1,))
 
 
 def rounding(params: Any, sites: Mapping[str, Site] | Iterable[Site] | None = None, inputs: Any = None) -> Rounding:

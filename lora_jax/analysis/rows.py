@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TypeVar
 
-from rich.table import Table
-from rich.text import Text
-
 from lora_jax.paths import alike, layer_number
+from lora_jax.report.tables import Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +49,6 @@ def grouped(rows: Iterable[_Row]) -> dict[str, list[_Row]]:
     return {group: sorted(found, key=lambda row: row.position) for group, found in groups.items()}
 
 
-def table_of(first: str, *columns: str) -> Table:
-    """A table whose first column holds names, and whose others hold numbers."""
-    table = Table(first, *columns)
-    table.columns[0].overflow = "fold"
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
-
-
 def short_table(
     rows: Sequence[_Row],
     columns: Mapping[str, Callable[[_Row], float | None]],
@@ -74,15 +63,14 @@ def short_table(
       spelled: format of the numbers by header.
       note: a remark on a row; a last column has those of each group, if there are any.
     """
-    noted = any(note(row) for row in rows)
-    table = table_of("parameter", "weights", *columns, *[""] * noted)
+    noted, lines = any(note(row) for row in rows), []
     for group, found in grouped(rows).items():
         values = {header: [value for row in found if (value := number(row)) is not None]
                   for header, number in columns.items()}  # fmt: skip
-        ranges = [Text(_range(each, spelled[head])) for head, each in values.items()]
+        ranges = [_range(each, spelled[head]) for head, each in values.items()]
         remarks = "; ".join(dict.fromkeys(remark for row in found if (remark := note(row))))
-        table.add_row(Text(group), str(len({row.name for row in found})), *ranges, *[remarks] * noted)
-    return table
+        lines.append((group, str(len({row.name for row in found})), *ranges, *[remarks] * noted))
+    return Table(("parameter", "weights", *columns, *[""] * noted), lines, words=[len(columns) + 2] * noted)
 
 
 def _range(values: Sequence[float], spelled: str) -> str:
@@ -97,6 +85,7 @@ def number(value: float | None, spelled: str) -> str:
     return "" if value is None else format(value, spelled)
 
 
-def left_out_line(left_out: Mapping[str, str]) -> str:
-    """What a report says about what it has no rows for."""
-    return "Left out: " + "; ".join(f"{path} ({why})" for path, why in left_out.items())
+def left_out_lines(left_out: Mapping[str, str]) -> list[str]:
+    """What a report says about what it has no rows for: one line, or none."""
+    why = "; ".join(f"{path} ({why})" for path, why in left_out.items())
+    return [f"Left out: {why}"] if why else []

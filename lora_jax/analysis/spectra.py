@@ -7,19 +7,19 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
-from rich.text import Text
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import check_parameters
 from lora_jax.adapter.factors import Array, matrices, widened
-from lora_jax.adapter.site import Site, render
+from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank, Update, exact_sum
 from lora_jax.analysis.pictures import draw_spectra
-from lora_jax.analysis.rows import Row, number, short_table, table_of
+from lora_jax.analysis.rows import Row, number, short_table
 from lora_jax.analysis.terms import decomposed, remark, why_without_factors
 from lora_jax.compose.fuse import gathered
 from lora_jax.paths import named_leaves
+from lora_jax.report.report import Report
+from lora_jax.report.tables import Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class SpectrumRow(Row):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Spectra:
+class Spectra(Report):
     """What `spectra` returns: a table when printed, a picture, and its numbers as attributes.
 
     Attributes:
@@ -115,22 +115,19 @@ class Spectra:
         """
         draw_spectra(path, title, self.rows)
 
-    def __rich__(self) -> Table:
+    def table(self) -> Table:
+        """A row for every linear map, and for every parameter without factors."""
         based = any(row.relative is not None for row in self.rows)
         noted = any(row.note for row in self.rows)
-        extra = ["|ΔW|/|W|"] * based + [""] * noted
-        table = table_of("parameter", "update", "rank", "effective", "stable", "σ₁", "|ΔW|", *extra)
-        table.columns[1].justify = "left"
+        headers = ("parameter", "update", "rank", "effective", "stable", "σ₁", "|ΔW|", *["|ΔW|/|W|"] * based)
+        rows = []
         for row in self.rows:
             rank = "" if row.values is None else f"{row.rank} of {len(row.values)}"
             ranks = (rank, number(row.effective_rank, ".2f"), number(row.stable_rank, ".2f"))
             sizes = (number(row.spectral, ".3g"), number(row.norm, ".3g"))
             more = [number(row.relative, ".2e")] * based + [row.note] * noted
-            table.add_row(Text(row.name), row.update, *ranks, *sizes, *more)
-        return table
-
-    def __repr__(self) -> str:
-        return render(self)
+            rows.append((row.name, row.update, *ranks, *sizes, *more))
+        return Table((*headers, *[""] * noted), rows, words=[1, *[len(headers)] * noted])
 
 
 def spectra(adapter: Adapter, params: Any = None) -> Spectra:

@@ -5,10 +5,10 @@ bench/settings.py   what is varied
 bench/cases.py      what is timed: one weight, or a model
 bench/programs.py   the modes, compiled, and checked against each other
 bench/measuring.py  all of it, in interleaved rounds
+bench/rows.py       one line of it, and how its numbers are spelled
 bench/result.py     the numbers, as tables, JSON and files
 bench/plot.py       the picture
 bench/timing.py     rounds in random order, their ratios, and the machine they ran on
-bench/tables.py     tables for a terminal or as Markdown
 ```
 """
 
@@ -19,5 +19,5 @@ from lora_jax.bench.measuring import RunError as RunError
 from lora_jax.bench.measuring import measure as measure
 from lora_jax.bench.programs import DisagreementError as DisagreementError
 from lora_jax.bench.result import Benchmark as Benchmark
-from lora_jax.bench.result import Row as Row
+from lora_jax.bench.rows import Row as Row
 from lora_jax.bench.settings import Settings as Settings

@@ -9,7 +9,8 @@ import jax
 
 from lora_jax.bench.cases import Case
 from lora_jax.bench.programs import Program, programs
-from lora_jax.bench.result import Benchmark, Row, batch_text
+from lora_jax.bench.result import Benchmark
+from lora_jax.bench.rows import Row, batch_text
 from lora_jax.bench.settings import Settings, check_distinct
 from lora_jax.bench.timing import Times, machine, ratio, rounds
 from lora_jax.errors import ConfigError, LoraError

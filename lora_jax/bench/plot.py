@@ -8,16 +8,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter, StrMethodFormatter
 
-from lora_jax.bench.result import Benchmark, Row, batch_text, seconds_text
+from lora_jax.bench.rows import Row, batch_text, seconds_text
 
 _STYLES = {"adapter": ("tab:gray", "s"), "separate": ("tab:blue", "o"), "merged": ("tab:green", "^")}
 _NAMES = {"adapter": "adapter alone, B(Ax)", "separate": "separate, Wx + B(Ax)", "merged": "merged, (W + BA)x"}
 _ROUTED = ("tab:orange", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
 
 
-def draw(benchmark: Benchmark) -> Figure:
+def draw(measured: Sequence[Row], settings: Mapping[str, Any], machine: Mapping[str, str]) -> Figure:
     """Draw the ratio to the base over ranks: a panel for every number of tokens, a row of them for every case."""
-    cases = [list(rows) for _, rows in groupby(benchmark.rows, lambda row: row.case)]
+    cases = [list(rows) for _, rows in groupby(measured, lambda row: row.case)]
     panels = [[list(rows) for _, rows in groupby(rows, lambda row: row.tokens)] for rows in cases]
     height, width = len(panels), len(panels[0])
     figure = Figure(figsize=(max(3.6 * width, 7), 3.3 * height + 1.6), dpi=120, layout="constrained")
@@ -28,9 +28,8 @@ def draw(benchmark: Benchmark) -> Figure:
             _panel(grid[i][j], rows)
             _ticks(grid[i][j], line)
         grid[i][0].set_ylabel("time / time of the base (lower is better)")
-    settings = benchmark.settings
     what = f"LoRA beside its base: medians of {settings['rounds']} rounds with quartiles, {settings['dtype']}"
-    figure.suptitle(f"{what}\n{_machine(benchmark.machine)}", fontsize=11)
+    figure.suptitle(f"{what}\n{_machine(machine)}", fontsize=11)
     columns = 4 if width > 2 else 2
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=9)
     return figure

@@ -6,13 +6,14 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from rich.table import Table
 
 from lora_jax.adapter.adapter import leaves_by_name
 from lora_jax.adapter.registry import Data
-from lora_jax.adapter.site import Site, render
+from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import pytree
 from lora_jax.errors import ParameterError, nearest
+from lora_jax.report.report import Printed
+from lora_jax.report.tables import Table
 
 
 @pytree()
@@ -74,7 +75,7 @@ Statistic: TypeAlias = Inputs | Components | Gradient
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class Captured(Mapping[str, Statistic]):
+class Captured(Printed, Mapping[str, Statistic]):
     """A read-only mapping from parameter path to what was captured there; a pytree, and printing it shows a table.
 
     Example:
@@ -117,15 +118,13 @@ class Captured(Mapping[str, Statistic]):
         captured._statistics = dict(zip(paths, statistics, strict=True))
         return captured
 
-    def __rich__(self) -> Table:
-        table = Table("path", self.what)
+    def table(self) -> Table:
+        """A row for every parameter."""
+        rows = []
         for path, statistic in self._statistics.items():
             shapes = [f"{name} {list(getattr(leaf, 'shape', ()))}" for name, leaf in leaves_by_name(statistic)]
-            table.add_row(path, "  ".join(shapes))
-        return table
-
-    def __repr__(self) -> str:
-        return render(self)
+            rows.append((path, "  ".join(shapes)))
+        return Table(("path", self.what), rows, words=(1,))
 
 
 def statistic_for(captured: Mapping[str, Any] | None, what: Data, init: str, site: Site) -> Any:

@@ -7,22 +7,23 @@ from pathlib import Path
 from lora_jax.bench import Case, Dense, Model, Settings, measure
 from lora_jax.bench.measuring import check, steps
 from lora_jax.bench.settings import Dtype
+from lora_jax.cli.verb import Verb
 from lora_jax.models.sizes import SIZES, Size
+from lora_jax.report.terminal import Progress, Terminal
 from lora_jax.train.folder import check_writable
-from lora_jax.train.log import Reporter
 from lora_jax.train.options import OptionError
-from lora_jax.train.report import make_console
 
 _DEFAULT = Dense(1024, 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
-    """Time what LoRA costs: the base Wx, the adapter B(Ax), both apart, merged, and routed with many adapters.
+class Bench(Verb):
+    """Time what LoRA costs: the base, the adapter, both, merged, and many adapters at once.
 
-    For one or more weights, given by their shapes, or a small transformer with random weights. Results are compared
-    before anything is timed. Times are medians of interleaved rounds; operations and bytes are XLA's. Without options
-    it is one weight of 1024x1024, which takes about half a minute on two cores.
+    That is Wx, B(Ax), Wx + B(Ax), (W + BA)x, and the same routed to an adapter for each example. For one or more
+    weights, given by their shapes, or a small transformer with random weights. Results are compared before anything
+    is timed. Times are medians of interleaved rounds; operations and bytes are XLA's. Without options it is one
+    weight of 1024x1024, which takes about half a minute on two cores.
     """
 
     shapes: tuple[str, ...] = ()
@@ -46,10 +47,6 @@ class Bench:
     out: Path | None = None
     """Directory to create, for bench.json, bench.md and bench.png."""
 
-    def saved(self) -> "Bench | None":
-        """Nothing is resumed."""
-        return None
-
     def prepare(self, saved: "Bench | None") -> "BenchJob":
         """Check the options.
 
@@ -67,7 +64,7 @@ class Bench:
         cases: list[Case] = [Dense.parsed(text) for text in self.shapes]
         cases += [] if self.model is None else [Model(self.model, SIZES[self.model])]
         check(cases or [_DEFAULT], settings)
-        return BenchJob(cases or [_DEFAULT], settings, self.out)
+        return BenchJob(cases or [_DEFAULT], settings, self.out, Terminal(self.json))
 
 
 class BenchJob:
@@ -75,15 +72,15 @@ class BenchJob:
 
     resume = None
 
-    def __init__(self, cases: Sequence[Case], settings: Settings, out: Path | None):
-        self._cases, self._settings, self._out = cases, settings, out
+    def __init__(self, cases: Sequence[Case], settings: Settings, out: Path | None, terminal: Terminal):
+        self._cases, self._settings, self._out, self._terminal = cases, settings, out, terminal
 
     def run(self) -> None:
         """Measure, with progress; print the tables, and write the files if a directory was asked for."""
-        console, total = make_console(), steps(self._cases, self._settings)
-        with Reporter(console, "bench", total).shown() as reporter:
-            found = measure(self._cases, self._settings, progress=reporter.update)
-        console.print(found)
+        with Progress("bench", steps(self._cases, self._settings)).shown() as progress:
+            found = measure(self._cases, self._settings, progress=progress.update)
+        self._terminal.show(found)
+        self._terminal.result(found.as_dict())
         if self._out is not None:
             found.save(self._out)
-            console.print(f"{self._out}: bench.json, bench.md, bench.png", markup=False)
+            self._terminal.say(f"{self._out}: bench.json, bench.md, bench.png")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
+from lora_jax.cli.verb import Verb
 from lora_jax.compose import compose_report
 from lora_jax.compose.methods import METHODS
 from lora_jax.compose.report import ComposeReport
@@ -18,13 +19,13 @@ from lora_jax.io.hf.folder import open_checkpoint
 from lora_jax.io.inspect import Format, detect
 from lora_jax.io.own import orbax
 from lora_jax.io.peft import read_peft, write_peft
+from lora_jax.report.terminal import Terminal
 from lora_jax.train.options import OptionError, require
-from lora_jax.train.report import make_console
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compose:
-    """Make one adapter out of several: lora-jax compose ADAPTER [ADAPTER ...] --out OUT.
+class Compose(Verb):
+    """Make one adapter out of several.
 
     All of them in PEFT's format or all in lora_jax's own, and so is the result. Factors need no base; what is trained
     in full (whole modules, rows, DoRA's magnitudes in PEFT's files) needs --base, or weights that add up to 1.
@@ -54,10 +55,6 @@ class Compose:
     base: Path | None = None
     """A Hugging Face checkpoint of the base, for PEFT adapters with parts trained in full; only those are read."""
 
-    def saved(self) -> "Compose | None":
-        """Nothing is resumed."""
-        return None
-
     def prepare(self, saved: "Compose | None") -> "ComposeJob":
         """Read the adapters and compose them, as only that tells whether they go together. Nothing is written.
 
@@ -74,10 +71,11 @@ class Compose:
             raise OptionError(f"Adapters of different formats: {given}. Bring them to one with lora-jax convert")
         try:
             if found[self.paths[0]] == "peft":
-                return _peft(self.paths, self.out, self.weights, self.base, settings)
+                report, write = _peft(self.paths, self.out, self.weights, self.base, settings)
+                return ComposeJob(self, report, write)
             if self.base is not None:
                 raise OptionError("--base goes with PEFT's format; in Python, lora_jax.compose(..., params=) takes any")
-            return _orbax(self.paths, self.out, self.weights, settings)
+            return ComposeJob(self, *_orbax(self.paths, self.out, self.weights, settings))
         except ParameterError as error:
             hint = "" if self.base else " Here --base takes one, for PEFT adapters."
             raise OptionError(f"{error}{hint}") from error
@@ -95,29 +93,34 @@ class ComposeJob:
 
     resume = None
 
-    def __init__(self, out: Path, report: ComposeReport, write: Callable[[], None]):
-        self._out, self._report, self._write = out, report, write
+    def __init__(self, options: Compose, report: ComposeReport, write: Callable[[], None]):
+        self._options, self._report, self._write = options, report, write
 
     def run(self) -> None:
         """Write it, and show what was lost."""
         self._write()
-        console, worst = make_console(), self._report.worst
-        console.print(self._report.summary())
+        terminal, worst, out = Terminal(self._options.json), self._report.worst, self._options.out
+        terminal.show(self._report.summary())
         lost = "" if worst is None else f", energy lost at most {worst.lost:.2%} ({worst.path})"
-        console.print(f"{self._out}: {len(self._report.rows)} parameters{lost}", markup=False)
+        terminal.say(f"{out}: {len(self._report.rows)} parameters{lost}")
+        terminal.result({"out": out, **self._report.as_dict()})
 
 
-def _peft(paths: Sequence[Path], out: Path, weights: Any, base: Path | None, settings: dict[str, Any]) -> ComposeJob:
+_Composition = tuple[ComposeReport, Callable[[], None]]
+"""What is made, and how it is written."""
+
+
+def _peft(paths: Sequence[Path], out: Path, weights: Any, base: Path | None, settings: dict[str, Any]) -> _Composition:
     given = [read_peft(path) for path in paths]
     known = None if base is None else base_values(open_checkpoint(base), given)
     files, report = compose_files(given, weights, known, **settings)
-    return ComposeJob(out, report, lambda: write_peft(out, files))
+    return report, lambda: write_peft(out, files)
 
 
-def _orbax(paths: Sequence[Path], out: Path, weights: Any, settings: dict[str, Any]) -> ComposeJob:
+def _orbax(paths: Sequence[Path], out: Path, weights: Any, settings: dict[str, Any]) -> _Composition:
     bases = {path: base for path in paths if (base := orbax.load_base(path)) is not None}
     base = next(iter(bases.values()), None)
     if other := [path for path, each in bases.items() if each != base]:
         raise OptionError(f"{other[0]} was saved for another base than {next(iter(bases))}")
     report = compose_report([orbax.load(path) for path in paths], weights, **settings)
-    return ComposeJob(out, report, lambda: orbax.save(out, report.adapter, params=base))
+    return report, lambda: orbax.save(out, report.adapter, params=base)

@@ -7,18 +7,19 @@ import jax
 import tyro
 
 from lora_jax.adapter.site import Sites
+from lora_jax.cli.verb import Verb
 from lora_jax.errors import MatchError
 from lora_jax.io import peft
 from lora_jax.io.inspect import detect, inspect
 from lora_jax.io.names.known import find_names
 from lora_jax.io.own import orbax
+from lora_jax.report.terminal import Terminal
 from lora_jax.train.options import OptionError
-from lora_jax.train.report import make_console
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert:
-    """Convert an adapter to the other format: lora-jax convert SOURCE OUT.
+class Convert(Verb):
+    """Convert an adapter to the other format, lora_jax's own or PEFT's.
 
     From lora_jax's own (Orbax) to PEFT, and from PEFT to lora_jax's own. PyTorch's names and layouts do not tell those
     of a JAX model, so the way back needs --like: any adapter of the same model, such as one saved right after
@@ -35,10 +36,6 @@ class Convert:
     """To PEFT: the base's repository or directory, for the config."""
     task_type: str | None = None
     """To PEFT: the task, such as CAUSAL_LM, for the config."""
-
-    def saved(self) -> "Convert | None":
-        """Nothing is resumed."""
-        return None
 
     def prepare(self, saved: "Convert | None") -> "ConvertJob":
         """Check that source and options go together.
@@ -83,7 +80,9 @@ class ConvertJob:
         except MatchError as error:
             known = f"Known maps for --names: {', '.join(sorted(peft.KNOWN))}; lora_jax.peft.save takes any other."
             raise OptionError(f"{error} {known}") from error
-        make_console().print(inspect(self._options.paths[1]))
+        terminal, found = Terminal(self._options.json), inspect(self._options.paths[1])
+        terminal.show(found)
+        terminal.result(found.as_dict())
 
     def _convert(self) -> None:
         options, (source, out) = self._options, self._options.paths

@@ -6,8 +6,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lora_jax.cli.verb import Verb
 from lora_jax.models import TransformerConfig
 from lora_jax.models.sizes import SIZES, Size
+from lora_jax.report.terminal import Terminal
 from lora_jax.train.data import Corpus, python_source, python_topics, read_text, split
 from lora_jax.train.folder import Folder
 from lora_jax.train.job import FinetuneJob, Plan
@@ -16,7 +18,7 @@ from lora_jax.train.pretrain import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune:
+class Finetune(Verb):
     """Adapt a small language model to a text with LoRA.
 
     The model reads bytes. It is pre-trained on the source of Python's standard library (once, then it is cached),
@@ -84,6 +86,7 @@ class Finetune:
             folder,
             resumed=saved is not None,
             resume=f"finetune --out {shlex.quote(str(self.out))} --resume",
+            terminal=Terminal(self.json),
         )
 
     def _text(self) -> tuple[str, bytes]:
@@ -93,7 +96,7 @@ class Finetune:
 
     def _record(self, shape: TransformerConfig, text: Corpus) -> dict[str, Any]:
         """What `config.json` holds: every option resolved, and what the result depends on beside them."""
-        options = {name: value for name, value in asdict(self).items() if name not in ("out", "resume", "overwrite")}
+        options = {name: value for name, value in asdict(self).items() if name not in _OF_A_CALL}
         options["data"] = self.data and str(_absolute(self.data))
         return {
             "options": options,
@@ -104,6 +107,10 @@ class Finetune:
         }
 
 
+_OF_A_CALL = ("out", "resume", "overwrite", "json")
+"""Options that do not say what a run is."""
+
+
 def _absolute(path: Path | None) -> Path | None:
     return path and path.absolute()
 
@@ -112,6 +119,8 @@ def _changed(one: Any, other: Any) -> list[str]:
     """Names of the options that differ."""
     names = []
     for option in fields(one):
+        if option.name in _OF_A_CALL:
+            continue
         value, former = getattr(one, option.name), getattr(other, option.name)
         if value != former:
             names += _changed(value, former) if is_dataclass(value) else [option.name]

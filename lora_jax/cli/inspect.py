@@ -1,20 +1,24 @@
 """The verb `inspect`: a table of what an adapter on disk holds, and pictures of what it does."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from lora_jax.analysis import overlap, spectra
-from lora_jax.analysis.rows import left_out_line
+from lora_jax.analysis.overlap import Overlap
+from lora_jax.analysis.rows import left_out_lines
+from lora_jax.analysis.spectra import Spectra
+from lora_jax.cli.verb import Verb
 from lora_jax.io.inspect import inspect, read_factors
+from lora_jax.report.terminal import Terminal
 from lora_jax.train.options import OptionError
-from lora_jax.train.report import make_console
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspect:
-    """Show what an adapter holds, in PEFT's format or lora_jax's own: lora-jax inspect PATH.
+class Inspect(Verb):
+    """Show what an adapter holds, in PEFT's format or lora_jax's own.
 
     Sites, rank, alpha, norms, dtype and bytes. The base is not needed. |ΔW| is the Frobenius norm of the update, scale
     included; of a tensor stored whole it is the tensor's own. A second table has the rank in use and |ΔW| where a
@@ -27,10 +31,6 @@ class Inspect:
     """A PNG to write: singular values, effective rank and |ΔW| of every layer; with --against what both share."""
     against: Path | None = None
     """Another adapter of the same model, in the same format: how much of their directions and signs they share."""
-
-    def saved(self) -> "Inspect | None":
-        """Nothing is resumed."""
-        return None
 
     def prepare(self, saved: "Inspect | None") -> "InspectJob":
         """Check where the picture goes.
@@ -49,32 +49,38 @@ class InspectJob:
     resume = None
 
     def __init__(self, options: Inspect):
-        self._options, self._console = options, make_console()
+        self._options, self._terminal = options, Terminal(options.json)
 
     def run(self) -> None:
-        """Read and print, and draw what was asked for."""
-        options, console = self._options, self._console
-        console.print(inspect(options.path))
-        if options.against is not None:
-            self._compare(options.against)
-        elif options.plot is not None:
-            adapter, notes = read_factors(options.path)
-            found = spectra(adapter).noted(notes)
-            console.print(found.summary())
-            found.plot(options.plot, f"Updates of {_name(options.path)}")
-        if options.plot is not None:
-            console.print(f"Written: {options.plot}", markup=False)
+        """Read, then print, and draw what was asked for."""
+        options, terminal = self._options, self._terminal
+        contents = inspect(options.path)
+        found, title, left_out = self._analysed()
+        terminal.show(contents)
+        result = contents.as_dict()
+        if found is not None:
+            terminal.show(found.summary())
+            name = type(found).__name__.lower()
+            result[name] = found.as_dict() | ({"left_out": left_out} if left_out else {})
+        for line in left_out_lines(left_out):
+            terminal.say(line)
+        if found is not None and options.plot is not None:
+            found.plot(options.plot, title)
+            terminal.say(f"Written: {options.plot}")
+        terminal.result(result)
 
-    def _compare(self, against: Path) -> None:
-        options, console = self._options, self._console
-        (one, notes), (other, others) = read_factors(options.path), read_factors(against)
-        found = overlap(one, other)
-        console.print(found.summary())
-        left_out = dict(found.left_out) | {name: why for name, why in (others | notes).items() if name not in one}
-        if left_out:
-            console.print(left_out_line(left_out), markup=False)
-        if options.plot is not None:
-            found.plot(options.plot, f"{_name(options.path)} (first) and {_name(against)} (second)")
+    def _analysed(self) -> tuple[Overlap | Spectra | None, str, Mapping[str, str]]:
+        """What was asked for beside the contents, the title of its picture, and what it has no rows for."""
+        path, against = self._options.path, self._options.against
+        if against is not None:
+            (one, notes), (other, others) = read_factors(path), read_factors(against)
+            found = overlap(one, other)
+            missing = {name: why for name, why in (others | notes).items() if name not in one}
+            return found, f"{_name(path)} (first) and {_name(against)} (second)", {**found.left_out, **missing}
+        if self._options.plot is None:
+            return None, "", {}
+        adapter, notes = read_factors(path)
+        return spectra(adapter).noted(notes), f"Updates of {_name(path)}", {}
 
 
 def _check_picture(path: Path) -> None:

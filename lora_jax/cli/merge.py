@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.console import Console
 
+from lora_jax.cli.verb import Verb
 from lora_jax.errors import listed
 from lora_jax.io.hf.merge import Merged, merge_checkpoint
-from lora_jax.train.log import Reporter
+from lora_jax.report.report import plain_value
+from lora_jax.report.tables import scaled
+from lora_jax.report.terminal import Progress, Terminal
 from lora_jax.train.options import OptionError
-from lora_jax.train.report import make_console
 
 _MEGABYTE = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge:
-    """Merge PEFT adapters into a Hugging Face checkpoint: lora-jax merge BASE ADAPTER [ADAPTER ...] OUT.
+class Merge(Verb):
+    """Merge PEFT adapters into a Hugging Face checkpoint.
 
     Tensors are read, changed in float32, rounded once and written a few rows at a time: no model is loaded, and memory
     holds the adapters and some megabytes. OUT appears only when it is complete.
@@ -37,10 +38,6 @@ class Merge:
     """For stochastic rounding."""
     untie: bool = False
     """Write two tables where an adapter changes one use of a tied one, and say so in the config."""
-
-    def saved(self) -> "Merge | None":
-        """Nothing is resumed."""
-        return None
 
     def prepare(self, saved: "Merge | None") -> "MergeJob":
         """Check the arguments.
@@ -59,42 +56,42 @@ class MergeJob:
     resume = None
 
     def __init__(self, options: Merge):
-        self._options, self._console = options, make_console()
+        self._options = options
 
     def run(self) -> None:
         """Merge, with progress, and say what was written."""
-        options, console = self._options, self._console
+        options = self._options
         base, *adapters, out = options.paths
         began = time.monotonic()
         with ExitStack() as stack:
             merged = merge_checkpoint(
                 base, adapters, out, weights=options.weights, rounding=options.rounding, seed=options.seed,
-                untie=options.untie, progress=_bar(console, stack),
+                untie=options.untie, progress=_bar(stack),
             )  # fmt: skip
-        _tell(console, merged, time.monotonic() - began)
+        _tell(Terminal(options.json), merged, time.monotonic() - began)
 
 
-def _bar(console: Console, stack: ExitStack) -> Callable[[int, int], None]:
+def _bar(stack: ExitStack) -> Callable[[int, int], None]:
     """Progress in megabytes, from the moment the total is known until the stack is closed."""
-    shown: list[Reporter] = []
+    shown: list[Progress] = []
 
     def tell(done: int, total: int) -> None:
         if not shown:
-            reporter = Reporter(console, "merging", -(-total // _MEGABYTE), unit="megabyte")
-            shown.append(stack.enter_context(reporter.shown()))
+            progress = Progress("merging", -(-total // _MEGABYTE), unit="megabyte")
+            shown.append(stack.enter_context(progress.shown()))
         shown[0].update(-(-done // _MEGABYTE), f"{done / total:.0%}")
 
     return tell
 
 
-def _tell(console: Console, merged: Merged, seconds: float) -> None:
-    console.print(
+def _tell(terminal: Terminal, merged: Merged, seconds: float) -> None:
+    terminal.say(
         f"{merged.path}: {len(merged.changed)} of {merged.tensors} tensors changed, "
-        f"{merged.nbytes / 1e9:.3g} GB, {seconds:.1f} s",
-        markup=False,
+        f"{scaled(merged.nbytes, 'B')}, {seconds:.1f} s"
     )
     if merged.added:
-        console.print(f"Added, as the base has no such tensor: {', '.join(merged.added)}", markup=False)
+        terminal.say(f"Added, as the base has no such tensor: {', '.join(merged.added)}")
     if merged.left_out:
         names = listed([str(path) for path in merged.left_out])
-        console.print(f"Left out, as they hold the unmerged weights or other state: {names}", markup=False)
+        terminal.say(f"Left out, as they hold the unmerged weights or other state: {names}")
+    terminal.result({**plain_value(merged), "seconds": seconds})

@@ -1,100 +1,163 @@
 """From arguments to a job, or one line on what is wrong with them."""
 
 import io
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
-from typing import Any, Protocol, Self
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any, get_type_hints
 
 import tyro
 
-from lora_jax.cli.bench import Bench
-from lora_jax.cli.compose import Compose
-from lora_jax.cli.convert import Convert
-from lora_jax.cli.finetune import Finetune
-from lora_jax.cli.inspect import Inspect
-from lora_jax.cli.merge import Merge
+from lora_jax.cli.verb import Job, Verb
+from lora_jax.cli.words import meant, meant_verb
 from lora_jax.errors import LoraError
 
-_PROGRAM = "lora-jax"
-_DESCRIPTION = "LoRA for any JAX function."
+VERBS = {
+    "finetune": ("finetune", "Adapt a small language model to a text with LoRA."),
+    "merge": ("merge BASE ADAPTER [ADAPTER ...] OUT", "Merge PEFT adapters into a Hugging Face checkpoint."),
+    "compose": ("compose ADAPTER [ADAPTER ...] --out OUT", "Make one adapter out of several."),
+    "convert": ("convert ADAPTER OUT", "Convert an adapter to the other format, lora_jax's own or PEFT's."),
+    "inspect": ("inspect ADAPTER", "Show what an adapter holds, in PEFT's format or lora_jax's own."),
+    "bench": ("bench", "Time what LoRA costs: the base, the adapter, both, merged, and many adapters at once."),
+}
+"""How each verb is called, and what it does. Its module, which holds its options, is imported when it is called."""
+
+_HELP = """\
+LoRA for any JAX function.
+
+{verbs}
+
+  lora-jax VERB --help  what a verb does, and its options
+  lora-jax --version    the version of lora_jax
+
+Every verb takes --json: one JSON object on standard output instead of tables and lines. Progress and errors go to \
+standard error. NO_COLOR and TERM=dumb are respected, and tables are not wrapped in a pipe.
+
+{codes}"""
+
+_CODES = (
+    "Exit codes: 0 done; 1 something failed; 2 what you gave cannot be used; 130 stopped by Ctrl-C, 143 by "
+    "SIGTERM, 141 by a closed pipe."
+)
+
+_TYPES = {
+    r"\{?\[+([A-Z]+) \[\1 \.\.\.\]+\}?": r"\1 ...",
+    r"\{None\}\|([A-Z]+(?: \.\.\.)?)": r"\1",
+}
+"""How tyro writes what an option takes, and how it is written here."""
+
+_WIDTH = 100
 
 
 class UsageError(LoraError, ValueError):
     """Arguments that mean nothing."""
 
 
-class Job(Protocol):
-    """Work whose arguments have been checked."""
-
-    @property
-    def resume(self) -> str | None:
-        """The arguments that continue the job after it was stopped; None if a stopped job leaves nothing."""
-        ...
-
-    def run(self) -> None:
-        """Do the work."""
-        ...
-
-
-class Verb(Protocol):
-    """A dataclass whose fields are the options of a verb."""
-
-    def saved(self) -> Self | None:
-        """The options of the run to resume: they stand where an option is left out."""
-        ...
-
-    def prepare(self, saved: Self | None) -> Job:
-        """Check everything that can be checked before anything is written."""
-        ...
-
-
-VERBS: dict[str, type[Verb]] = {
-    "finetune": Finetune,
-    "merge": Merge,
-    "compose": Compose,
-    "convert": Convert,
-    "inspect": Inspect,
-    "bench": Bench,
-}
-
-
-def prepare(args: Sequence[str]) -> Job:
-    """Turn arguments into a job.
+def prepare(args: Sequence[str]) -> Job | None:
+    """Turn arguments into a job; None if they ask for help or the version, which is printed.
 
     Raises:
       UsageError: they cannot be parsed.
       LoraError: what they ask for cannot be done.
     """
-    verb: Verb = _parse(tyro.extras.subcommand_cli_from_dict, VERBS, prog=_PROGRAM, description=_DESCRIPTION, args=args)
+    if not args:
+        raise UsageError(f"name a verb: {', '.join(VERBS)}. More with lora-jax --help")
+    name, *rest = args
+    if name in ("-h", "--help"):
+        print(_help())
+        return None
+    if name == "--version":
+        print(f"lora-jax {version('lora_jax')}")
+        return None
+    if name.startswith("-"):
+        raise UsageError(f"{name} goes after a verb: lora-jax VERB {name}")
+    if name not in VERBS:
+        raise UsageError(f"there is no verb {name}: {meant_verb(name, VERBS)}")
+    kind: type[Verb] = getattr(import_module(f"lora_jax.cli.{name}"), name.title())
+    if "-h" in rest or "--help" in rest:
+        print(_verb_help(name, kind))
+        return None
+    _check_known(name, rest, _options(kind))
+    verb: Verb = _parse(kind, name, rest)
     saved = verb.saved()
     if saved is None:
         return verb.prepare(None)
-    resumed = _parse(tyro.cli, type(saved), default=saved, prog=f"{_PROGRAM} {args[0]}", args=args[1:])
+    resumed: Verb = _parse(kind, name, rest, default=saved)
     return resumed.prepare(saved)
 
 
-def _parse(parser: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    parse = partial(parser, *args, **options, config=(tyro.conf.OmitArgPrefixes,))
+def _help() -> str:
+    verbs = "\n".join(f"  {name:<10}{what}" for name, (_, what) in VERBS.items())
+    text = _HELP.format(verbs=verbs, codes=_CODES)
+    return "\n".join(_filled(["usage: lora-jax VERB [OPTIONS]", "", *text.splitlines()]))
+
+
+def _options(kind: Any) -> set[str]:
+    """Names of a verb's options as they are typed; those of its groups too."""
+    names, hints = set(), get_type_hints(kind, include_extras=True)
+    for each in fields(kind):
+        if is_dataclass(hints[each.name]):
+            names |= _options(hints[each.name])
+        elif getattr(hints[each.name], "__metadata__", ()) == ():
+            names.add(each.name.replace("_", "-"))
+    return names
+
+
+def _check_known(verb: str, args: Sequence[str], options: set[str]) -> None:
+    for given in args:
+        name = given.partition("=")[0].lstrip("-").replace("_", "-")
+        dashed = re.match(r"--?[A-Za-z]", given)
+        if dashed and (not given.startswith("--") or name.removeprefix("no-") not in options):
+            raise UsageError(f"{verb} has no option {given}: {meant(given, options, VERBS[verb][0])}")
+
+
+def _parse(kind: type[Verb], name: str, args: Sequence[str], **options: Any) -> Any:
     complaint = io.StringIO()
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(complaint):
-            return parse()
-    except SystemExit as stop:
-        if not stop.code:
-            parse()  # the help, in the colours of the terminal this time
-        raise UsageError(_gist(complaint.getvalue())) from None
+            return _tyro(kind, name, args, **options)
+    except SystemExit:
+        raise UsageError(_gist(complaint.getvalue(), name)) from None
 
 
-def _gist(text: str) -> str:
+def _tyro(kind: type[Verb], name: str, args: Sequence[str], **options: Any) -> Any:
+    parse: Callable[..., Any] = tyro.cli
+    return parse(kind, prog=f"lora-jax {name}", args=args, config=(tyro.conf.OmitArgPrefixes,), **options)
+
+
+def _verb_help(name: str, kind: type[Verb]) -> str:
+    """tyro's help as it is in a pipe, without its usage, its rules and what need not be said."""
+    shown = io.StringIO()
+    with redirect_stdout(shown), suppress(SystemExit):
+        _tyro(kind, name, ["--help"])
+    lines = [re.sub(r"^ (\S.*)", r"\1:", line.rstrip()) for line in _shortened(shown.getvalue()).splitlines()[1:]]
+    kept = [line for line in lines if not line or line.strip(" -:")]
+    return "\n".join(_filled([f"usage: lora-jax {VERBS[name][0]} [OPTIONS]", *kept, "", _CODES]))
+
+
+def _filled(lines: Sequence[str]) -> Iterator[str]:
+    """Lines as wide as the terminal at most; tyro wraps its options, and no paragraphs."""
+    width = min(shutil.get_terminal_size().columns, _WIDTH)
+    for line in lines:
+        yield from textwrap.wrap(line, width) if line[:1].strip() else [line]
+
+
+def _gist(text: str, name: str) -> str:
     """The message among what tyro writes when it writes to no terminal: title, message, hints, with rules between."""
     lines = [line.strip() for line in text.splitlines()]
     rules = [index for index, line in enumerate(lines) if line and not line.strip("-")]
-    if len(rules) < 2:
-        return text
-    message, hints = lines[rules[0] + 1 : rules[1]], lines[rules[1] :]
-    message += [f"({line})" for line in hints if line.startswith("Available")]
-    if any(line.startswith("Perhaps") for line in hints):
-        similar = [line.split()[0] for line in hints if line.startswith("--") and line.strip("-")]
-        message.append(f"(perhaps {' or '.join(similar)})")
-    return " ".join(message)
+    said = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines).partition(" Got errors:")[0]
+    return f"{_shortened(said).rstrip('.')}. Usage: lora-jax {VERBS[name][0]} [OPTIONS]"
+
+
+def _shortened(text: str) -> str:
+    """What tyro writes, without what need not be said."""
+    text = re.sub(r"\s*\(default:\s+(None|False)?\s*\)|None,|\s*\(required\)", "", text)
+    for verbose, short in _TYPES.items():
+        text = re.sub(verbose, lambda found, short=short: found.expand(short).ljust(len(found[0])), text)
+    return text

@@ -7,16 +7,15 @@ from statistics import mean
 from typing import Any
 
 import jax
-from rich.table import Table
-from rich.text import Text
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.factors import Array
-from lora_jax.adapter.site import render
 from lora_jax.adapter.updates import Update
 from lora_jax.compose.compose import Composed, composed, effect
 from lora_jax.compose.fuse import plain_factors, sizes
 from lora_jax.errors import listed
+from lora_jax.report.report import Report, plain_value
+from lora_jax.report.tables import Table
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class ComposeRow:
 
 
 @dataclass(frozen=True, repr=False)
-class ComposeReport:
+class ComposeReport(Report):
     """What `compose_report` returns: a table when printed, and its numbers as attributes.
 
     Attributes:
@@ -65,29 +64,20 @@ class ComposeReport:
         groups: dict[str, list[ComposeRow]] = {}
         for row in self.rows:
             groups.setdefault(re.sub(r"\d+", "*", row.path), []).append(row)
-        table = Table("path", "update", "parameters", "ranks", "rank", "energy lost", "at most", "off the sum")
-        table.columns[0].overflow = "fold"
-        for column in table.columns[2:]:
-            column.justify = "right"
-        for pattern, rows in groups.items():
-            table.add_row(Text(pattern), rows[0].update, str(len(rows)), *_averages(rows))
-        return table
+        headers = ("path", "update", "parameters", "ranks", "rank", "energy lost", "at most", "off the sum")
+        rows = [(path, found[0].update, str(len(found)), *_averages(found)) for path, found in groups.items()]
+        return Table(headers, rows, words=(1,))
 
-    def __rich__(self) -> Table:
-        table = Table("path", "update", "ranks", "rank", "|Δ|", "energy lost", "off the sum")
-        table.columns[0].overflow = "fold"
-        for column in table.columns[2:]:
-            column.justify = "right"
-        for row in self.rows:
-            table.add_row(Text(row.path), row.update, *_numbers(row))
-        table.columns[0].footer = f"{len(self.rows)} parameters"
-        if self.worst is not None:
-            table.columns[5].footer = f"at most {self.worst.lost:.2%}"
-        table.show_footer = True
-        return table
+    def table(self) -> Table:
+        """A row for every parameter."""
+        headers = ("path", "update", "ranks", "rank", "|Δ|", "energy lost", "off the sum")
+        rows = [(row.path, row.update, *_numbers(row)) for row in self.rows]
+        lost = "" if self.worst is None else f"at most {self.worst.lost:.2%}"
+        return Table(headers, rows, (f"{len(self.rows)} parameters", "", "", "", "", lost, ""), words=(1,))
 
-    def __repr__(self) -> str:
-        return render(self)
+    def as_dict(self) -> dict[str, Any]:
+        """The rows, and the worst of them; the adapter itself is none."""
+        return {"rows": plain_value(self.rows), "worst": plain_value(self.worst)}
 
 
 def compose_report(

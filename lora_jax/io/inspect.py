@@ -10,11 +10,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
-from rich.text import Text
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.site import Site, render
+from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank, Update
 from lora_jax.errors import CheckpointError
 from lora_jax.io.own import manifest, orbax
@@ -23,6 +21,8 @@ from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.keys import WEIGHTS
 from lora_jax.io.peft.module import Module
 from lora_jax.io.peft.read import read_peft
+from lora_jax.report.report import Report
+from lora_jax.report.tables import Table, times
 
 Format = Literal["peft", "orbax"]
 
@@ -60,7 +60,7 @@ class Entry:
 
 
 @dataclass(frozen=True, repr=False)
-class Contents:
+class Contents(Report):
     """What `inspect` found: a table when printed, and its numbers as attributes.
 
     Attributes:
@@ -78,22 +78,16 @@ class Contents:
         """Bytes of all arrays."""
         return sum(entry.nbytes for entry in self.entries)
 
-    def __rich__(self) -> Table:
-        table = Table("name", "kind", "shape", "rank", "alpha", "scale", "|A|", "|B|", "|ΔW|", "dtype", "bytes")
-        table.columns[0].overflow = "fold"
-        for column in (*table.columns[3:9], table.columns[10]):
-            column.justify = "right"
+    def table(self) -> Table:
+        """A row for every entry, and totals."""
+        headers = ("name", "kind", "shape", "rank", "alpha", "scale", "|A|", "|B|", "|ΔW|", "dtype", "bytes")
+        rows = []
         for entry in self.entries:
             numbers = [_number(value) for value in (entry.rank, entry.alpha, entry.scale, *entry.norms)]
-            shape = "×".join(map(str, entry.shape))
-            table.add_row(Text(entry.name), entry.kind, shape, *numbers, entry.dtype, f"{entry.nbytes:,d}")
+            rows.append((entry.name, entry.kind, times(entry.shape), *numbers, entry.dtype, f"{entry.nbytes:,d}"))
         what = "PEFT modules" if self.format == "peft" else "parameters"
-        table.columns[0].footer, table.columns[10].footer = f"{len(self.entries)} {what}", f"{self.nbytes:,d}"
-        table.show_footer = True
-        return table
-
-    def __repr__(self) -> str:
-        return render(self)
+        total = (f"{len(self.entries)} {what}", *[""] * 9, f"{self.nbytes:,d}")
+        return Table(headers, rows, total, words=(1, 2, 9))
 
 
 def inspect(path: str | PathLike[str]) -> Contents:

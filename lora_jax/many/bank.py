@@ -6,18 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.table import Table
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.factors import Array, is_traced
 from lora_jax.adapter.serialization import exportable
-from lora_jax.adapter.site import Site, Sites, render
+from lora_jax.adapter.site import Site, Sites
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.many.slots import Slots, check_fits, empty, factors, padded, stacked, taken
+from lora_jax.report.report import Printed
+from lora_jax.report.tables import Table, times
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class AdapterBank:
+class AdapterBank(Printed):
     """The factors of all slots by parameter path, and a pytree of their arrays.
 
     Slot 0 is the base and stays empty. The other slots hold adapters of any targets and of any rank up to the bank's.
@@ -180,15 +181,14 @@ class AdapterBank:
         bank._held = dict(zip(paths, held, strict=True))
         return bank
 
-    def __rich__(self) -> Table:
-        table = Table("path", "slots", "rank", "a", "b", "gain")
+    def table(self) -> Table:
+        """A row for every parameter."""
+        headers = ("path", "slots", "rank", "a", "b", "gain")
+        rows = []
         for path, held in self.items():
-            gain = "" if held.gain is None else str(held.gain.shape)
-            table.add_row(path, str(held.count), str(held.rank), str(held.a.shape), str(held.b.shape), gain)
-        return table
-
-    def __repr__(self) -> str:
-        return render(self)
+            gain = "" if held.gain is None else times(held.gain.shape)
+            rows.append((path, str(held.count), str(held.rank), times(held.a.shape), times(held.b.shape), gain))
+        return Table(headers, rows)
 
 
 exportable(AdapterBank)

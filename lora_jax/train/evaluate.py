@@ -1,7 +1,7 @@
 """Losses in nats per byte, for training and on held-out text."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lora_jax.report.tables import Table
 from lora_jax.train.data import Bytes
 
 
@@ -56,3 +57,13 @@ def evaluate(predict: Callable[[Bytes], jax.Array], sequences: Bytes, size: int 
     filled = np.resize(sequences, (-(-len(sequences) // size) * size, sequences.shape[1]))
     losses = [cross_entropy(predict(part[:, :-1]), part) for part in np.split(filled, len(filled) // size)]
     return Loss(float(np.concatenate(losses)[: len(sequences)].mean(dtype=np.float64)))
+
+
+def losses_table(losses: Mapping[str, tuple[Loss, Loss]]) -> Table:
+    """Held-out losses of base and adapted model, by text."""
+    headers = ("held-out text", "base nats/byte", "adapted nats/byte", "base bits/byte", "adapted bits/byte")
+    rows = [
+        (name, f"{base.nats:.4f}", f"{adapted.nats:.4f}", f"{base.bits:.4f}", f"{adapted.bits:.4f}")
+        for name, (base, adapted) in losses.items()
+    ]
+    return Table(headers, rows)

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 
 import lora_jax as lora
+from lora_jax.report.terminal import Progress
 from lora_jax.train.data import Bytes, Corpus, batch, windows
 from lora_jax.train.evaluate import cross_entropy, evaluate
-from lora_jax.train.log import Metrics, Reporter
 from lora_jax.train.loop import train
+from lora_jax.train.metrics import Metrics
 from lora_jax.train.options import TrainingOptions
 from lora_jax.train.state import State, load_state
 
@@ -33,7 +34,7 @@ def finetune(
     key: jax.Array,
     directory: Path,
     metrics_path: Path,
-    report: Callable[[int], Reporter],
+    report: Callable[[int], Progress],
 ) -> lora.Adapter:
     """Train an adapter; the base is only read.
 

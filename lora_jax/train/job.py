@@ -12,16 +12,15 @@ import numpy as np
 
 import lora_jax as lora
 from lora_jax.models import Transformer, TransformerConfig, generate
+from lora_jax.report.terminal import Progress, Terminal
 from lora_jax.train.data import Bytes, Corpus, windows
-from lora_jax.train.evaluate import evaluate
+from lora_jax.train.evaluate import evaluate, losses_table
 from lora_jax.train.finetune import EVALUATED, finetune
 from lora_jax.train.folder import Folder
-from lora_jax.train.log import Reporter
 from lora_jax.train.loop import TrainingError
+from lora_jax.train.metrics import plot_loss
 from lora_jax.train.options import TrainingOptions
-from lora_jax.train.plot import plot_loss
 from lora_jax.train.pretrain import Recipe, cache_path, load_cached, pretrain, store
-from lora_jax.train.report import losses_table, make_console, sample_panel
 
 _PROMPT, _SAMPLE, _TEMPERATURE = 48, 200, 0.7
 _TOLERANCE = 1e-4
@@ -58,15 +57,17 @@ class FinetuneJob:
       folder: where to.
       resumed: whether `folder` holds the beginning of this run.
       resume: the arguments that continue it.
+      terminal: where it tells what happens.
 
     Raises:
       MatchError: the adapter's config selects nothing.
     """
 
-    def __init__(self, plan: Plan, folder: Folder, *, resumed: bool, resume: str):
+    def __init__(self, plan: Plan, folder: Folder, *, resumed: bool, resume: str, terminal: Terminal):
         self.resume = resume
         self._plan, self._folder, self._resumed = plan, folder, resumed
-        self._console = make_console()
+        self._terminal = terminal
+        self._result: dict[str, Any] = {"out": folder.path}
         self._model = Transformer(plan.shape)
         self._plain, self._adapted = jax.jit(self._model.apply), jax.jit(lora.adapt(self._model.apply))
         tokens = jax.ShapeDtypeStruct((1, plan.training.seq_len), jnp.uint8)
@@ -85,7 +86,8 @@ class FinetuneJob:
         """
         began = time.monotonic()
         if self._resumed and self._folder.finished:
-            self._console.print(f"The run in {self._folder.path} is finished: nothing is left to do.")
+            self._terminal.say(f"The run in {self._folder.path} is finished: nothing is left to do.")
+            self._terminal.result(self._result)
             return
         if not self._resumed:
             self._folder.start(self._plan.record)
@@ -95,31 +97,35 @@ class FinetuneJob:
         self._save(base, adapter)
         self._sample(base, self._verify(base))
         self._folder.finish()
-        self._console.print(f"Done in {time.monotonic() - began:.0f} s.")
+        seconds = time.monotonic() - began
+        self._terminal.say(f"Done in {seconds:.0f} s.")
+        self._terminal.result({**self._result, "seconds": seconds})
 
     def _base(self) -> Any:
-        plan, console = self._plan, self._console
+        plan, say = self._plan, self._terminal.say
         size = sum(leaf.size for leaf in jax.tree.leaves(self._abstract))
         self._title(f"Base model: {plan.shape.layers} layers of width {plan.shape.width}, {size:,} parameters")
         path = cache_path(self._model, plan.recipe, plan.source)
         if (cached := load_cached(path, self._abstract)) is not None:
-            console.print(f"Pre-trained on {plan.source.name} by an earlier run; read from {path}")
+            say(f"Pre-trained on {plan.source.name} by an earlier run; read from {path}")
             return cached
-        console.print(f"Pre-training on {plan.source.name}: {plan.source.train.size:,} bytes")
-        report = partial(Reporter, console, "pre-training", plan.recipe.steps)
+        say(f"Pre-training on {plan.source.name}: {plan.source.train.size:,} bytes")
+        report = partial(Progress, "pre-training", plan.recipe.steps)
         base = pretrain(self._model, self._sites, plan.source, plan.recipe, self._folder.state / "pretrain", report)
         try:
             store(path, base)
-            console.print(f"Kept for the next run in {path}")
+            say(f"Kept for the next run in {path}")
         except OSError as error:
-            console.print(f"Not kept for the next run: {error}")
+            say(f"Not kept for the next run: {error}")
         return base
 
     def _finetune(self, base: Any) -> lora.Adapter:
         plan, folder = self._plan, self._folder
         fresh = self._start(self._init_key, base)
         self._title(f"Adapter: {plan.config.method} of rank {plan.config.rank}; the base stays frozen")
-        self._console.print(lora.summary(fresh, self._abstract))
+        summary = lora.summary(fresh, self._abstract)
+        self._terminal.show(summary)
+        self._result["adapter"] = summary.as_dict()
         self._title(f"Fine-tuning on {plan.target.name}: {plan.target.train.size:,} bytes")
         return finetune(
             self._adapted,
@@ -130,7 +136,7 @@ class FinetuneJob:
             self._step_key,
             folder.state / "finetune",
             folder.metrics,
-            partial(Reporter, self._console, "fine-tuning", plan.training.steps),
+            partial(Progress, "fine-tuning", plan.training.steps),
         )
 
     def _compare(self, base: Any, adapter: lora.Adapter) -> None:
@@ -138,7 +144,8 @@ class FinetuneJob:
         texts = {text.name: self._held_out(text) for text in (self._plan.source, self._plan.target)}
         losses = {name: (evaluate(plain, text), evaluate(adapted, text)) for name, text in texts.items()}
         self._title("Loss on held-out text")
-        self._console.print(losses_table(losses))
+        self._terminal.show(losses_table(losses))
+        self._result["losses"] = {name: {"base": base, "adapted": adapted} for name, (base, adapted) in losses.items()}
 
     def _save(self, base: Any, adapter: lora.Adapter) -> None:
         plan, folder = self._plan, self._folder
@@ -147,7 +154,7 @@ class FinetuneJob:
         self._title(f"Files in {folder.path}")
         written = {folder.adapter: "the adapter", folder.metrics: "losses", folder.image: "the loss curve"}
         for path, what in {**written, folder.config: "every option, resolved"}.items():
-            self._console.print(f"{path}: {what}", soft_wrap=True)
+            self._terminal.say(f"{path}: {what}")
 
     def _verify(self, base: Any) -> Any:
         """Load the adapter, merge it, and compare the merged model with the adapted one."""
@@ -162,7 +169,8 @@ class FinetuneJob:
                 f"merged and adapted logits differ by {difference:.2e}, more than {bound:.2e}: do not merge"
             )
         self._title("Adapter loaded from disk and merged into the base")
-        self._console.print(f"Logits of merged and adapted model agree: largest difference {difference:.1e}")
+        self._terminal.say(f"Logits of merged and adapted model agree: largest difference {difference:.1e}")
+        self._result["difference"] = difference
         return merged
 
     def _sample(self, base: Any, merged: Any) -> None:
@@ -174,10 +182,13 @@ class FinetuneJob:
         self._title("Samples, from a held-out beginning")
         for title, variables in {"base": base, "adapted": merged}.items():
             sample = generate(variables, self._model, tokens, _SAMPLE, temperature=_TEMPERATURE, key=self._step_key)
-            self._console.print(sample_panel(title, prompt, np.asarray(sample[0]).tobytes()))
+            # Decoded as one text, so that a character cut in two at the seam stays whole.
+            written = (prompt + np.asarray(sample[0]).tobytes()).decode(errors="replace")
+            self._terminal.quote(title, written)
+            self._result.setdefault("samples", {})[title] = written
 
     def _held_out(self, text: Corpus) -> Bytes:
         return windows(text.held_out, self._plan.training.seq_len, EVALUATED)
 
     def _title(self, title: str) -> None:
-        self._console.print(f"\n[bold]{title}[/]")
+        self._terminal.title(title)

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from lora_jax.errors import LoraError
+from lora_jax.report.terminal import Progress
 from lora_jax.train.data import Bytes
-from lora_jax.train.log import Reporter
 from lora_jax.train.state import State, save_state
 
 Step = Callable[[Any, Any, Bytes, jax.Array], tuple[Any, Any, jax.Array]]
@@ -51,7 +51,7 @@ def train(
     key: jax.Array,
     schedule: Schedule,
     directory: Path,
-    reporter: Reporter,
+    reporter: Progress,
     record: Callable[[int, float], None] = lambda done, loss: None,
     evaluate: Callable[[int, Any], None] = lambda done, weights: None,
 ) -> State:

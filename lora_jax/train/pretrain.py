@@ -19,9 +19,9 @@ import optax
 from lora_jax.adapter.site import Sites
 from lora_jax.models import Transformer, transformer
 from lora_jax.paths import named_leaves, rebuild
+from lora_jax.report.terminal import Progress
 from lora_jax.train.data import Corpus, batch
 from lora_jax.train.evaluate import cross_entropy
-from lora_jax.train.log import Reporter
 from lora_jax.train.loop import Schedule, train
 from lora_jax.train.options import warmup_cosine
 from lora_jax.train.state import State, load_state, read_arrays, write_arrays
@@ -89,7 +89,7 @@ def pretrain(
     corpus: Corpus,
     recipe: Recipe,
     directory: Path,
-    report: Callable[[int], Reporter],
+    report: Callable[[int], Progress],
 ) -> Any:
     """Train a model from scratch.
 

@@ -7,9 +7,10 @@ from helpers import random_adapter
 
 import lora_jax as lora
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.site import Site, render
+from lora_jax.adapter.site import Site
 from lora_jax.adapter.summary import summary, trainable_line
 from lora_jax.adapter.updates import Replace, pytree
+from lora_jax.report.tables import render
 
 DENSE = Site(path="mlp/kernel", shape=(100, 40), dtype="bfloat16", kind="dense", in_axes=(0,), out_axes=(1,))
 STACK = Site(path="layers/kernel", shape=(3, 10, 20), dtype="float32", kind="dense", in_axes=(1,), out_axes=(2,), batch_axes=(0,))  # fmt: skip  # noqa: E501

@@ -432,7 +432,7 @@ def report(name: str) -> Any:
 def test_reports_print_and_draw(name: str, tmp_path: Path) -> None:
     found = report(name)
     assert all(row.name in str(found) for row in found.rows)
-    assert found.summary().row_count == len({row.path for row in found.rows})
+    assert len(found.summary().rows) == len({row.path for row in found.rows})
     found.plot(tmp_path / "picture", "a [title]")
     data = (tmp_path / "picture").read_bytes()
     assert data.startswith(b"\x89PNG")
@@ -443,7 +443,7 @@ def test_reports_print_and_draw(name: str, tmp_path: Path) -> None:
 def test_many_layers_are_lines_of_one_table(tmp_path: Path) -> None:
     named = [replace(SITES[0], path=f"params/layers_{i}/{name}/kernel") for i in range(40) for name in ("up", "down")]
     found = spectra(random_adapter(named))
-    assert found.summary().row_count == 2
+    assert len(found.summary().rows) == 2
     assert {(row.group, row.position) for row in found.rows} >= {("params/layers_*/up/kernel", (39,))}
     found.plot(tmp_path / "many.png")
     names = [replace(SITES[0], path=f"module_{chr(97 + i)}/w") for i in range(15)]
