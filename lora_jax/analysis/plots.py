@@ -142,7 +142,8 @@ def _write_numbers(axes: Any, drawn: Any, field: np.ndarray, spelled: str) -> No
         if np.isfinite(number):
             red, green, blue, _ = drawn.cmap(drawn.norm(number))
             colour = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
-            axes.text(column, line, format(number, spelled), ha="center", va="center", color=colour, fontsize=8)
+            text = format(number, ".0f" if 100 <= abs(number) < 1e5 else spelled)
+            axes.text(column, line, text, ha="center", va="center", color=colour, fontsize=8)
 
 
 def panels(figure: Any, count: int, **settings: Any) -> Any:

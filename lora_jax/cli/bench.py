@@ -79,8 +79,9 @@ class BenchJob:
         """Measure, with progress; print the tables, and write the files if a directory was asked for."""
         with Progress("bench", steps(self._cases, self._settings)).shown() as progress:
             found = measure(self._cases, self._settings, progress=progress.update)
+        if self._out is not None:
+            found.save(self._out)  # First, as a reader of the tables may close the pipe.
         self._terminal.show(found)
         self._terminal.result(found.as_dict())
         if self._out is not None:
-            found.save(self._out)
             self._terminal.say(f"{self._out}: bench.json, bench.md, bench.png")
