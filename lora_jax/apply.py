@@ -1,4 +1,4 @@
-"""adapt: run an unchanged function as though its adapted parameters were `W + Σ scale·a·b`."""
+"""adapt: run an unchanged function as though its adapted parameters were `W + Σ scale·a·b`, without forming the sum."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

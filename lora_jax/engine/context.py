@@ -1,4 +1,4 @@
-"""Context: what the rules share while a program is lifted - dropout keys, axis identities, and the log of uses."""
+"""Context: what the rules share while a program is evaluated: dropout keys, ids of axes, and the log of uses."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""The one contraction every matmul-like site ends in: the two thin products, on tokens flattened to one axis.
+"""The thin products `(x·a)·b`, which every matmul-like use of a weight ends in, on tokens flattened to one axis.
 
 Plain autodiff of these products yields the thin backward pass: with `z = g·bᵀ`, `dx = g·Wᵀ + z·a`,
 `da = zᵀ·x`, `db = pᵀ·g`, and never `xᵀ·g`. Two facts shape the code: XLA runs weight gradients with two

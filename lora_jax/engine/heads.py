@@ -1,4 +1,4 @@
-"""Which products are output heads: those every path from some output back to the data goes through."""
+"""Output heads, as a language model has one: products that every path from an output back to the data goes through."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""Lift: traces a call of the user's function, and evaluates its program with some parameters symbolic.
+"""Lift: traces a call of the user's function to a jaxpr, and evaluates that with some parameters symbolic.
 
 An equation without symbolic operands is evaluated as it stands. One with symbolic operands goes to the
 rule of its primitive, looked up by name; where there is no rule, or the rule declines, the operands

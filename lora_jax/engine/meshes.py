@@ -1,4 +1,4 @@
-"""Where arrays live on a mesh: what the low-rank products must know so that sharded programs stay as they are.
+"""Sharding: where the arrays of low-rank products go on a mesh, so that sharded programs stay as they are.
 
 On automatic mesh axes the compiler places every array, and all there is to do is not to stand in its way: no
 axes are merged. On explicit axes the placement is part of an array's type, and a product has to say where it goes.

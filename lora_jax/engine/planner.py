@@ -1,4 +1,4 @@
-"""The planner: factored or merged, per product and from static shapes.
+"""The planner: `x·W + (x·a)·b` or `x·(W + ab)`, for each product from static shapes.
 
 With `n` tokens and a weight of `d` inputs and `k` outputs, `x·(W + ab)` costs `2drk` operations and a pass over
 `d × k` numbers where `x·W + (x·a)·b` costs `2nr(d + k)` and a pass over `n × k`. The merged form is exact only where

@@ -1,4 +1,4 @@
-"""Recompute: inputs of sites that need not be kept for the gradient of A, because they are cheap to compute again.
+"""Recomputation: inputs of layers that the backward pass computes again, where that is cheap, instead of keeping them.
 
 A frozen product keeps nothing for its backward pass, an adapted one its input. Often that input is one or two
 elementwise operations away from values that are kept anyway: `silu(gate) · up`, or a normalised activation times its

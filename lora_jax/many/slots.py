@@ -1,4 +1,4 @@
-"""Slots: the factors of many adapters at one parameter, and how an update gets into them and out of them."""
+"""Slots of a bank: the factors of many adapters at one parameter, and how an adapter gets in and out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

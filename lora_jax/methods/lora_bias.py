@@ -1,4 +1,4 @@
-"""Shift: a vector added to a bias, which is what a bias on B amounts to."""
+"""PEFT's `lora_bias`: a bias on B, which amounts to a vector added to the bias of the layer."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar

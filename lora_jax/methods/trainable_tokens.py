@@ -1,4 +1,4 @@
-"""Rows: some rows of a look-up table trained in full, those of new tokens for instance."""
+"""PEFT's `trainable_token_indices`: some rows of an embedding trained in full, those of new tokens for instance."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar

@@ -1,4 +1,4 @@
-"""Axes: what runs along each axis of a value, as products of labelled and other parts.
+"""Axes of values that hold examples or tokens, as products of labelled and other parts.
 
 A label is the number of an axis of the ids that say which adapter each example, or each token, meets. An array of
 shape `[batch · tokens, features]` has `((0, batch), (None, tokens))` along its first axis where only examples are

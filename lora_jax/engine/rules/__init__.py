@@ -1,4 +1,4 @@
-"""What a weight becomes in each operation of a program: one module for each kind of primitive."""
+"""Rules: what each JAX primitive does to a weight with low-rank terms; one module for each kind of primitive."""
 
 from lora_jax.engine.rules import control_flow as control_flow
 from lora_jax.engine.rules import convolution as convolution
