@@ -15,7 +15,7 @@ Running and training:  `adapt`, `optimizer`, `partition`, `combine`, `trainable`
 Adapters:              `Adapter`, `Update`, `LowRank`, `Replace`, `methods`, `scale`, `summary`, `trainable_line`,
                        `adapter_sharding`
 Merging:               `merge`, `absorb`, `merge_report`
-Composing:             `compose`, `compose_report`, `canonical`
+Composing:             `compose`, `compose_report`, `canonical`, `extract`, `extract_report`, `resize`
 Many adapters:         `route`, `routers`, `AdapterBank`, `AdapterCache`
 Analysis:              `analysis`
 Saving and loading:    `save`, `load`, `load_config`, `peft`, `hub`
@@ -52,6 +52,9 @@ if TYPE_CHECKING:  # What type checkers and editors see; a test holds it equal t
     from lora_jax.compose import canonical as canonical
     from lora_jax.compose import compose as compose
     from lora_jax.compose import compose_report as compose_report
+    from lora_jax.compose import extract as extract
+    from lora_jax.compose import extract_report as extract_report
+    from lora_jax.compose import resize as resize
     from lora_jax.config.config import LoraConfig as LoraConfig
     from lora_jax.errors import CheckpointError as CheckpointError
     from lora_jax.errors import ConfigError as ConfigError
@@ -94,7 +97,7 @@ _lazy.face(
         "lora_jax.analysis": "",
         "lora_jax.apply": "adapt",
         "lora_jax.capture": "Captured capture redistribute",
-        "lora_jax.compose": "canonical compose compose_report",
+        "lora_jax.compose": "canonical compose compose_report extract extract_report resize",
         "lora_jax.config.config": "LoraConfig",
         "lora_jax.errors": "CheckpointError ConfigError LoraError MatchError MergeError ParameterError",
         "lora_jax.init": "init initialisers loftq",

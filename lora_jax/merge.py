@@ -1,5 +1,6 @@
 """Merging: adapters folded into plain parameters for the plain model, rounded once, checked, and reported on."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from lora_jax.adapter.by_path import NumberedUpdate, adapter_list, check_paramet
 from lora_jax.adapter.checksum import warn_if_moved
 from lora_jax.adapter.factors import Array, is_traced, widened
 from lora_jax.adapter.updates import exact_sum, held
-from lora_jax.errors import MergeError
+from lora_jax.errors import MergeError, listed
 from lora_jax.paths import named_leaves, rebuild
 from lora_jax.report.report import Report
 from lora_jax.report.tables import Table
@@ -26,6 +27,7 @@ def merge(
     *,
     rounding: Literal["nearest", "stochastic"] = "nearest",
     key: Array | None = None,
+    force: bool = False,
 ) -> Any:
     """Fold adapters into the parameters: plain parameters for the plain model.
 
@@ -37,7 +39,8 @@ def merge(
     the delta again, as PEFT's `unmerge_adapter` does, leaves a rounding error of up to 1e-3 of `W` in bfloat16.
 
     In bfloat16 a delta much smaller than `W` is mostly lost to rounding to nearest, and LoRA's often are:
-    see `merge_report`. `rounding="stochastic"` keeps it in expectation; so does merging into float32 parameters.
+    see `merge_report`. `rounding="stochastic"` keeps it in expectation; so does merging into float32 parameters. Where
+    less than half of it survives, `merge` warns by name, and refuses if the parameter has 8 bits or fewer.
 
     Args:
       params: the base's parameters; left untouched. Leaves without an update are returned as they are.
@@ -45,6 +48,7 @@ def merge(
       rounding: `"nearest"`, or `"stochastic"`: up or down with probabilities that make the result unbiased. It
         differs only where the parameter is narrower than the arithmetic.
       key: `jax.random` key, required for stochastic rounding; each path draws from its own.
+      force: merge into float8 and narrower parameters even if less than half of a delta survives, with a warning.
 
     Returns:
       A tree like `params`.
@@ -52,8 +56,8 @@ def merge(
     Raises:
       ParameterError: an adapter names a parameter that is missing or shaped differently, or two adapters train
         the same one in full.
-      MergeError: a result is NaN or infinite (checked when values are known, so not under `jax.jit`), or
-        `rounding` cannot be followed.
+      MergeError: a result is NaN or infinite, or too little survives in a narrow parameter (both checked when values
+        are known, so not under `jax.jit`), or `rounding` cannot be followed.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -74,6 +78,7 @@ def merge(
     key = _checked_key(rounding, key)
     leaves, treedef = named_leaves(params)
     merged: dict[str, Any] = {}
+    kept: dict[str, Array] = {}
     for path, placed in updates_by_path(adapters, leaves).items():
         updates = [held(update) for _, update in placed]
         _check_floating(path, leaves[path])
@@ -82,7 +87,10 @@ def merge(
         own = None if key is None else jax.random.fold_in(key, crc32(path.encode()))
         rounded = exact.astype(dtype) if own is None else round_stochastically(exact, dtype, own)
         merged[path] = _like(rounded, leaves[path])
+        if own is None and dtype != exact.dtype and not is_traced(exact):
+            kept[path] = _survival(leaves[path], exact)
     _check_finite(merged, leaves)
+    _check_survival(jax.device_get(kept), leaves, force)
     return rebuild(treedef, leaves | merged)
 
 
@@ -182,6 +190,35 @@ def _check_finite(merged: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
     raise MergeError(f"Merging makes {count} NaN or infinite entries in {bad[0]!r}{others}. {cause}")
 
 
+REFUSE_BELOW = 0.5
+"""Share of a delta that must survive rounding, or `merge` warns; and refuses, where a parameter has few bits."""
+
+_FEW_BITS = 8
+
+
+def _survival(weight: Any, exact: Array) -> Array:
+    """The projection of the delta that is left after rounding onto the exact one; 1 when nothing is lost."""
+    delta, kept = exact - widened(weight), widened(exact.astype(weight.dtype)) - widened(weight)
+    size = jnp.sum(delta * delta)  # no `vdot`: it would want an `out_sharding` on explicit meshes
+    return jnp.where(size > 0, jnp.sum(kept * delta) / jnp.where(size > 0, size, 1), 1)
+
+
+def _check_survival(kept: Mapping[str, Any], leaves: Mapping[str, Any], force: bool) -> None:
+    lost = {path: float(share) for path, share in kept.items() if share < REFUSE_BELOW}
+    if not lost:
+        return
+    narrow = [path for path in lost if jnp.finfo(leaves[path].dtype).bits <= _FEW_BITS]
+    shown = listed([f"{share:.0%} at {path!r} ({leaves[path].dtype})" for path, share in lost.items()])
+    said = (
+        f"Of the delta, rounding leaves {shown}. The unmerged model does not lose it. Merge with "
+        'rounding="stochastic", or into parameters of a wider dtype: '
+        "jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)"
+    )
+    if narrow and not force:
+        raise MergeError(f"{said}; or pass force=True.")
+    warnings.warn(f"{said}.", stacklevel=3)
+
+
 WARN_BELOW = 0.9
 """Share of a delta that must survive rounding, or `merge_report` warns."""
 
@@ -276,11 +313,10 @@ def _rows(found: Mapping[str, list[NumberedUpdate]], leaves: Mapping[str, Any]) 
         weight, dtype = widened(leaves[path]), leaves[path].dtype
         exact = exact_sum(weight, [update for _, update in placed])
         delta, kept = exact - weight, widened(exact.astype(dtype)) - weight
-        size = float(jnp.vdot(delta, delta))
         yield MergeRow(
             path=path,
             dtype=str(dtype),
             relative=float(jnp.linalg.norm(delta.ravel()) / jnp.linalg.norm(weight.ravel())),
             unchanged=float((kept == 0).mean()),
-            survival=float(jnp.vdot(kept, delta)) / size if size else 1.0,
+            survival=float(_survival(leaves[path], exact)),
         )

@@ -352,3 +352,21 @@ def test_report_of_a_replacement() -> None:
 def test_report_refuses_wrong_trees() -> None:
     with pytest.raises(ParameterError, match="nearest: other"):
         merge_report({"other": weight()}, adapter())
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "bfloat16", "float16"])
+def test_a_delta_that_rounding_swallows_is_not_lost_in_silence(dtype: str) -> None:
+    params, small = {"w": jnp.ones((32, 16), dtype), "v": weight()}, adapter(size=1e-5)
+    said = rf"rounding leaves 0% at 'w' \({dtype}\).*stochastic"
+    if dtype.startswith("float8"):
+        with pytest.raises(MergeError, match=rf"{said}.*force=True"):
+            merge(params, small)
+    with pytest.warns(UserWarning, match=said) as warned:
+        merged = merge(params, small, force=True)
+    assert len(warned) == 1
+    assert_same(merged, params)
+    assert merge_report(params, small).warnings == ("w",)
+    merge(params, small, rounding="stochastic", key=jax.random.key(0))
+    merge(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), small)
+    jax.jit(merge)(params, small)
+    merge(params, adapter(size=1.0))

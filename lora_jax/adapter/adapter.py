@@ -1,6 +1,6 @@
 """Adapter: the pytree of everything that trains, one update per adapted parameter."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,8 @@ from lora_jax.adapter.checksum import checksum
 from lora_jax.adapter.serialization import exportable, known_to_flax
 from lora_jax.adapter.stack import check_alike, lanes_of
 from lora_jax.adapter.updates import Update, map_updates
-from lora_jax.errors import ParameterError, nearest
+from lora_jax.errors import MatchError, ParameterError, nearest
+from lora_jax.paths import inside, pattern_hits
 from lora_jax.report.report import Printed
 from lora_jax.report.tables import Table
 
@@ -180,25 +181,57 @@ def trainable(tree: Any) -> Any:
     return map_updates(lambda update: update.trains(), tree, lambda leaf: False)
 
 
-def scale(adapter: Adapter, factor: Any) -> Adapter:
+def scale(adapter: Adapter, factor: Any, where: str | Collection[str] | None = None) -> Adapter:
     """Multiply the effect of an adapter by `factor`, without recompiling anything that uses it.
 
     Args:
       adapter: the adapter.
-      factor: a number or a scalar array; 0 gives the base model, 1 leaves the adapter as it is.
+      factor: a number or a scalar array, traced ones too; 0 gives the base model, 1 leaves the adapter as it is. Or
+        a mapping from patterns to such factors; what no pattern hits stays as it is.
+      where: patterns of what to scale; None for all. A pattern is the name of a module with all in it, as in
+        `LoraConfig.train` (`block_0`), or a regex for the end of a module's path, as in `rank_pattern`.
 
     Returns:
-      A new adapter that shares the factors and has every scale multiplied.
+      A new adapter that shares the factors and has the scales multiplied.
 
     Raises:
-      TypeError: the adapter holds a parameter trained in full, which has no scale.
+      MatchError: a pattern hits nothing that is adapted, or two of a mapping hit the same.
+      TypeError: a parameter that is to be scaled is trained in full, and has no scale.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
-      >>> params = {"w": jnp.ones((4, 3))}
-      >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)))
-      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
-      >>> float(adapter["w"].scale), float(lora.scale(adapter, 0.5)["w"].scale)
+      >>> params = {"up": jnp.ones((4, 3)), "down": jnp.ones((3, 4))}
+      >>> fn = lambda p, x: x @ p["up"] @ p["down"]
+      >>> sites = lora.find_sites(fn, params, jnp.ones((2, 4)))
+      >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets=("up", "down")), params, sites)
+      >>> float(adapter["up"].scale), float(lora.scale(adapter, 0.5)["up"].scale)
+      (2.0, 1.0)
+      >>> weaker = lora.scale(adapter, {"down": 0.5})
+      >>> float(weaker["up"].scale), float(weaker["down"].scale)
       (2.0, 1.0)
     """
-    return Adapter({path: update.scaled(factor) for path, update in adapter.items()})
+    patterns = factor if isinstance(factor, Mapping) else {each: factor for each in _patterns(where)}
+    if isinstance(factor, Mapping) and where is not None:
+        raise ParameterError(f"where={where!r} beside a mapping of patterns {list(factor)}: give one of both")
+    if where is None and not isinstance(factor, Mapping):
+        return Adapter({path: update.scaled(factor) for path, update in adapter.items()})
+    hit = _hit(patterns, adapter, twice=not isinstance(factor, Mapping))
+    return Adapter({path: each.scaled(patterns[hit[path]]) if path in hit else each for path, each in adapter.items()})
+
+
+def _patterns(where: str | Collection[str] | None) -> tuple[str, ...]:
+    return (where,) if isinstance(where, str) else tuple(where or ())
+
+
+def _hit(patterns: Iterable[str], adapter: Adapter, *, twice: bool) -> dict[str, str]:
+    """The pattern that hits each path; `twice` says whether several may, as all mean the same."""
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        paths = [path for path in adapter if inside(pattern, path) or pattern_hits(pattern, path)]
+        if not paths:
+            raise MatchError(f"scale: {pattern!r} hits nothing that is adapted; nearest: {nearest(pattern, adapter)}")
+        both = [path for path in paths if path in found]
+        if both and not twice:
+            raise MatchError(f"scale: {found[both[0]]!r} and {pattern!r} both hit {both[0]!r}: name it in one of them")
+        found |= dict.fromkeys(paths, pattern)
+    return found

@@ -22,6 +22,7 @@ VERBS = {
     "merge": ("merge BASE ADAPTER [ADAPTER ...] OUT", "Merge PEFT adapters into a Hugging Face checkpoint."),
     "compose": ("compose ADAPTER [ADAPTER ...] --out OUT", "Make one adapter out of several."),
     "convert": ("convert ADAPTER OUT", "Convert an adapter to the other format, lora_jax's own or PEFT's."),
+    "extract": ("extract BASE TUNED OUT", "Make an adapter of a checkpoint that was fine-tuned in full."),
     "inspect": ("inspect ADAPTER", "Show what an adapter holds, in PEFT's format or lora_jax's own."),
     "bench": ("bench", "Time what LoRA costs: the base, the adapter, both, merged, and many adapters at once."),
 }

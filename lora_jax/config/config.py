@@ -52,6 +52,9 @@ class LoraConfig:
       seed: of the frozen random projections of `method="vera"` (PEFT `projection_prng_key`).
       invocation_tokens: of `method="alora"`: the sequence of tokens after which the adapter acts (PEFT
         `alora_invocation_tokens`).
+      experts: `"shared"`: experts that a program reads one input with, in one product, share A and rank, which costs
+        least. `"own"`: each has its own, as where experts are a stack to the program. That is for every parameter whose
+        first axis goes on in another weight of its module, which may be heads too; names, as in `targets`, say which.
       param_dtype: dtype of what trains, float32 by default even under a bfloat16 model.
 
     Raises:
@@ -87,6 +90,7 @@ class LoraConfig:
     trainable_tokens: checks.Tokens = ()
     seed: int = 0
     invocation_tokens: Collection[int] = ()
+    experts: str | Collection[str] = "shared"
     param_dtype: Any = "float32"
 
     def __post_init__(self) -> None:
@@ -110,6 +114,14 @@ class LoraConfig:
                 raise ConfigError(f"{switch}={getattr(self, switch)!r} must be True or False")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"bias={self.bias!r} must be one of 'none', 'all', 'lora_only'")
+        if self.experts not in ("shared", "own"):
+            if isinstance(self.experts, str):
+                raise ConfigError(f"experts={self.experts!r} must be 'shared', 'own', or names of parameters")
+            self._set("experts", checks.names("experts", self.experts))
+        if self.experts != "shared" and {"inputs", "components", "gradient"} & {*registry.find_init(self.init).reads}:
+            raise ConfigError(
+                f"experts={self.experts!r} beside init={self.init!r}, whose data are of products: use another init"
+            )
         registry.find_init(self.init)
         self._check_method(registry.METHODS.find(self.method))
         self._check_layers()

@@ -8,6 +8,7 @@ from typing import Any
 from lora_jax.adapter.site import Site, Sites
 from lora_jax.config.checks import as_tuple, pairs
 from lora_jax.config.config import LoraConfig
+from lora_jax.config.experts import own_experts
 from lora_jax.config.state import collections_beside
 from lora_jax.errors import MatchError, nearest
 from lora_jax.paths import ALL_LINEAR, bias_beside, hits, inside, layer_number, lookup, name_hits, pattern_hits
@@ -63,6 +64,8 @@ def select(config: LoraConfig, sites: Sites, state: Collection[str] = ()) -> Sel
         [site for path, site in sites.items() if path not in state],
         tuple(path for path in sites.all_paths if path not in state),
     )
+    if config.experts != "shared":
+        sites = own_experts(sites, None if config.experts == "own" else as_tuple(config.experts))
     train = _train(config, sites)
     excluded = _excluded(config, everything)
     targeted = _targeted(config, sites)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -287,3 +288,45 @@ def test_state_of_nested_models_and_trees_without_collections() -> None:
     )
     assert [each.path for each in chosen.sites] == ["a/params/fc/kernel", "b/fc/kernel"]
     assert chosen.train == ("b/cache/bias",)
+
+
+def expert_site(
+    path: str, shape: tuple[int, ...], into: tuple[int, ...], out: tuple[int, ...], stack: tuple[int, ...] = ()
+) -> Site:
+    return Site(path=path, shape=shape, dtype="float32", kind="dense", in_axes=into, out_axes=out, batch_axes=stack)
+
+
+MOE = Sites([
+    expert_site("moe/up", (3, 4, 8), (1,), (0, 2)),
+    expert_site("moe/down", (3, 8, 4), (0, 1), (2,)),
+    expert_site("scanned/up", (2, 3, 4, 8), (2,), (1, 3), (0,)),
+    expert_site("scanned/down", (2, 3, 8, 4), (2,), (3,), (0, 1)),
+    expert_site("attn/query", (4, 2, 8), (0,), (1, 2)),
+    expert_site("attn/out", (2, 8, 4), (0, 1), (2,)),
+    expert_site("alone/w", (5, 4, 8), (1,), (0, 2)),
+])  # fmt: skip
+"""Experts that go on in another weight of their module, in two layouts; heads stored last; and one weight alone."""
+
+
+@pytest.mark.parametrize(
+    ("experts", "stacks"),
+    [
+        ("shared", {"scanned/up": (0,), "scanned/down": (0, 1)}),
+        ("own", {"moe/up": (0,), "moe/down": (0,), "scanned/up": (0, 1), "scanned/down": (0, 1)}),
+        (("up", "alone/w"), {"moe/up": (0,), "scanned/up": (0, 1), "scanned/down": (0, 1), "alone/w": (0,)}),
+    ],
+    ids=str,
+)
+def test_experts_of_their_own(experts: Any, stacks: dict[str, tuple[int, ...]]) -> None:
+    chosen = select(LoraConfig(experts=experts), MOE).sites
+    assert {each.path: each.batch_axes for each in chosen if each.batch_axes} == stacks
+
+
+def test_experts_are_checked() -> None:
+    with pytest.raises(ConfigError, match="experts='mine' must be"):
+        LoraConfig(experts="mine")
+    with pytest.raises(ConfigError, match="beside init='eva'"):
+        LoraConfig(experts="own", init="eva")
+    with pytest.raises(MatchError, match=r"experts: 'qery' hits no stack of experts; nearest: attn/query"):
+        select(LoraConfig(experts=("qery",)), MOE)
+    assert LoraConfig(**dataclasses.asdict(LoraConfig(experts=["up"]))) == LoraConfig(experts=("up",))

@@ -7,5 +7,6 @@ changes.py   what an adapter does to one tensor
 plan.py      what adapters do to a checkpoint: names, tied tables, weights
 ties.py      tables that are look-up and output head at once
 merge.py     merge_checkpoint
+extract.py   extract_checkpoint
 ```
 """
