@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import jax
@@ -102,7 +102,7 @@ def _site(site: Site, leaves: Mapping[str, Any]) -> Site:
 def _placed(update: Update, site: Site, value: Any) -> Update:
     """The update at a parameter that may have got larger: zeros in the factors, the base's own numbers in a value."""
     if site.shape == update.site.shape:
-        return replace(update, site=site)  # pyright: ignore[reportCallIssue]
+        return cast(Any, replace)(update, site=site)
     sizes = zip(update.site.shape, site.shape, strict=False)
     alike = len(site.shape) == len(update.site.shape) and site.batch_shape == update.site.batch_shape
     if not alike or any(new < old for old, new in sizes):
