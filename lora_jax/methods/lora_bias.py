@@ -42,8 +42,8 @@ class Shift(Update):
     def axes(self) -> "Shift":
         """The bias's axes along each array."""
         axes = tuple(range(len(self.site.shape)))
-        lanes = self.value.ndim - len(axes)
-        return replace(self, value=axes, scale=axes[: self.scale.ndim - lanes])
+        lanes = len(self.value.shape) - len(axes)
+        return replace(self, value=axes, scale=axes[: len(self.scale.shape) - lanes])
 
     def change(self, weight: Array) -> Change:
         """The bias with the addition, rounded once to its dtype."""

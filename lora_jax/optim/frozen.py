@@ -158,7 +158,8 @@ def combine(train: Any, fixed: Any) -> Any:
     """The inverse of `partition`: one tree again of what trains and what does not.
 
     Args:
-      train, fixed: as `partition` returns them; what trains may have changed since.
+      train: what trains, as `partition` returned it or as it was trained since.
+      fixed: the rest, as `partition` returned it.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora

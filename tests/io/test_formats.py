@@ -78,8 +78,8 @@ def peft() -> lora.Adapter:
 
 
 def shown(adapter: lora.Adapter) -> dict[str, Any]:
-    """Every leaf by its place in the tree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(adapter)
+    """Every leaf of the updates by its place in the tree; what else the tree has is computed from them."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(dict(adapter))
     return {
         jax.tree_util.keystr(path): [str(leaf.dtype), list(leaf.shape), np.asarray(leaf, np.float64).ravel().tolist()]
         for path, leaf in leaves
