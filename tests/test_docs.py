@@ -55,7 +55,9 @@ def test_page_says_for_whom_it_is_and_what_to_read_next(page: Path) -> None:
 
 def test_gallery_shows_the_examples_as_they_are() -> None:
     gallery = runpy.run_path(str(DOCS / "scripts" / "gallery.py"))
-    assert (DOCS / "examples.md").read_text() == gallery["page"](), "run: python docs/scripts/gallery.py"
+    assert (DOCS / "examples.md").read_text() == gallery["page"](), (
+        "run: python docs/scripts/gallery.py --page, or without it where the output changed"
+    )
 
 
 @pytest.mark.parametrize("page", [*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)

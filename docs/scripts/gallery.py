@@ -2,6 +2,7 @@
 
 python docs/scripts/gallery.py            # all of them, about three minutes on two cores
 python docs/scripts/gallery.py nnx_model  # one; the others keep what they printed last
+    python docs/scripts/gallery.py --page     # none; the page follows changes of the examples' code
 """
 
 import ast
