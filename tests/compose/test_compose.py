@@ -418,7 +418,7 @@ def test_canonical(method: str, getkey: Callable[[], jax.Array]) -> None:
         adapter, lora.trainable(adapter),
     )  # fmt: skip
     found = lora.canonical(adapter)
-    assert_close(lora.adapt(fn)(params, found, x), lora.adapt(fn)(params, adapter, x))
+    assert_close(lora.adapt(fn)(params, found, x), lora.adapt(fn)(params, adapter, x), factor=2)
     update = found["w"]
     near(jnp.einsum("lri,lsi->lrs", update.a, update.a), np.broadcast_to(np.eye(2), (3, 2, 2)), 1e-5)
     if isinstance(update, AdaLora):
