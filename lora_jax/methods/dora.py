@@ -75,12 +75,13 @@ class Dora(LowRank):
         Args:
           factors: the low-rank part.
           weight: the frozen parameter.
-          dtype: of the magnitude.
+          dtype: of the magnitude; float64 beside a float64 weight, whose norms a narrower one would round.
         """
         base = squares(factors.site, weight)
         known = {field.name: getattr(factors, field.name) for field in fields(factors)}
         size = jnp.sqrt(changed_squares(factors.site, weight, base, factors.pairs()))
-        return cls(**known, magnitude=size.astype(dtype), base_squares=base, strength=jnp.ones_like(factors.scale))
+        magnitude = size if size.dtype.itemsize > 4 else size.astype(dtype)
+        return cls(**known, magnitude=magnitude, base_squares=base, strength=jnp.ones_like(factors.scale))
 
     def trains(self) -> Self:
         """True on both factors and the magnitude, False on the rest."""

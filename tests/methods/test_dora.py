@@ -186,3 +186,16 @@ def test_gains_are_computed_once_for_evaluation() -> None:
     assert not any(jax.tree.leaves(lora.trainable(fixed)))
     with pytest.raises(lora.CheckpointError, match="PEFT's files have no place for 'w', which is a Gained"):
         lora.peft.save("never-written", fixed)
+
+
+def test_a_float64_base_is_itself_at_the_start() -> None:
+    """Magnitudes beside it are not rounded to float32, whatever the factors are."""
+    with jax.enable_x64(True):
+        params = {"w": jax.random.normal(jax.random.key(0), (6, 5), jnp.float64)}
+        x, fn = jax.random.normal(jax.random.key(1), (3, 6), jnp.float64), lambda params, x: x @ params["w"]
+        sites = lora.find_sites(fn, params, x)
+        config = lora.LoraConfig(rank=2, targets="w", method="dora")
+        adapter = lora.init(jax.random.key(2), config, params, sites)
+        assert adapter["w"].magnitude.dtype == jnp.float64
+        assert_same(lora.adapt(fn)(params, adapter, x), fn(params, x))
+        assert_same(lora.merge(params, adapter), params)
