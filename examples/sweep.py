@@ -24,7 +24,7 @@ import lora_jax as lora
 from lora_jax.models import Transformer, TransformerConfig
 from lora_jax.report.terminal import Progress
 from lora_jax.train.data import batch, python_source, python_topics, split, windows
-from lora_jax.train.evaluate import cross_entropy
+from lora_jax.train.metrics import cross_entropy
 from lora_jax.train.pretrain import Recipe, cache_path, load_cached, pretrain, store
 
 LENGTH, SIZE, HELD_OUT = 128, 2, 32

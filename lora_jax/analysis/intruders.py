@@ -16,8 +16,7 @@ from lora_jax.adapter.factors import Array, matrices, widened
 from lora_jax.adapter.updates import Update, exact_sum
 from lora_jax.analysis.pictures import draw_intruders
 from lora_jax.analysis.rows import Row, left_out_lines, short_table
-from lora_jax.compose.fuse import gathered, has_factors, plain_factors
-from lora_jax.compose.terms import product
+from lora_jax.compose.factors import gathered, has_factors, plain_factors, product
 from lora_jax.errors import ConfigError, listed
 from lora_jax.paths import named_leaves
 from lora_jax.report.report import Report

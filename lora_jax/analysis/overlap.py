@@ -13,10 +13,17 @@ from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import Update
 from lora_jax.analysis.pictures import draw_overlap
-from lora_jax.analysis.rows import Row, left_out_lines, number, short_table
-from lora_jax.analysis.terms import Directions, decomposed, part_of, why_without_factors
-from lora_jax.compose.fuse import gathered
-from lora_jax.compose.terms import Part, product
+from lora_jax.analysis.rows import (
+    Directions,
+    Row,
+    decomposed,
+    left_out_lines,
+    number,
+    part_of,
+    short_table,
+    why_without_factors,
+)
+from lora_jax.compose.factors import Part, gathered, product
 from lora_jax.errors import ParameterError, listed
 from lora_jax.report.report import Report
 from lora_jax.report.tables import Table

@@ -14,9 +14,8 @@ from lora_jax.adapter.factors import Array, matrices, widened
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank, Update, exact_sum
 from lora_jax.analysis.pictures import draw_spectra
-from lora_jax.analysis.rows import Row, number, short_table
-from lora_jax.analysis.terms import decomposed, remark, why_without_factors
-from lora_jax.compose.fuse import gathered
+from lora_jax.analysis.rows import Row, decomposed, number, remark, short_table, why_without_factors
+from lora_jax.compose.factors import gathered
 from lora_jax.paths import named_leaves
 from lora_jax.report.report import Report
 from lora_jax.report.tables import Table

@@ -12,8 +12,7 @@ from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank
 from lora_jax.apply import adapt
-from lora_jax.bench.cases import Work, normal
-from lora_jax.bench.settings import Settings
+from lora_jax.bench.cases import Settings, Work, normal
 from lora_jax.errors import LoraError
 from lora_jax.many.bank import AdapterBank
 from lora_jax.many.route import route

@@ -1,7 +1,7 @@
 """The command `lora-jax`: exit codes, signals, and errors in one line.
 
 ```
-cli/parse.py      arguments -> a job, or one line on what is wrong with them
+cli/parse.py      arguments -> a job, or one line on what is wrong with them; what every verb has
 cli/words.py      options of PEFT and mlx-lm, and what they are called here
 cli/finetune.py   the verb `finetune`; every verb is a file with a dataclass of options
 cli/merge.py      `merge`: PEFT adapters into a Hugging Face checkpoint

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_jax.bench import Case, Dense, Model, Settings, measure
-from lora_jax.bench.measuring import check, steps
-from lora_jax.bench.settings import Dtype
-from lora_jax.cli.verb import Verb
+from lora_jax.bench.cases import Dtype
+from lora_jax.bench.timing import check, steps
+from lora_jax.cli.parse import Verb
 from lora_jax.models.sizes import SIZES, Size
 from lora_jax.report.terminal import Progress, Terminal
 from lora_jax.train.folder import check_writable

@@ -8,11 +8,10 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from lora_jax.cli.verb import Verb
+from lora_jax.cli.parse import Verb
 from lora_jax.compose import compose_report
-from lora_jax.compose.methods import METHODS
-from lora_jax.compose.report import ComposeReport
-from lora_jax.compose.settings import checked, weighed
+from lora_jax.compose.compose import ComposeReport
+from lora_jax.compose.methods import METHODS, checked, weighed
 from lora_jax.errors import ParameterError
 from lora_jax.io.compose import base_values, compose_files
 from lora_jax.io.hf.folder import open_checkpoint

@@ -7,7 +7,7 @@ import jax
 import tyro
 
 from lora_jax.adapter.site import Sites
-from lora_jax.cli.verb import Verb
+from lora_jax.cli.parse import Verb
 from lora_jax.errors import MatchError
 from lora_jax.io import peft
 from lora_jax.io.inspect import detect, inspect

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from lora_jax.cli.verb import Verb
+from lora_jax.cli.parse import Verb
 from lora_jax.compose.extract import Truncation
 from lora_jax.io.hf.extract import extract_checkpoint
 from lora_jax.report.terminal import Progress, Terminal

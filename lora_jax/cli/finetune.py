@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_jax.cli.verb import Verb
+from lora_jax.cli.parse import Verb
 from lora_jax.models import TransformerConfig
 from lora_jax.models.sizes import SIZES, Size
 from lora_jax.report.terminal import Terminal

@@ -10,7 +10,7 @@ from lora_jax.analysis import overlap, spectra
 from lora_jax.analysis.overlap import Overlap
 from lora_jax.analysis.rows import left_out_lines
 from lora_jax.analysis.spectra import Spectra
-from lora_jax.cli.verb import Verb
+from lora_jax.cli.parse import Verb
 from lora_jax.io.inspect import inspect, read_factors
 from lora_jax.report.terminal import Terminal
 from lora_jax.train.options import OptionError

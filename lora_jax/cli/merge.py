@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from lora_jax.cli.verb import Verb
+from lora_jax.cli.parse import Verb
 from lora_jax.errors import listed
 from lora_jax.io.hf.merge import Merged, merge_checkpoint
 from lora_jax.report.report import plain_value

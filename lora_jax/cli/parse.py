@@ -1,21 +1,58 @@
-"""From arguments to a job, or one line on what is wrong with them."""
+"""From arguments to a job, or one line on what is wrong with them; and what every verb has."""
 
 import io
 import re
 import shutil
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any, get_type_hints
+from typing import Any, Protocol, Self, get_type_hints
 
 import tyro
 
-from lora_jax.cli.verb import Job, Verb
 from lora_jax.cli.words import meant, meant_verb
 from lora_jax.errors import LoraError
+
+
+class Job(Protocol):
+    """Work whose arguments have been checked."""
+
+    @property
+    def resume(self) -> str | None:
+        """The arguments that continue the job after it was stopped; None if a stopped job leaves nothing."""
+        ...
+
+    def run(self) -> None:
+        """Do the work."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb(ABC):
+    """A dataclass whose fields are the options of a verb."""
+
+    json: bool = False
+    """Print one JSON object instead of tables and lines."""
+
+    def saved(self) -> Self | None:
+        """The options of the run to resume: they stand where an option is left out. None where nothing is resumed."""
+        return None
+
+    @abstractmethod
+    def prepare(self, saved: Any) -> Job:
+        """Check everything that can be checked before anything is written.
+
+        Args:
+          saved: what `saved` returned.
+
+        Raises:
+          LoraError: something cannot be used.
+        """
+
 
 VERBS = {
     "finetune": ("finetune", "Adapt a small language model to a text with LoRA."),

@@ -1,4 +1,4 @@
-"""Composing what is no pair of factors: parameters and rows trained in full, additions to biases."""
+"""Composing what has no low-rank factors: `modules_to_save` and rows trained in full, additions to biases."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -9,9 +9,8 @@ import jax.numpy as jnp
 
 from lora_jax.adapter.factors import Array, times, widened
 from lora_jax.adapter.updates import Replace
-from lora_jax.compose.fuse import gathered
+from lora_jax.compose.factors import Options, gathered
 from lora_jax.compose.methods import Method
-from lora_jax.compose.terms import Options
 from lora_jax.errors import ParameterError
 from lora_jax.methods import Rows, Shift
 from lora_jax.methods.trainable_tokens import rows_of

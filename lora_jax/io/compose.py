@@ -16,7 +16,7 @@ from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.site import Kind, Site
 from lora_jax.adapter.updates import LowRank, Replace, Update
 from lora_jax.compose import compose_report
-from lora_jax.compose.report import ComposeReport
+from lora_jax.compose.compose import ComposeReport
 from lora_jax.errors import CheckpointError
 from lora_jax.io.hf.changes import Change
 from lora_jax.io.hf.folder import Checkpoint

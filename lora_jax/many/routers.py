@@ -15,8 +15,7 @@ from lora_jax.adapter.by_path import adapter_list
 from lora_jax.adapter.factors import Array, is_traced, times, widened
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank, Update, pytree
-from lora_jax.compose.fuse import decomposed
-from lora_jax.compose.terms import significant
+from lora_jax.compose.factors import decomposed, significant
 from lora_jax.engine.routing.router import Router as Router
 from lora_jax.errors import ConfigError, ParameterError
 from lora_jax.many.bank import AdapterBank, common_sites

@@ -12,11 +12,9 @@ import optax
 import lora_jax as lora
 from lora_jax.report.terminal import Progress
 from lora_jax.train.data import Bytes, Corpus, batch, windows
-from lora_jax.train.evaluate import cross_entropy, evaluate
-from lora_jax.train.loop import train
-from lora_jax.train.metrics import Metrics
+from lora_jax.train.loop import State, load_state, train
+from lora_jax.train.metrics import Metrics, cross_entropy, evaluate
 from lora_jax.train.options import TrainingOptions
-from lora_jax.train.state import State, load_state
 
 EVALUATED = 64
 """Held-out sequences per evaluation."""

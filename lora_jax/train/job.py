@@ -14,11 +14,10 @@ import lora_jax as lora
 from lora_jax.models import Transformer, TransformerConfig, generate
 from lora_jax.report.terminal import Progress, Terminal
 from lora_jax.train.data import Bytes, Corpus, windows
-from lora_jax.train.evaluate import evaluate, losses_table
 from lora_jax.train.finetune import EVALUATED, finetune
 from lora_jax.train.folder import Folder
 from lora_jax.train.loop import TrainingError
-from lora_jax.train.metrics import plot_loss
+from lora_jax.train.metrics import evaluate, losses_table, plot_loss
 from lora_jax.train.options import TrainingOptions
 from lora_jax.train.pretrain import Recipe, cache_path, load_cached, pretrain, store
 

@@ -21,10 +21,9 @@ from lora_jax.models import Transformer, transformer
 from lora_jax.paths import named_leaves, rebuild
 from lora_jax.report.terminal import Progress
 from lora_jax.train.data import Corpus, batch
-from lora_jax.train.evaluate import cross_entropy
-from lora_jax.train.loop import Schedule, train
+from lora_jax.train.loop import Schedule, State, load_state, read_arrays, train, write_arrays
+from lora_jax.train.metrics import cross_entropy
 from lora_jax.train.options import warmup_cosine
-from lora_jax.train.state import State, load_state, read_arrays, write_arrays
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,7 @@ from lora_jax.adapter.factors import matrices
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import exact_sum
 from lora_jax.analysis import intruders, overlap, rounding, spectra
-from lora_jax.analysis.codes import FORMATS
-from lora_jax.analysis.rounding import FACTOR_BYTES, FRACTIONS
+from lora_jax.analysis.rounding import FACTOR_BYTES, FORMATS, FRACTIONS
 from lora_jax.cli import main
 from lora_jax.io.inspect import read_factors
 from lora_jax.methods import Rows, Shift, precompute

@@ -14,10 +14,9 @@ import pytest
 
 import lora_jax as lora
 from lora_jax.bench import Benchmark, Dense, DisagreementError, Model, RunError, Settings, measure
-from lora_jax.bench.measuring import steps
-from lora_jax.bench.plot import draw
 from lora_jax.bench.programs import Program
-from lora_jax.bench.timing import rounds
+from lora_jax.bench.result import draw
+from lora_jax.bench.timing import rounds, steps
 from lora_jax.cli import main
 from lora_jax.errors import ConfigError
 from lora_jax.models import TransformerConfig
@@ -95,7 +94,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_mode_that_computes_something_else_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"lora_jax.bench.programs.{name}", BROKEN[name])
-    monkeypatch.setattr("lora_jax.bench.measuring.rounds", lambda *args, **kwargs: pytest.fail("timed"))
+    monkeypatch.setattr("lora_jax.bench.timing.rounds", lambda *args, **kwargs: pytest.fail("timed"))
     with pytest.raises(DisagreementError, match="computes something else"):
         measure([Dense(INTO, OUT)], SMALL)
 
@@ -111,7 +110,7 @@ def test_what_the_device_cannot_run(error: Exception, monkeypatch: pytest.Monkey
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr("lora_jax.bench.measuring.rounds", fail)
+    monkeypatch.setattr("lora_jax.bench.timing.rounds", fail)
     with pytest.raises(RunError, match=f"12×10, 1 token cannot be run here: {error}"):
         measure([Dense(INTO, OUT)], SMALL)
 

@@ -16,9 +16,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import lora_jax as lora
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import pytree
-from lora_jax.compose.elementwise import kept, majority
+from lora_jax.compose.factors import triplets
 from lora_jax.compose.methods import METHODS
-from lora_jax.compose.terms import triplets
+from lora_jax.compose.ties_dare import kept, majority
 from lora_jax.methods import AdaLora, Dora, Gained, Rows, Shift, precompute
 from lora_jax.paths import named_leaves
 

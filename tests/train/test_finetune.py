@@ -24,13 +24,11 @@ from lora_jax.cli.finetune import Finetune
 from lora_jax.models import Transformer, TransformerConfig
 from lora_jax.report.terminal import Progress
 from lora_jax.train import data, pretrain
-from lora_jax.train.evaluate import cross_entropy, evaluate
 from lora_jax.train.folder import Folder, FolderError
 from lora_jax.train.job import FinetuneJob
-from lora_jax.train.loop import Schedule, TrainingError, train
-from lora_jax.train.metrics import Metrics, read_metrics
+from lora_jax.train.loop import Schedule, State, TrainingError, load_state, train
+from lora_jax.train.metrics import Metrics, cross_entropy, evaluate, read_metrics
 from lora_jax.train.options import AdapterOptions, TrainingOptions, flag, warmup_cosine
-from lora_jax.train.state import State, load_state
 
 TINY = "finetune --model tiny --seq-len 32 --batch-size 4 --pretrain-steps 8 --steps 6 --eval-every 3 --dropout 0.1"
 

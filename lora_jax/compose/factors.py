@@ -1,17 +1,23 @@
-"""Sums of low-rank factors as matrices: joining them, their singular triplets without a full-size matrix, their size.
+"""Low-rank factors as matrices: joined into sums, their singular value decomposition from a QR of each, their norms.
 
-Everything here is one linear map: `a` is `[rank, fan_in]` and `b` is `[rank, fan_out]`. Stacks are mapped over.
+One linear map has `a` as `[rank, fan_in]` and `b` as `[rank, fan_out]`; stacks of layers or experts are mapped over.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax import svd
-from lora_jax.adapter.factors import Array
+from lora_jax.adapter.factors import Array, widened
+from lora_jax.adapter.site import Site
+from lora_jax.adapter.updates import LowRank, Update
+from lora_jax.methods import Gained
+from lora_jax.svd import Triplets
 
 _EXACT = jax.lax.Precision.HIGHEST
 _NOISE = 8 * float(jnp.finfo(jnp.float32).eps)
@@ -137,3 +143,84 @@ def exactly(a: Array, b: Array) -> Fused:
 def largest(parts: Sequence[Part], options: Options) -> int:
     """The rank asked for, or that of the largest part."""
     return max(part.rank for part in parts) if options.rank is None else options.rank
+
+
+def gathered(tree: Any) -> Any:
+    """Arrays on a mesh with explicit axes, whole on every device of it; decompositions are not spread over devices."""
+
+    def whole(leaf: Any) -> Any:
+        mesh = jax.typeof(leaf).sharding.mesh
+        explicit = AxisType.Explicit in mesh.axis_types
+        return jax.sharding.reshard(leaf, NamedSharding(mesh, PartitionSpec())) if explicit else leaf
+
+    return jax.tree.map(whole, tree)
+
+
+def decomposed(update: Any) -> Triplets:
+    """Singular triplets of what the factors of an update add, stacked: `[weights, rank, ...]`."""
+    return _decomposed(*nameless([update]))
+
+
+def sizes(new: Any, updates: Sequence[Any], weights: Sequence[Array]) -> tuple[Array, Array, Array]:
+    """Norms, over a stack, of what the factors of an update add, of the weighted sum, and of their difference."""
+    return _sizes(*nameless([new]), nameless(updates), tuple(weights))
+
+
+def has_factors(update: Update) -> bool:
+    """Whether an update has low-rank factors, found out without computing them."""
+    plain = isinstance(update, Gained) or type(update).low_rank is LowRank.low_rank
+    return plain or jax.eval_shape(lambda update: update.low_rank(), update) is not None
+
+
+def plain_factors(update: Any) -> LowRank:
+    """The factors of an update that has some: of DoRA those inside of its norm."""
+    if isinstance(update, Gained):
+        return LowRank(update.a, update.b, jnp.ones(update.site.batch_shape, jnp.float32), update.site, update.dropout)
+    factors = update.low_rank()
+    assert factors is not None
+    return factors
+
+
+def stacked(update: Any, weight: Any = 1.0) -> Part:
+    """Factors as stacks of matrices, `[weights, rank, fan]`, and a scale and a weight for each."""
+    factors = plain_factors(update)
+    site, rank = factors.site, factors.rank
+    stack = prod(site.batch_shape)
+    a = widened(factors.a).reshape(stack, rank, site.fan_in)
+    b = widened(factors.b).reshape(stack, rank, site.fan_out)
+    spread = lambda value: jnp.broadcast_to(value, site.batch_shape).reshape(stack).astype(a.dtype)  # noqa: E731
+    return Part(a, b, spread(factors.scale), spread(weight))
+
+
+def nameless(updates: Sequence[Any]) -> tuple[Any, ...]:
+    """The updates without what differs between sites of one shape, so that those share a compilation."""
+    return tuple(
+        replace(each, site=replace(each.site, path="", uses=1, head=False), dropout=0.0) for each in updates
+    )  # fmt: skip
+
+
+def laid_out(site: Site, a: Array, b: Array) -> tuple[Array, Array]:
+    """Stacks of factors in the layout of their site."""
+    rank = a.shape[1]
+    return a.reshape(site.a_shape(rank)), b.reshape(site.b_shape(rank))
+
+
+@jax.jit
+def _decomposed(update: Any) -> Triplets:
+    part = stacked(update)
+    found = jax.vmap(lambda part: triplets(*joined([part])))(part)
+    left, right = laid_out(update.site, found.left, found.right)
+    return Triplets(left, found.values.reshape(*update.site.batch_shape, -1), right)
+
+
+@jax.jit
+def _sizes(new: Any, updates: Any, weights: Any) -> tuple[Array, Array, Array]:
+    """From singular values: in Gram matrices a small difference of large products would be rounded away."""
+
+    def norm(parts: Sequence[Part]) -> Array:
+        values = jax.vmap(lambda parts: triplets(*joined(parts)).values)(tuple(parts))
+        return jnp.sqrt(jnp.sum(jnp.square(values)))
+
+    made = stacked(new)
+    parts = [stacked(update, weight) for update, weight in zip(updates, weights, strict=True)]
+    return norm([made]), norm(parts), norm([made, *(part._replace(weight=-part.weight) for part in parts)])

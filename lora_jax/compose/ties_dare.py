@@ -1,4 +1,4 @@
-"""Compositions entry by entry: thin every update out, elect a sign for every entry, add up what is left.
+"""TIES, DARE and magnitude pruning: drop entries of every update, elect the sign of each entry, add up the rest.
 
 PEFT's `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` do that to A and to B, each by itself, so that the
 product has cross terms of one adapter's B and another's A. Their forms in `_svd` do it to the updates themselves, as in
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lora_jax import svd
 from lora_jax.adapter.factors import Array
-from lora_jax.compose.terms import Fused, Options, Part, balanced, compressed, exactly, largest, product
+from lora_jax.compose.factors import Fused, Options, Part, balanced, compressed, exactly, largest, product
 
 
 class Rule(NamedTuple):
