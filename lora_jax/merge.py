@@ -88,7 +88,7 @@ def merge(
         rounded = exact.astype(dtype) if own is None else round_stochastically(exact, dtype, own)
         merged[path] = _like(rounded, leaves[path])
         if own is None and dtype != exact.dtype and not is_traced(exact):
-            kept[path] = _survival(leaves[path], exact)
+            kept[path] = _survival(leaves[path], exact, _NOISE)
     _check_finite(merged, leaves)
     _check_survival(jax.device_get(kept), leaves, force)
     return rebuild(treedef, leaves | merged)
@@ -194,13 +194,15 @@ REFUSE_BELOW = 0.5
 """Share of a delta that must survive rounding, or `merge` warns; and refuses, where a parameter has few bits."""
 
 _FEW_BITS = 8
+_NOISE = 1e-6  # norm of a delta over the parameter's, below which it is rounding: that of a fresh DoRA on PiSSA
 
 
-def _survival(weight: Any, exact: Array) -> Array:
-    """The projection of the delta that is left after rounding onto the exact one; 1 when nothing is lost."""
+def _survival(weight: Any, exact: Array, noise: float = 0.0) -> Array:
+    """The projection of the delta that is left after rounding onto the exact one; 1 when nothing, or noise, is lost."""
     delta, kept = exact - widened(weight), widened(exact.astype(weight.dtype)) - widened(weight)
     size = jnp.sum(delta * delta)  # no `vdot`: it would want an `out_sharding` on explicit meshes
-    return jnp.where(size > 0, jnp.sum(kept * delta) / jnp.where(size > 0, size, 1), 1)
+    counts = size > noise**2 * jnp.sum(jnp.square(widened(weight)))
+    return jnp.where(counts, jnp.sum(kept * delta) / jnp.where(counts, size, 1), 1)
 
 
 def _check_survival(kept: Mapping[str, Any], leaves: Mapping[str, Any], force: bool) -> None:
