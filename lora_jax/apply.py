@@ -89,7 +89,7 @@ def _weight(ctx: Context, path: str, leaf: Any, numbered: list[NumberedUpdate]) 
     weight, site = ctx.weight(path, base), numbered[0].update.site
     batch, into, out = ([weight.axes[i] for i in axes] for axes in (site.batch_axes, site.in_axes, site.out_axes))
     terms = tuple(
-        Term(Labelled(a, (*batch, RANK, *into)), Labelled(b, (*batch, RANK, *out)), update.dropout, number)
+        Term(Labelled(a, (*batch, RANK, *into)), Labelled(b, (*batch, RANK, *out)), update.dropout, number, path)
         for (number, update), change in zip(numbered, changes, strict=True)
         for a, b in change.factors
     )

@@ -1,7 +1,9 @@
 """find_sites and explain: the engine run abstractly, to see how a program uses its parameters."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -10,12 +12,15 @@ import jax.numpy as jnp
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import adapter_list
 from lora_jax.adapter.checksum import warn_if_moved
-from lora_jax.adapter.site import Site, Sites
+from lora_jax.adapter.site import Missed, Site, Sites
 from lora_jax.apply import run_adapted
 from lora_jax.engine import Call, Context, Log, Strategy, Use, dense, interpret, trace_call
-from lora_jax.engine.heads import head_equations
+from lora_jax.engine.dependence import Dependence
+from lora_jax.errors import listed
 from lora_jax.report.report import Report
 from lora_jax.report.tables import Table
+
+_LOGGER = logging.getLogger("lora_jax")
 
 
 def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
@@ -47,6 +52,7 @@ def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     """
     call = trace_call(fn, params, args, kwargs)
     log = Log()
+    log.facts = Dependence.of(call.program, len(call.arrays))
     ctx = Context(log, look_inside=True)
 
     def run(arrays: list[Any], given: list[Any]) -> list[Any]:
@@ -54,23 +60,63 @@ def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
         return [dense(ctx, None, out, "returned") for out in interpret(ctx, call.program, [*inputs, *given])]
 
     jax.eval_shape(run, list(call.arrays.values()), call.given)
-    heads = head_equations(call.program, len(call.arrays))
-    uses: dict[str, list[Use]] = {}
-    for use in log.uses.values():
+    uses, every = (_linear(each) for each in (log.needed, log.uses.values()))
+    found = [
+        _site(path, leaf, uses[path], every[path], log.facts.heads)
+        for path, leaf in call.arrays.items()
+        if path in uses
+    ]
+    missed = tuple(_missed(call.arrays, log, uses))
+    found = [site for site in found if site.path not in {each.path for each in missed}]
+    _say(missed, call.arrays)
+    return Sites(found, tuple(call.arrays), missed)
+
+
+def _missed(arrays: Mapping[str, Any], log: Log, uses: Mapping[str, Any]) -> Iterator[Missed]:
+    """What reaches a product, a convolution or a look-up in some form, but in none of low rank."""
+    ended: dict[str, str] = {}
+    for use in log.needed:
+        if use.route == "materialised":
+            ended.setdefault(use.path, f"{use.primitive} has no low-rank form")
+    for number, (path, leaf) in enumerate(arrays.items()):
+        narrow = leaf.dtype.itemsize == 1 and any(use.equation in log.facts.scaled for use in uses.get(path, ()))
+        if narrow:
+            ended[path] = (
+                f"it is {leaf.dtype} and other parameters scale it: its factors would train inside of that scale"
+            )
+        if path in ended and (narrow or path not in uses) and number in log.facts.reached:
+            yield Missed(path, tuple(leaf.shape), ended[path])
+
+
+def _say(missed: Sequence[Missed], arrays: Mapping[str, Any]) -> None:
+    """A model of which much cannot be adapted does not pass without a word."""
+    lost, all_of_it = sum(prod(each.shape) for each in missed), sum(leaf.size for leaf in arrays.values())
+    if 2 * lost > all_of_it:
+        named = listed([f"{each.path} ({each.reason})" for each in missed])
+        _LOGGER.warning("%d of %d parameters have no low-rank form in this program: %s", lost, all_of_it, named)
+
+
+def _linear(uses: Iterable[Use]) -> dict[str, list[Use]]:
+    """By path, the uses that tell its inputs from its outputs."""
+    found: dict[str, list[Use]] = {}
+    for use in uses:
         if use.in_axes and use.out_axes:
-            uses.setdefault(use.path, []).append(use)
-    found = [_site(path, leaf, uses[path], heads) for path, leaf in call.arrays.items() if path in uses]
-    return Sites(found, tuple(call.arrays))
+            found.setdefault(use.path, []).append(use)
+    return found
 
 
 def _symbolic(ctx: Context, path: str, leaf: Any) -> Any:
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return ctx.weight(path, leaf) if floating and leaf.ndim >= 2 else leaf
+    inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return ctx.weight(path, leaf) if inexact and leaf.ndim >= 2 else leaf
 
 
-def _site(path: str, leaf: Any, uses: list[Use], heads: set[int]) -> Site:
-    """A table that is looked up is an embedding even if it is multiplied by too; else the first use decides."""
-    use = next((use for use in uses if use.kind == "embedding"), uses[0])
+def _site(path: str, leaf: Any, uses: list[Use], every: list[Use], heads: set[int]) -> Site:
+    """A table that is looked up is an embedding even if it is multiplied by too; else the first use decides.
+
+    A derivative inside of the program uses weights the other way round, and may leave nothing of the way forward: so
+    the first use counts though no result depends on it.
+    """
+    use = next((use for use in uses if use.kind == "embedding"), every[0])
     assert use.kind is not None
     return Site(
         path=path, shape=tuple(leaf.shape), dtype=jnp.dtype(leaf.dtype).name, kind=use.kind,
@@ -162,4 +208,4 @@ def explain(
         return run_adapted(known, adapters, Context(log, strategy=strategy, look_inside=True), lora_key)
 
     jax.eval_shape(run, list(call.arrays.values()), call.given, adapters)
-    return Explanation(tuple(log.uses.values()))
+    return Explanation(tuple(log.needed))

@@ -101,6 +101,31 @@ class Site:
         return prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
+@dataclass(frozen=True)
+class Missed:
+    """A parameter that reaches a product, a convolution or a look-up, and is no site.
+
+    Attributes:
+      path: its path.
+      shape: its shape.
+      reason: why it is none.
+
+    Example:
+      >>> print(Missed("mixer/kernel", (6, 6), "tanh has no low-rank form"))
+      mixer/kernel (6×6) is no site: tanh has no low-rank form. Train it in full (train=), or write its Site by hand
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} ({times(self.shape)}) is no site: {self.reason}. "
+            "Train it in full (train=), or write its Site by hand"
+        )
+
+
 class Sites(Report, Mapping[str, Site]):
     """Read-only mapping from parameter path to `Site`; printing it shows a table.
 
@@ -111,10 +136,17 @@ class Sites(Report, Mapping[str, Site]):
       (4, ['w'])
     """
 
-    def __init__(self, sites: Iterator[Site] | list[Site] | tuple[Site, ...], all_paths: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        sites: Iterator[Site] | list[Site] | tuple[Site, ...],
+        all_paths: tuple[str, ...] = (),
+        missed: tuple[Missed, ...] = (),
+    ):
         self._sites = {site.path: site for site in sites}
         self.all_paths = all_paths or tuple(self._sites)
         """Paths of every array in the parameter tree, sites or not (for full training and errors)."""
+        self.missed = missed
+        """Parameters that reach a product, a convolution or a look-up and are no sites."""
 
     def __getitem__(self, path: str) -> Site:
         return self._sites[path]
@@ -133,7 +165,7 @@ class Sites(Report, Mapping[str, Site]):
             uses = f"{site.uses}{' (head)' if site.head else ''}"
             axes = [_sizes(site, axes) for axes in (site.in_axes, site.out_axes, site.batch_axes)]
             rows.append((site.path, site.kind, times(site.shape) or "scalar", site.dtype, *axes, uses))
-        return Table(headers, rows, words=range(1, 8))
+        return Table(headers, rows, notes=[str(each) for each in self.missed], words=range(1, 8))
 
 
 def _sizes(site: Site, axes: tuple[int, ...]) -> str:

@@ -99,7 +99,7 @@ def _check_seen(sites: Sequence[Site], seen: set[str], log: Log) -> None:
         return
     path = missed[0].path
     why = "as it is a look-up table" if missed[0].kind == "embedding" else "in a form that shows its input"
-    reasons = [use.reason for use in log.uses.values() if use.path == path and use.reason]
+    reasons = [use.reason for use in log.needed if use.path == path and use.reason]
     raise ParameterError(
         f"No input of {listed([site.path for site in missed])} was seen: the program uses {path!r} "
         f"{why if not reasons else f'where {reasons[0]}'}. Leave it out with exclude="

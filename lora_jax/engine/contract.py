@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.engine.meshes import placed, spread
-from lora_jax.engine.weight import RANK, Labelled, Term, flat_size
+from lora_jax.engine.weight import RANK, SLOT, Labelled, Term, flat_size, with_axis
 
 
 def hidden(
@@ -91,14 +91,27 @@ def split_factors(
 ) -> list[tuple[Labelled, Labelled]] | None:
     """For each term the factor `[*stacked, rank, *into]` and the factor `[*stacked, rank, *out]`.
 
-    None if a term divides the axes otherwise.
+    None if a term divides the axes otherwise. Axes of length one may be in either.
     """
     pairs = []
     for term in terms:
-        for a, b in ((term.a, term.b), (term.b, term.a)):
+        for pair in ((term.a, term.b), (term.b, term.a)):
+            a, b = (
+                _with_short(factor, pair, (*stacked, *axes)) for factor, axes in zip(pair, (into, out), strict=True)
+            )
             if {*a.axes} == {*stacked, RANK, *into} and {*b.axes} == {*stacked, RANK, *out}:
                 pairs.append((a.ordered((*stacked, RANK, *into)), b.ordered((*stacked, RANK, *out))))
                 break
         else:
             return None
     return pairs
+
+
+def _with_short(factor: Labelled, pair: Sequence[Labelled], axes: Sequence[int]) -> Labelled:
+    """The factor with those of the axes that have length one in either factor, and no others of that length."""
+    short = {axis for each in pair for axis in each.axes if each.size(axis) == 1 and axis not in (RANK, SLOT)}
+    for axis in short - {*axes}:
+        factor = factor.without(axis)
+    for axis in short & {*axes}:
+        factor = with_axis(factor, axis, 1)
+    return factor

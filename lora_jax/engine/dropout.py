@@ -47,7 +47,7 @@ def drops(ctx: Context, term: Term) -> bool:
 def masks(ctx: Context, weight: Weight, x: Labelled) -> list[Any]:
     """For each term the elements of the activation that its own dropout keeps; None for all."""
     return [
-        _survivors(x, term.dropout, _key(ctx, weight.path, term.adapter)) if drops(ctx, term) else None
+        _survivors(x, term.dropout, _key(ctx, term.path, term.adapter)) if drops(ctx, term) else None
         for term in weight.terms
     ]
 

@@ -48,8 +48,21 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jec.Literal)
 
 
+def live(jaxpr: Any, results: Sequence[Any]) -> set[int]:
+    """Positions of the equations that these results of a program, or its effects, depend on."""
+    needed, found = {atom for atom in results if not is_literal(atom)}, set()
+    for position, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            found.add(position)
+            needed.update(atom for atom in eqn.invars if not is_literal(atom))
+    return found
+
+
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Evaluate one equation on ordinary values, whatever its primitive and its parameters are."""
+    variables = [atom for atom in eqn.invars if not is_literal(atom)]
+    if len(set(variables)) < len(variables):  # One variable, as two operands, may have two values.
+        eqn = eqn.replace(invars=[atom if is_literal(atom) else jec.Var(atom.aval) for atom in eqn.invars])
     operands = {v: value for v, value in zip(eqn.invars, values, strict=True) if not is_literal(v)}
     single = jec.Jaxpr((), list(operands), eqn.outvars, [eqn], eqn.effects, _DEBUG_INFO)
     return list(jec.jaxpr_as_fun(_closed(single, ()))(*operands.values()))

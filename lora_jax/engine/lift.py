@@ -5,18 +5,21 @@ rule of its primitive, looked up by name; where there is no rule, or the rule de
 are materialised and the equation is evaluated on `gain · W + Σ a·b`: always correct, and logged.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import jax
 
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
+from lora_jax.engine.dependence import Dependence
+from lora_jax.engine.dropout import drops
 from lora_jax.engine.jaxprs import Program
 from lora_jax.engine.meshes import mesh_of
 from lora_jax.engine.recompute import Frame
-from lora_jax.engine.weight import Weight
+from lora_jax.engine.weight import Weight, collapsed
 from lora_jax.errors import ParameterError
 from lora_jax.paths import is_array, named_leaves, rebuild
 
@@ -25,12 +28,21 @@ Rule: TypeAlias = Callable[[Context, Any, Sequence[Any]], "list[Any] | None"]
 RULES: dict[str, Rule] = {}
 """Rules by primitive name. A rule gets the context, the equation and the operands; None means it declines."""
 
+MERGED: set[str] = set()
+"""Primitives whose rules take weights with merged axes as they are."""
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for the primitives of the given names."""
+
+def rule(*names: str, merged: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for the primitives of the given names.
+
+    Args:
+      names: of the primitives.
+      merged: whether it takes weights with merged axes; where it does not, it gets them with simple axes only.
+    """
 
     def register(fn: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, fn))
+        MERGED.update(names if merged else ())
         return fn
 
     return register
@@ -92,6 +104,7 @@ def evaluate_call(ctx: Context, call: Call, given: Sequence[Any], symbolic: Call
       given: values for its abstract arguments.
       symbolic: makes of a frozen parameter, given its path, what the program is to see.
     """
+    ctx.log.facts = Dependence.of(call.program, len(call.arrays))
     inputs = [symbolic(path, frozen(leaf)) for path, leaf in call.arrays.items()]
     outputs = interpret(ctx, call.program, [*inputs, *given])
     return call.result([dense(ctx, None, output, "returned by the function") for output in outputs])
@@ -102,8 +115,15 @@ def frozen(leaf: Any) -> Any:
     return jax.lax.stop_gradient(leaf) if is_array(leaf) else leaf
 
 
-def interpret(ctx: Context, program: Program, args: Sequence[Any]) -> list[Any]:
-    """Evaluate a program; the results may be symbolic where the program returns (views of) its weights."""
+def interpret(ctx: Context, program: Program, args: Sequence[Any], needed: Sequence[bool] | None = None) -> list[Any]:
+    """Evaluate a program; the results may be symbolic where the program returns (views of) its weights.
+
+    Args:
+      ctx: the context.
+      program: the program.
+      args: its inputs.
+      needed: which of its results are used; all if None. What nothing needs is not evaluated, and None in the results.
+    """
     jaxpr = program.jaxpr
     env = dict(zip(jaxpr.constvars, program.consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
@@ -112,10 +132,15 @@ def interpret(ctx: Context, program: Program, args: Sequence[Any]) -> list[Any]:
         return atom.val if jaxprs.is_literal(atom) else env[atom]
 
     ctx = ctx.within(Frame(jaxpr, read))
+    wanted = [atom for i, atom in enumerate(jaxpr.outvars) if needed is None or needed[i]]
+    live = jaxprs.live(jaxpr, wanted)
     for position, eqn in enumerate(jaxpr.eqns):
-        operands = [read(atom) for atom in eqn.invars]
-        env.update(zip(eqn.outvars, evaluate(ctx.at(position), eqn, operands), strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+        if position in live or ctx.look_inside:
+            here = ctx.at(position) if position in live else replace(ctx.at(position), dead=True)
+            operands = [read(atom) for atom in eqn.invars]
+            env.update(zip(eqn.outvars, evaluate(here, eqn, operands), strict=True))
+    unread = () if needed is None or ctx.look_inside else [i for i, each in enumerate(needed) if not each]
+    return [None if i in unread else read(atom) for i, atom in enumerate(jaxpr.outvars)]
 
 
 def evaluate(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -124,10 +149,39 @@ def evaluate(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         return jaxprs.bind(eqn, operands)
     name = eqn.primitive.name
     with mesh_of(eqn):
+        if name not in MERGED:
+            operands = [simple(ctx, eqn, operand) for operand in operands]
         results = RULES[name](ctx, eqn, operands) if name in RULES else None
         if results is not None:
             return results
         return jaxprs.bind(eqn, [dense(ctx, eqn, operand) for operand in operands])
+
+
+def simple(ctx: Context, eqn: Any, value: Any) -> Any:
+    """An operand without merged axes: a weight whose factors do not allow that is materialised."""
+    if not isinstance(value, Weight) or not value.merged:
+        return value
+    reason = "axes of its inputs and of its outputs are merged"
+    return collapsed(value, ctx.merging) or dense(ctx, eqn, value, reason)
+
+
+def formed(ctx: Context, eqn: Any, value: Weight, reason: str) -> Weight:
+    """The weight with `W + a·b` in its base, where a linear operation has no low-rank form; its use is logged."""
+    if not value.adapted:
+        return replace(value, formed=value.formed or reason)
+    if value.routed:
+        raise unroutable(value.path, reason)
+    _warn_of_dropout(ctx, value, reason)
+    return replace(value, base=value.dense(), terms=(), gain=None, numbering=None, keys=None, formed=reason)
+
+
+def _warn_of_dropout(ctx: Context, value: Weight, reason: str) -> None:
+    if any(drops(ctx, term) for term in value.terms):
+        warnings.warn(
+            f"{value.path} has dropout, which does nothing where W + a·b is formed ({reason}). Leave it out of the "
+            "targets, set dropout=0 for it, or call without lora_key",
+            stacklevel=2,
+        )
 
 
 def unroutable(path: str, reason: str) -> ParameterError:
@@ -144,12 +198,15 @@ def dense(ctx: Context, eqn: Any, value: Any, reason: str = "", **facts: Any) ->
         return value
     if value.routed:
         raise unroutable(value.path, reason or f"{eqn.primitive.name} has no low-rank form")
-    rows = [axis for axis in value.axes if axis in ctx.log.looked_up]
+    if value.formed and not ctx.look_inside:
+        return value.base
+    rows = [ctx.log.looked_up[axis] for axis in value.axes if axis in ctx.log.looked_up]
     flops = 2 * value.base.size * sum(term.rank for term in value.terms)
-    if rows:
-        ctx.record(value, eqn, "look-up", kind="embedding", flops=flops, **ctx.log.looked_up[rows[0]])
+    if rows and rows[0]:
+        ctx.record(value, eqn, "look-up", rows[0], kind="embedding", flops=flops)
     else:
         nbytes = value.base.size * value.base.dtype.itemsize if value.adapted else 0
         reason = reason or f"{eqn.primitive.name} has no low-rank form"
-        ctx.record(value, eqn, "materialised", reason=reason, flops=flops, nbytes=nbytes, **facts)
+        _warn_of_dropout(ctx, value, reason)
+        ctx.record(value, eqn, "materialised", reason=value.formed or reason, flops=flops, nbytes=nbytes, **facts)
     return value.dense()

@@ -36,7 +36,7 @@ class Operands(NamedTuple):
       x: the activation.
       leaves: what the activation can be computed from again.
       gain_in: gain on what the base reads, or None.
-      base: the frozen array.
+      base: the base of the weight.
       gain_out: gain on the base's product, or None.
       factors: for every term its two factors, the one that meets the activation first.
       masks: for every term what its dropout keeps of the activation; None for everything.
@@ -129,9 +129,9 @@ class _Product:
 
     def formed(self, of: Operands) -> Any:
         """The product with the merged weight."""
-        terms = tuple(Term(first, second, 0.0, 0) for first, second in of.factors)
+        terms = tuple(Term(first, second, 0.0, 0, "") for first, second in of.factors)
         gain = of.gain_out if of.gain_in is None else of.gain_in
-        return self.dot(of.x, Weight(of.base, terms, self.weight.axes, self.weight.path, gain).dense())
+        return self.dot(of.x, Weight(of.base, terms, self.weight.axes, (), gain).dense())
 
     def plain(self, of: Operands) -> Any:
         """The base's product, before a gain on it."""
@@ -170,11 +170,13 @@ class _Product:
         return found | by_first | both
 
     def base_tangent(self, of: Operands, change: Operands) -> list[Any]:
-        """How the base's product changes with the activation and with a gain on it."""
+        """How the base's product changes with the activation, with a gain on it, and with what the base is made of."""
         read = [] if _frozen(change.x) else [times(change.x, self.given.axes, of.gain_in)]
         if _moves(change.gain_in):
             read.append(times(of.x, self.given.axes, change.gain_in))
         moved = [self.dot(_total(read, of.x), of.base)] if read else []
+        if not _frozen(change.base):
+            moved.append(self.dot(times(of.x, self.given.axes, of.gain_in).astype(of.x.dtype), change.base))
         return [times(each, self.out, of.gain_out) for each in moved]
 
     def gain_tangent(self, of: Operands, change: Operands, value: Any, inner: Sequence[Labelled]) -> list[Any]:

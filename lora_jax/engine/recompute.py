@@ -52,6 +52,10 @@ class Frame:
         """The equation that computes each variable."""
         return {var: eqn for eqn in self.jaxpr.eqns for var in eqn.outvars}
 
+    def needed(self, eqn: Any) -> list[bool]:
+        """For each result of an equation whether anything uses it."""
+        return [var in self.users or var in self.jaxpr.outvars for var in eqn.outvars]
+
     @cached_property
     def users(self) -> dict[Any, list[Any]]:
         """The equations that use each variable."""

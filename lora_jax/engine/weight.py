@@ -1,15 +1,16 @@
-"""Weight: a parameter held symbolically as `gain · base + Σ a·b`, with an identity for every axis.
+"""Weight: what a program makes of parameters, held symbolically as `gain · base + Σ a·b`, with an id for every axis.
 
 Axes carry integer ids. A structural operation (transpose, slice, reshape, ...) runs on the base and
 renames or moves ids; the factors, which carry the ids of their own axes and the rank axis, follow only
-where they must. A contraction is then written from ids alone, never from sizes or positions.
+where they must. A contraction is then written from ids alone, never from sizes or positions. Where a reshape merges
+axes, the base has one `Merged` axis and the factors keep its parts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,18 @@ RANK = -1
 
 SLOT = -2
 """The id of the axis of slots, where the factors are those of a bank of adapters."""
+
+
+class Merged(NamedTuple):
+    """Several axes that the program has reshaped into one.
+
+    Attributes:
+      parts: their ids, in row-major order.
+      sizes: their lengths.
+    """
+
+    parts: tuple[int, ...]
+    sizes: tuple[int, ...]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["axes"])
@@ -66,7 +79,7 @@ class Labelled:
         return replace(self, array=self.array.astype(dtype))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["dropout", "adapter"])
+@partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["dropout", "adapter", "path"])
 @dataclass(frozen=True)
 class Term:
     """One low-rank term of a weight: two factors that share the rank axis, the scale folded into `b`.
@@ -76,12 +89,14 @@ class Term:
       b: factor over the output axes (and any stacked axes).
       dropout: probability of dropping elements of the input.
       adapter: number of the adapter among those applied; keeps their dropout keys apart.
+      path: the parameter that the adapter has it for.
     """
 
     a: Labelled
     b: Labelled
     dropout: float
     adapter: int
+    path: str
 
     @property
     def rank(self) -> int:
@@ -118,17 +133,19 @@ class Numbering:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["base", "terms", "gain", "numbering", "keys"],
-    meta_fields=["axes", "path"],
+    meta_fields=["axes", "paths", "formed"],
 )
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of the program, symbolic: its value is `gain · base + Σ a·b` over its terms.
+    """What the program makes of its parameters, symbolic: its value is `gain · base + Σ a·b` over its terms.
 
     Attributes:
-      base: the frozen array.
+      base: the array that the program has without adapters. Its own tangent is followed too, as it may be a function of
+        something that trains; that of a parameter as it is given is zero.
       terms: low-rank terms; none while sites are being discovered.
       axes: ids of the base's axes.
-      path: the parameter's path.
+      paths: the parameters that it is made of.
+      formed: why `W + a·b` is in the base already, for a linear operation without a low-rank form; empty if it is not.
       gain: what the base is multiplied by, over some of its axes; None for one.
       numbering: set where the inputs are observed.
       keys: over the axis of slots and the input axes, what a router compares the inputs with; None without a router.
@@ -136,11 +153,17 @@ class Weight:
 
     base: Any
     terms: tuple[Term, ...]
-    axes: tuple[int, ...]
-    path: str
+    axes: tuple[Any, ...]
+    paths: tuple[str, ...]
     gain: Labelled | None = None
     numbering: Numbering | None = None
     keys: Labelled | None = None
+    formed: str = ""
+
+    @property
+    def path(self) -> str:
+        """The parameters' paths, for messages."""
+        return " and ".join(self.paths)
 
     @property
     def adapted(self) -> bool:
@@ -163,12 +186,32 @@ class Weight:
         """The value `gain · base + Σ a·b`, computed in float32 or wider and rounded once to the base's dtype."""
         if not self.adapted:
             return self.base
+        if self.merged:
+            return self.split().dense().reshape(self.base.shape)
         wide = jnp.promote_types(self.base.dtype, jnp.float32)
         value = self.base.astype(wide)
         if self.gain is not None:
             value = value * self.gain.over(self.axes).astype(wide)
         deltas = [_outer(term, self.axes, wide, explicit(self.base)) for term in self.terms]
         return (value + sum(deltas[1:], start=deltas[0]) if deltas else value).astype(self.base.dtype)
+
+    @property
+    def merged(self) -> bool:
+        """Whether an axis of the base is several axes of the factors."""
+        return any(isinstance(axis, Merged) for axis in self.axes)
+
+    def split(self) -> "Weight":
+        """The weight with its merged axes apart."""
+        axes = flat_ids(self.axes)
+        return replace(self, base=self.base.reshape(split_sizes(self.axes, self.base.shape)), axes=axes)
+
+    def renamed(self, names: Mapping[int, int]) -> "Weight":
+        """The weight with other ids for some of its axes."""
+
+        def rename(factor: Labelled) -> Labelled:
+            return replace(factor, axes=tuple(names.get(axis, axis) for axis in factor.axes))
+
+        return self.map(self.base, [names.get(axis, axis) for axis in self.axes], rename)
 
     def unstack(self) -> tuple[list[Any], Callable[[Sequence[Any]], "Weight"]]:
         """Split off the leading axis: the arrays that run along it, and the weight made of their slices."""
@@ -236,3 +279,65 @@ def _sliced(leaf: Any, value: Any) -> Any:
 def flat_size(array: Labelled, axes: Sequence[int]) -> int:
     """Product of the lengths along the given ids."""
     return prod(array.size(axis) for axis in axes)
+
+
+def flat_ids(axes: Iterable[Any]) -> tuple[int, ...]:
+    """The ids of axes, those of a merged one in its place."""
+    return tuple(part for axis in axes for part in (axis.parts if isinstance(axis, Merged) else (axis,)))
+
+
+def split_sizes(axes: Sequence[Any], shape: Sequence[int]) -> list[int]:
+    """The lengths of axes, those of the parts of a merged one in its place."""
+    sizes = [axis.sizes if isinstance(axis, Merged) else (size,) for axis, size in zip(axes, shape, strict=True)]
+    return [part for each in sizes for part in each]
+
+
+def with_axis(factor: Labelled, axis: int, size: int) -> Labelled:
+    """The factor with an axis of this length, along which it is constant if it does not have it yet."""
+    if axis in factor.axes:
+        return factor
+    array = jnp.broadcast_to(factor.array[..., None], (*factor.array.shape, size))
+    return Labelled(array, (*factor.axes, axis))
+
+
+def collapsed(weight: Weight, fresh: Callable[[Sequence[int]], int]) -> Weight | None:
+    """The weight with simple axes only, or None where the parts of a merged axis are in different factors.
+
+    Args:
+      weight: the weight.
+      fresh: gives an id for the axis that parts of these ids are merged into.
+    """
+    for merged in [axis for axis in weight.axes if isinstance(axis, Merged)]:
+        new, rest = fresh(merged.parts), [*riders(weight)]
+        parts = dict(zip(merged.parts, merged.sizes, strict=True))
+        long = {axis for axis, size in parts.items() if size > 1}
+        if any({*term.a.axes} & long and {*term.b.axes} & long for term in weight.terms):
+            return None
+        if any(long & {*each.axes} not in (set(), long) for each in rest):
+            return None
+
+        def merge(factor: Labelled, parts: dict[int, int] = parts, new: int = new) -> Labelled:
+            if not {*parts} & {*factor.axes}:
+                return factor
+            for axis, size in parts.items():
+                factor = with_axis(factor, axis, size)
+            return reshaped(factor, [*parts], [new], [prod(parts.values())])
+
+        def merge_term(term: Term, long: set[int] = long, parts: dict[int, int] = parts, merge: Any = merge) -> Term:
+            # Parts of length one may be in the other factor, which loses them.
+            first, second = (term.a, term.b) if {*term.a.axes} & (long or {*parts}) else (term.b, term.a)
+            for axis in parts:
+                second = second.without(axis)
+            pair = (merge(first), second) if first is term.a else (second, merge(first))
+            return replace(term, a=pair[0], b=pair[1])
+
+        axes = [new if axis == merged else axis for axis in weight.axes]
+        moved = weight.map(weight.base, axes, merge)
+        weight = replace(moved, terms=tuple(merge_term(term) for term in weight.terms))
+    return weight
+
+
+def riders(weight: Weight) -> list[Labelled]:
+    """What goes with a weight beside its terms."""
+    numbers = [weight.numbering.maps, weight.numbering.inputs] if weight.numbering else []
+    return [*numbers, *(each for each in (weight.gain, weight.keys) if each is not None)]

@@ -91,6 +91,11 @@ def _start(
 ) -> Update:
     """The update that the config's method starts with at one site."""
     entry, rank = find_init(config.init), config.rank_for(site.path)
+    if _is_complex(site) and (entry.reads or config.method != "lora"):
+        raise ConfigError(
+            f"{site.path} is {site.dtype}: init={config.init!r} with method={config.method!r} is for real parameters. "
+            'Use method="lora" and init="default", "gaussian" or "orthogonal", or leave it out of the targets'
+        )
     name = np.uint32(crc32(site.path.encode()))
     scale = _scale(config, site)
 
@@ -116,6 +121,10 @@ def _start(
         return METHODS.find(config.method).update.start(given)
     except ConfigError as error:
         raise ConfigError(f"{site.path}: {error}") from None
+
+
+def _is_complex(site: Site) -> bool:
+    return jnp.issubdtype(site.dtype, jnp.complexfloating)
 
 
 def _scale(config: LoraConfig, site: Site) -> jax.Array:
@@ -157,9 +166,16 @@ def _draw(
     count = prod(site.batch_shape)
     stacks = {name: _stacked(site, name, value, count) for name, value in data.items()}
 
-    def draw(key: jax.Array, stacks: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    def draw_real(key: jax.Array, stacks: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         numbered = {} if entry.number is None else {"number": entry.number}
         return entry.draw(key, site, rank, dtype, **jax.tree.map(widened, stacks), **numbered)
+
+    def draw(key: jax.Array, stacks: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        if not _is_complex(site):
+            return draw_real(key, stacks)
+        parts = zip(*(draw_real(jax.random.fold_in(key, part), stacks) for part in range(2)), strict=True)
+        a, b = (jax.lax.complex(real, imaginary) / 2**0.5 for real, imaginary in parts)
+        return a, b
 
     if not site.batch_axes:
         a, b = draw(key, jax.tree.map(lambda value: value[0], stacks))

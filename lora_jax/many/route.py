@@ -124,7 +124,7 @@ class RoutedFunction:
             self._run(Context(log), *call[:3], *call[3], **call[4])
 
         jax.eval_shape(run, [leaves[i] for i in arrays])
-        return Explanation(tuple(log.uses.values()))
+        return Explanation(tuple(log.needed))
 
     def usage(
         self, params: Any, bank: AdapterBank | Sequence[Adapter], router: Router, *args: Any, **kwargs: Any
@@ -247,4 +247,4 @@ def _weight(ctx: Context, path: str, base: Any, held: Slots, dropout: float, key
     if keys is not None:
         weight = replace(weight, keys=Labelled(keys, (*batch, SLOT, *into)))
         weight = numbered(weight, site.batch_axes, site.in_axes)
-    return replace(weight, terms=(Term(a, b, dropout, 0),), gain=gain)
+    return replace(weight, terms=(Term(a, b, dropout, 0, path),), gain=gain)

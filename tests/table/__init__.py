@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from table import equinox_models, fallbacks, haiku_models, linen_models, nnx_models, plain_ops, plain_programs
+from table import combined, equinox_models, fallbacks, haiku_models, linen_models, nnx_models, plain_ops, plain_programs
 from table.registry import CASES as CASES
 from table.registry import Case as Case
 

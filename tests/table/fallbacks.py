@@ -21,11 +21,17 @@ def fallback(
 
 
 fallback("elementwise", (2, 4), lambda w, x: jnp.sin(w) * x, (2, 4))
-fallback("weight_norm", (4, 3), lambda w, x: x @ (w / jnp.linalg.norm(w, axis=0, keepdims=True)), (2, 4))
+fallback(
+    "weight_norm", (4, 3), lambda w, x: x @ (w / jnp.linalg.norm(w, axis=0, keepdims=True)), (2, 4), found=True
+)  # fmt: skip
 fallback("weight_norm_beside", (4, 3), lambda w, x: (x @ w) / jnp.linalg.norm(w, axis=0)[None], (2, 4), found=True)
-fallback("concatenation", (4, 3), lambda w, x: x @ jnp.concatenate([w, 2 * w], 1), (2, 4))
-fallback("padding", (4, 3), lambda w, x: x @ jnp.pad(w, ((0, 1), (0, 0))), (2, 5))
-fallback("masked", (4, 3), lambda w, x: x @ jnp.where(jnp.arange(12).reshape(4, 3) % 2 == 0, w, 0), (2, 4))
+fallback(
+    "masked", (4, 3), lambda w, x: x @ jnp.where(jnp.arange(12).reshape(4, 3) % 2 == 0, w, 0), (2, 4), found=True
+)  # fmt: skip
+fallback("times_a_mask", (4, 3), lambda w, x: x @ (w * jnp.tri(4, 3)), (2, 4), found=True)
+fallback(
+    "straight_through", (4, 3), lambda w, x: x @ (w + lax.stop_gradient(jnp.round(4 * w) / 4 - w)), (2, 4), found=True
+)  # fmt: skip
 fallback("reshape_across_roles", (4, 6), lambda w, x: x @ w.reshape(3, 8), (2, 3))
 fallback("sum", (4, 3), lambda w, x: x * w.sum(), (2, 4))
 fallback("rounded_to_integers", (4, 3), lambda w, x: x @ (w * 9).astype(jnp.int32).astype(x.dtype), (2, 4))
@@ -45,7 +51,6 @@ fallback(
     "conv_of_the_weight", (3, 4),
     lambda w, x: lax.conv_general_dilated(w[None], x, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")), (3, 4, 2),
 )  # fmt: skip
-fallback("convolved_kernel", (3, 4), lambda w, x: jax.vmap(lambda x: jnp.convolve(x, w[:, 0]))(x), (2, 5))
 
 
 @case("plain", {"w": "dense io"}, "weight_as_activation", hidden={"gate": "dense io"}, materialised=("gate",))
@@ -66,9 +71,8 @@ def _(draw: Draw) -> Model:
 
 @case(
     "linen",
-    {},
+    {"params/layer_instance/kernel": "dense io"},
     "weight_norm",
-    hidden={"params/layer_instance/kernel": "dense io"},
     materialised=("params/layer_instance/kernel",),
 )
 def _(draw: Draw) -> Model:

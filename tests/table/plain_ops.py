@@ -51,7 +51,10 @@ product("key_value_2kdh", "ooio", (2, 3, 4, 5), lambda w, x: jnp.einsum("bsd,ckd
 variant("cube", "oio", (4, 4, 4), lambda w, x: jnp.einsum("btd,ndh->bnth", x, w), (4, 4, 4))
 variant("token_axis_summed", "io", (4, 3), lambda w, x: jnp.einsum("btd,dh->bh", x, w), (2, 5, 4))
 variant("tensordot", "oii", (2, 3, 4), lambda w, x: jnp.tensordot(w, x, axes=((2, 1), (0, 2))), (4, 5, 3))
-product("one_hot_look_up", "io", (7, 3), lambda w, t: jax.nn.one_hot(t, 7) @ w, jnp.array([[1, 6, 0], [3, 3, 2]]))
+product(
+    "one_hot_look_up", "io", (7, 3), lambda w, t: jax.nn.one_hot(t, 7) @ w, jnp.array([[1, 6, 0], [3, 3, 2]]),
+    kind="embedding",
+)  # fmt: skip
 variant("integer_input", "io", (4, 3), lambda w, x: x @ w, jnp.arange(8).reshape(2, 4))
 
 # Stacks of weights.

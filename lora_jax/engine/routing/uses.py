@@ -81,8 +81,8 @@ def _record_product(
     rank = sum(first.size(RANK) for first, _ in pairs) * (slots if form == "mask" else 1)
     lengths = dict(zip(weight.axes, weight.base.shape, strict=True))
     ends = prod(lengths[axis] for axis in into) + prod(lengths[axis] for axis in left)
-    roles = ctx.roles(weight.path, into=into, out=left)
-    ctx.record(weight, eqn, form, kind="dense", flops=2 * tokens * rank * ends, nbytes=4 * tokens * rank, **roles)
+    roles = ctx.roles(weight, into=into, out=left)
+    ctx.record(weight, eqn, form, roles, kind="dense", flops=2 * tokens * rank * ends, nbytes=4 * tokens * rank)
 
 
 def of_images(ctx: Context, eqn: Any, kernel: Weight) -> tuple[Any, Labelled | None]:

@@ -17,19 +17,20 @@ from lora_jax.engine.meshes import constrained
 from lora_jax.engine.weight import Labelled, Weight, beside
 
 
-@rule("jit", "pjit", "closed_call", "core_call")
+@rule("jit", "pjit", "closed_call", "core_call", merged=True)
 def _inline(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """The compiled program is one anyway, and a weight may come out as symbolic as it went in."""
     body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     given, wanted = (eqn.params.get(name, ()) for name in ("in_shardings", "out_shardings"))
-    results = interpret(ctx, jaxprs.program(body), _constrained(operands, given))
+    needed = ctx.frame.needed(eqn) if ctx.frame else None
+    results = interpret(ctx, jaxprs.program(body), _constrained(operands, given), needed)
     return _constrained(results, wanted)
 
 
 def _constrained(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
     """Place values as an inner `jit` asks for; of a weight, its base."""
     return [
-        replace(v, base=constrained(v.base, s)) if isinstance(v, Weight) else constrained(v, s)
+        replace(v, base=constrained(v.base, s)) if isinstance(v, Weight) else v if v is None else constrained(v, s)
         for v, s in zip_longest(values, shardings)
     ]
 
@@ -111,14 +112,21 @@ def _while(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         return result
 
     def iteration(state: tuple[Any, Any, list[Any]]) -> tuple[Any, Any, list[Any]]:
-        number, _, carry = state
+        number, going, carry = state
         here = ctx.at(1).iteration(number)
-        carry = _formed(here, eqn, interpret(here, body, [*for_body, *carry]))
-        return number + 1, go_on(carry), carry
+        new = _formed(here, eqn, interpret(here, body, [*for_body, *carry]))
+        if going.ndim:
+            new = [_where(going, *pair) for pair in zip(new, carry, strict=True)]
+        return number + 1, go_on(new), new
 
     # The test is evaluated at the end of each iteration: only a loop's body may add to what is captured.
     init = _carries(ctx, eqn, operands[-carries:])
-    return jax.lax.while_loop(lambda state: state[1], iteration, (jnp.int32(0), go_on(init), init))[2]
+    return jax.lax.while_loop(lambda state: state[1].any(), iteration, (jnp.int32(0), go_on(init), init))[2]
+
+
+def _where(going: Any, new: Any, old: Any) -> Any:
+    """What a loop under `jax.vmap` carries: examples that are through keep what they have."""
+    return jax.lax.select(jax.lax.broadcast_in_dim(going, new.shape, range(going.ndim)), new, old)
 
 
 @rule("cond")

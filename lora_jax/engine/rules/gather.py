@@ -48,9 +48,9 @@ def _gather(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
     axes = [next(left) if i in offsets else next(rows) for i in range(base.ndim)]
     new = [axis for axis in plan.rows if axis not in plan.paired]
     kept = [axis for axis in axes if axis not in plan.columns and axis not in plan.rows]
-    roles = ctx.roles(weight.path, into=list(plan.columns), out=kept)
-    ctx.log.looked_up.update(dict.fromkeys(new, roles))
-    chooses = not new or len(kept) > 1
+    roles = ctx.roles(weight, into=list(plan.columns), out=kept)
+    ctx.log.looked_up.update(dict.fromkeys(new, None if id(eqn) in ctx.log.facts.chosen else roles))
+    chooses = not new or len(kept) > 1 or id(eqn) in ctx.log.facts.permuted
     if weight.routed and not chooses:
         return [_routed(ctx, eqn, weight, indices, plan, (base, axes), roles)]
     taken = weight.map(base, axes, lambda factor: _take(factor, plan, indices, eqn.params))
@@ -78,7 +78,7 @@ def _routed(
 
     taken = table.map(base, axes, take)
     rank = sum(term.rank for term in table.terms)
-    ctx.record(table, eqn, "look-up", kind="embedding", flops=2 * base.size * rank, **roles)
+    ctx.record(table, eqn, "look-up", roles, kind="embedding", flops=2 * base.size * rank)
     return look_up(ctx, table, runs, plan.rows, taken)
 
 
@@ -93,9 +93,8 @@ def _plan(ctx: Context, eqn: Any, weight: Weight, rows: int) -> _Gather | None:
     cut = {axis for axis, size, n in zip(ids, sizes, shape, strict=True) if size < n}
     if cut - columns.keys() - paired.keys():
         return None
-    origin = frozenset().union(*(ctx.log.origins[axis] for axis in columns))
     along = {i: axis for axis, i in paired.items()}
-    names = tuple(along[i] if i in along else ctx.fresh(origin) for i in range(rows))
+    names = tuple(along[i] if i in along else ctx.merging(columns) for i in range(rows))
     collapsed = frozenset(ids[d] for d in numbers.collapsed_slice_dims)
     return _Gather(columns, dict(zip(ids, sizes, strict=True)), collapsed, paired, names)
 

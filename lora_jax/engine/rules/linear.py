@@ -20,19 +20,15 @@ from lora_jax.engine.planner import Plan
 from lora_jax.engine.product import adapted_product, adapted_result, takes
 from lora_jax.engine.recompute import Recomputation
 from lora_jax.engine.routing.uses import routed_product
-from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight
+from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight, collapsed, flat_ids, split_sizes
 
 
-@rule("dot_general")
+@rule("dot_general", merged=True)
 def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     """Either operand may be the weight, on any axes; axes of the activation alone get negative ids."""
-    lhs, rhs = operands
-    if isinstance(lhs, Weight) and isinstance(rhs, Weight):
-        contracted, batch = ([lhs.axes[i] for i in axes[0]] for axes in eqn.params["dimension_numbers"])
-        roles = ctx.roles(lhs.path, contracted, [axis for axis in lhs.axes if axis not in (*contracted, *batch)])
-        lhs = dense(ctx, eqn, lhs, "the other operand is adapted too", kind="dense", **roles)
+    lhs, rhs = _one_weight(ctx, eqn, *(_collapsed(ctx, operand) for operand in operands))
     side = 0 if isinstance(lhs, Weight) else 1
-    weight: Weight = operands[side] if side else lhs
+    weight: Weight = rhs if side else lhs
     other: Any = lhs if side else rhs
     if weight.adapted and unreduced(eqn.params["out_sharding"]):
         return None  # Two products in a row cannot share one sum over devices.
@@ -43,26 +39,55 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     contracted = {weight.axes[i] for i in (lc, rc)[side]}
     batch = [weight.axes[i] for i in (lb, rb)[side]]
     remains = [[i for i in axes if i not in contracted and i not in batch] for axes in (weight.axes, names)]
-    out = (*batch, *remains[side], *remains[1 - side])
+    out, left = (*batch, *remains[side], *remains[1 - side]), remains[0]
 
     def dot(x: Any, w: Any) -> Any:
-        return jaxprs.bind(eqn, (w, x) if side == 0 else (x, w))[0]
+        if given.merged:
+            x, w = x.reshape(other.shape), w.reshape(given.base.shape)
+        (y,) = jaxprs.bind(eqn, (w, x) if side == 0 else (x, w))
+        return y.reshape(split_sizes(merged_out, y.shape)) if given.merged else y
 
-    x = Labelled(_floating(other, weight.base.dtype), tuple(names))
+    given, merged_out = weight, out
+    x = Labelled(_inexact(other, weight.base.dtype), tuple(names))
+    if weight.merged:
+        x, weight = Labelled(x.array.reshape(split_sizes(names, other.shape)), flat_ids(names)), weight.split()
+        contracted, out, left = set(flat_ids(contracted)), flat_ids(out), list(flat_ids(remains[0]))
     if weight.routed:
         return [routed_product(ctx, eqn, 1 - side, x, weight, out, dot)]
     if not takes(weight, x, out):
         return None
     dropout = any(drops(ctx, term) for term in weight.terms)
     planned = planner.plan(weight, x, out, ctx.strategy, dropout)
-    _record(ctx, eqn, weight, x, contracted, remains[0], out, planned)
+    _record(ctx, eqn, weight, x, contracted, left, out, planned)
     observe(ctx, weight, x, contracted)
     precision = eqn.params["precision"]
     if not weight.adapted:
-        return [dot(other, weight.base)]
+        return jaxprs.bind(eqn, [given.base if operand is given else operand for operand in (lhs, rhs)])
     recomputed = _recomputed(ctx, eqn.invars[1 - side], x, weight)
     with jax.named_scope("lora"):
-        return [adapted_product(dot, x, weight, out, precision, planned, recomputed, masks(ctx, weight, x))]
+        y = adapted_product(dot, x, weight, out, precision, planned, recomputed, masks(ctx, weight, x))
+    return [y.reshape(eqn.outvars[0].aval.shape) if given.merged else y]
+
+
+def _collapsed(ctx: Context, operand: Any) -> Any:
+    """An operand with simple axes, where its factors allow that."""
+    return (collapsed(operand, ctx.merging) or operand) if isinstance(operand, Weight) else operand
+
+
+def _one_weight(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+    """The operands, of which one is formed if both are weights: that which is an activation, or the first."""
+    if not (isinstance(lhs, Weight) and isinstance(rhs, Weight)):
+        return lhs, rhs
+    reason, here = "the other operand is adapted too", ctx.log.facts.activations
+    activations = [not jaxprs.is_literal(atom) and atom in here for atom in eqn.invars]
+    if activations == [False, True]:
+        return lhs, dense(ctx, eqn, rhs, reason)
+    if activations == [True, False]:
+        return dense(ctx, eqn, lhs, reason), rhs
+    contracted, batch = ([lhs.axes[i] for i in axes[0]] for axes in eqn.params["dimension_numbers"])
+    left = [axis for axis in lhs.axes if axis not in (*contracted, *batch)]
+    roles = ctx.roles(lhs, flat_ids(contracted), flat_ids(left))
+    return dense(ctx, eqn, lhs, reason, kind="dense", roles=roles), rhs
 
 
 def _recomputed(ctx: Context, atom: Any, x: Labelled, weight: Weight) -> Recomputation | None:
@@ -70,8 +95,8 @@ def _recomputed(ctx: Context, atom: Any, x: Labelled, weight: Weight) -> Recompu
     return None if ctx.frame is None or spread(x.array, weight.base) else ctx.frame.recomputed(atom)
 
 
-def _floating(x: Any, dtype: Any) -> Any:
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+def _inexact(x: Any, dtype: Any) -> Any:
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype)
 
 
 def _record(
@@ -82,8 +107,9 @@ def _record(
     tokens, inner, outer = planner.extents(weight, x, out)
     flops = 2 * rank * weight.base.size if planned.call else 2 * tokens * rank * (inner + outer)
     nbytes = 4 * (weight.base.size if planned.call else tokens * rank)
-    roles = ctx.roles(weight.path, into=list(into), out=left)
-    ctx.record(weight, eqn, "merged" if planned.call else "factored", kind="dense", flops=flops, nbytes=nbytes, **roles)
+    roles = ctx.roles(weight, into=list(into), out=left)
+    kind = "embedding" if id(eqn) in ctx.log.facts.one_hot else "dense"
+    ctx.record(weight, eqn, "merged" if planned.call else "factored", roles, kind=kind, flops=flops, nbytes=nbytes)
 
 
 @rule("ragged_dot_general", "ragged_dot")
@@ -103,8 +129,8 @@ def _ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | 
     (y,) = jaxprs.bind(eqn, [x, stack.base, sizes])
     rank = sum(term.rank for term in stack.terms)
     flops = 2 * x.shape[0] * rank * (x.shape[1] + y.shape[1])
-    roles = ctx.roles(stack.path, into=[into], out=[out])
-    ctx.record(stack, eqn, "factored", kind="ragged", flops=flops, nbytes=4 * rank * x.shape[0], **roles)
+    roles = ctx.roles(stack, into=[into], out=[out])
+    ctx.record(stack, eqn, "factored", roles, kind="ragged", flops=flops, nbytes=4 * rank * x.shape[0])
     observe_groups(ctx, stack, x, sizes, group, into)
     reads = inputs(ctx, stack, Labelled(x, ()))
     with jax.named_scope("lora"):

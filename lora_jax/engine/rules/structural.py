@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
-from math import prod
 from typing import Any
 
 import jax
@@ -13,17 +12,34 @@ import jax.numpy as jnp
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import rule
-from lora_jax.engine.weight import Labelled, Term, Weight, beside, gathered, reshaped
+from lora_jax.engine.weight import (
+    Labelled,
+    Merged,
+    Weight,
+    beside,
+    collapsed,
+    flat_ids,
+    gathered,
+    reshaped,
+    split_sizes,
+    with_axis,
+)  # fmt: skip
 
 
-@rule("convert_element_type")
+@rule("convert_element_type", merged=True)
 def _convert(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
-    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+    wanted = eqn.params["new_dtype"]
+    if not jnp.issubdtype(wanted, jnp.inexact):
         return None
+    if jnp.iscomplexobj(operands[0].base) and not jnp.issubdtype(wanted, jnp.complexfloating):
+        return None  # The real part of a product is no product of real parts.
     return _on_base(ctx, eqn, operands)
 
 
-@rule("copy", "copy_p", "sharding_constraint", "optimization_barrier", "pvary", "reduce_precision")
+@rule(
+    "copy", "copy_p", "sharding_constraint", "optimization_barrier", "pvary", "reduce_precision", "name", "device_put",
+    merged=True,
+)  # fmt: skip
 def _on_base(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """The operation concerns the storage of the base; the factors are placed and cast where they are used."""
     bases = [operand.base if isinstance(operand, Weight) else operand for operand in operands]
@@ -42,13 +58,13 @@ def _reshard(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return [beside(weight.map(base, weight.axes, lambda factor: factor))]
 
 
-@rule("stop_gradient")
+@rule("stop_gradient", merged=True)
 def _stop_gradient(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     (weight,) = operands
     return [jax.lax.stop_gradient(weight)]
 
 
-@rule("transpose")
+@rule("transpose", merged=True)
 def _transpose(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     (weight,) = operands
     axes = [weight.axes[position] for position in eqn.params["permutation"]]
@@ -91,86 +107,84 @@ def _broadcast(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | N
     return [replace(weight.map(base, axes, grow), terms=terms)]
 
 
-@rule("reshape")
+@rule("reshape", merged=True)
 def _reshape(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
-    """Reshape group by group; a group that mixes the axes of both factors has no low-rank form."""
+    """Axes are cut into the pieces that old and new axes have in common; a new axis of several pieces is `Merged`."""
     weight, *dynamic = operands
-    if dynamic or eqn.params.get("dimensions") is not None:
+    if dynamic or 0 in weight.base.shape:
         return None
-    groups = _groups(weight.base.shape, eqn.params["new_sizes"])
-    if groups is None:
+    order = eqn.params.get("dimensions") or range(weight.base.ndim)
+    axes, shape = [weight.axes[i] for i in order], [weight.base.shape[i] for i in order]
+    old = dict(zip(flat_ids(axes), split_sizes(axes, shape), strict=True))
+    pieces = _pieces(list(old.values()), eqn.params["new_sizes"])
+    if pieces is None:
         return None
-    origins, axes, moves = ctx.log.origins, [], []
-    for old, sizes in groups:
-        names = [weight.axes[i] for i in old]
-        if [weight.base.shape[i] for i in old] == sizes:
-            axes += names
-            continue
-        origin = frozenset().union(*(origins[name] for name in names))
-        new = [ctx.fresh(origin) for _ in sizes]
-        moves.append((names, new, sizes))
-        axes += new
-    placed = eqn.params.get("sharding") is not None
+    on_mesh = eqn.params.get("sharding") is not None
     (base,) = jaxprs.bind(eqn, [weight.base])
-    weight = weight.map(weight.base, weight.axes, gathered) if placed else weight
-    lengths = dict(zip(weight.axes, weight.base.shape, strict=True))
-    for old, new, sizes in moves:
-        long = [axis for axis in old if lengths[axis] > 1]
-        if any(_straddles(term, long) for term in weight.terms) or any(_cuts(each, long) for each in _others(weight)):
-            return None
-        regroup = partial(_regroup, old=old, long=long, new=new, sizes=sizes)
-        weight = weight.map(weight.base, weight.axes, regroup)
-        if not long:  # Axes of length one that were in neither factor must be in one of them.
-            terms = tuple(replace(term, b=reshaped(term.b, [], new, sizes)) for term in weight.terms)
-            weight = replace(weight, terms=terms)
+    weight = weight.map(weight.base, weight.axes, gathered) if on_mesh else weight
+    weight, axes = _cut_up(ctx, weight, old, *pieces)
     result = weight.map(base, axes, lambda factor: factor)
-    return [beside(result) if placed else result]
+    if on_mesh:
+        whole = collapsed(result, ctx.merging)
+        return None if whole is None else [beside(whole)]
+    return [result]
 
 
-def _straddles(term: Term, axes: list[int]) -> bool:
-    """Whether some of the axes are in one factor and some in the other."""
-    return _cuts(term.a, axes) or _cuts(term.b, axes)
+def _cut_up(
+    ctx: Context, weight: Weight, old: Mapping[int, int], cuts: list[list[int]], groups: list[list[tuple[int, int]]]
+) -> tuple[Weight, list[Any]]:
+    """The weight with its factors' axes cut up, and the axes of the reshaped base."""
+    origins, short = ctx.log.origins, [axis for axis, size in old.items() if size == 1]
+    names: dict[int, list[int]] = {}
+    for axis, sizes in zip(old, cuts, strict=True):
+        names[axis] = [axis] if len(sizes) == 1 else [ctx.fresh(origins[axis]) for _ in sizes]
+
+    def cut(factor: Labelled) -> Labelled:
+        for axis in short:
+            factor = factor.without(axis)
+        for axis, sizes in zip(old, cuts, strict=True):
+            if len(sizes) > 1 and axis in factor.axes:
+                factor = reshaped(factor, [axis], names[axis], sizes)
+        return factor
+
+    weight = weight.map(weight.base, weight.axes, cut)
+    known, axes = list(old), []
+    for group in groups:
+        parts = [(names[known[i]][j], cuts[i][j]) for i, j in group]
+        if not parts:  # An axis of length one, which stands for one that has gone, or is new; a factor must have it.
+            parts = [(ctx.fresh(origins[short.pop(0)] if short else None), 1)]
+            terms = tuple(replace(term, b=with_axis(term.b, parts[0][0], 1)) for term in weight.terms)
+            weight = replace(weight, terms=terms)
+        axes.append(parts[0][0] if len(parts) == 1 else Merged(*zip(*parts, strict=True)))
+    return weight, axes
 
 
-def _others(weight: Weight) -> list[Labelled]:
-    """What rides along with a weight beside its terms."""
-    numbers = [weight.numbering.maps, weight.numbering.inputs] if weight.numbering else []
-    return [*numbers, *(each for each in (weight.gain, weight.keys) if each is not None)]
+def _pieces(old: Sequence[int], new: Sequence[int]) -> tuple[list[list[int]], list[list[tuple[int, int]]]] | None:
+    """The largest pieces of which both the old and the new axes of a reshape are made; None if there are none.
 
+    Returns:
+      For each old axis the sizes of its pieces (none for one of length one), and for each new axis its pieces, by old
+      axis and number.
 
-def _cuts(factor: Labelled, axes: list[int]) -> bool:
-    """Whether a factor has some of the axes, but not all."""
-    return set(axes) & set(factor.axes) not in (set(), set(axes))
-
-
-def _regroup(factor: Labelled, old: list[int], long: list[int], new: list[int], sizes: list[int]) -> Labelled:
-    """One group of a reshape on a factor that has all of its axes, those of length one aside, or none."""
-    for axis in old:
-        factor = factor if axis in long else factor.without(axis)
-    return reshaped(factor, long, new, sizes) if set(long) & set(factor.axes) else factor
-
-
-def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
-    """Split a reshape into the smallest runs of axes with equal total size; None for empty arrays.
-
-    >>> _groups((2, 3, 4), (6, 4))
-    [([0, 1], [6]), ([2], [4])]
+    Example:
+      >>> _pieces((6, 4), (2, 12))
+      ([[2, 3], [4]], [[(0, 0)], [(0, 1), (1, 0)]])
     """
-    if 0 in old:
-        return None
-    groups, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        left, right = [i] if i < len(old) else [], list(new[j : j + 1])
-        i, j = i + len(left), j + len(right)
-        while prod(old[k] for k in left) != prod(right):
-            if prod(old[k] for k in left) < prod(right):
-                left.append(i)
-                i += 1
-            else:
-                right.append(new[j])
-                j += 1
-        groups.append((left, right))
-    return groups
+    cuts: list[list[int]] = [[] for _ in old]
+    groups: list[list[tuple[int, int]]] = [[] for _ in new]
+    long = iter([(i, size) for i, size in enumerate(old) if size > 1])
+    axis, rest = next(long, (0, 1))
+    for j, size in enumerate(new):
+        while size > 1:
+            piece = min(size, rest)
+            if size % piece or rest % piece:
+                return None
+            groups[j].append((axis, len(cuts[axis])))
+            cuts[axis].append(piece)
+            size, rest = size // piece, rest // piece
+            if rest == 1:
+                axis, rest = next(long, (0, 1))
+    return cuts, groups
 
 
 @rule("slice")
@@ -231,34 +245,3 @@ def _rev(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         return Labelled(jax.lax.rev(factor.array, positions), tuple(new.get(axis, axis) for axis in factor.axes))
 
     return [weight.map(base, [new.get(axis, axis) for axis in weight.axes], flip)]
-
-
-@rule("neg")
-def _negate(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    return _multiplied(eqn, operands, operands[0], -1.0)
-
-
-@rule("mul")
-def _multiply(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
-    for weight, factor in (operands, operands[::-1]):
-        if isinstance(weight, Weight) and not isinstance(factor, Weight) and jnp.ndim(factor) == 0:
-            return _multiplied(eqn, operands, weight, factor)
-    return None
-
-
-@rule("div")
-def _divide(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
-    weight, divisor = operands
-    if isinstance(weight, Weight) and not isinstance(divisor, Weight) and jnp.ndim(divisor) == 0:
-        return _multiplied(eqn, operands, weight, 1 / divisor)
-    return None
-
-
-def _multiplied(eqn: Any, operands: Sequence[Any], weight: Weight, by: Any) -> list[Any]:
-    """The weight times a scalar: the base as the program does it, the factors through `b` alone."""
-    (base,) = jaxprs.bind(eqn, [weight.base if operand is weight else operand for operand in operands])
-    terms = tuple(
-        replace(term, b=replace(term.b, array=term.b.array * jnp.asarray(by, term.b.array.dtype)))
-        for term in weight.terms
-    )
-    return [replace(weight, base=base, terms=terms)]
