@@ -27,7 +27,8 @@ def assert_close(actual: Any, desired: Any, dtype: Any = None, factor: float = 1
 
 def _leaf_close(actual: Any, desired: Any, dtype: Any, factor: float) -> None:
     assert (jnp.shape(actual), jnp.result_type(actual)) == (jnp.shape(desired), jnp.result_type(desired))
-    actual, desired = (np.asarray(value).astype(np.float64) for value in (actual, desired))
+    wide = np.complex128 if jnp.iscomplexobj(desired) else np.float64
+    actual, desired = (np.asarray(value).astype(wide) for value in (actual, desired))
     size = np.abs(desired).max(initial=0.0)
     assert np.isfinite(size)
     tolerance = TOLERANCE[jnp.dtype(dtype).name] * factor

@@ -130,7 +130,7 @@ class Dependence:
         if name in ("mul", "div") and any(each.weights for each in operands):
             self.scaled |= operands[0].streams | operands[1].streams
         if name in _SUMS:
-            self._sum(*operands)
+            self._sum(eqn, operands)
         return [self._elementwise(eqn, operands)] * len(eqn.outvars)
 
     def _product(self, eqn: Any, operands: list[Facts]) -> Facts:
@@ -159,9 +159,10 @@ class Dependence:
         views = frozenset([id(eqn)]) if table.weights else frozenset()
         return replace(_union(operands), gathers=views)
 
-    def _sum(self, one: Facts, other: Facts) -> None:
-        for stream, beside in ((one, other), (other, one)):
-            self.residual |= stream.streams - beside.products if beside.data else set()
+    def _sum(self, eqn: Any, operands: list[Facts]) -> None:
+        for stream, beside, atom in zip(operands, operands[::-1], eqn.invars[::-1], strict=True):
+            whole = beside.data and atom.aval.size == eqn.outvars[0].aval.size
+            self.residual |= stream.streams - beside.products if whole else set()
             self.chosen |= beside.gathers & self.computed if stream.streams else set()
 
     def _elementwise(self, eqn: Any, operands: list[Facts]) -> Facts:

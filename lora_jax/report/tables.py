@@ -130,7 +130,8 @@ class Table:
         pick = lambda row: [row[i] for i in kept] if row else row  # noqa: E731
         return Table(
             pick(self.headers), [pick(row) for row in self.rows], pick(self.footer), self.title,
-            [*[f"In all rows: {', '.join(said)}"] * bool(said), *self.notes], [new for new, i in enumerate(kept) if i in self.words],
+            [*[f"In all rows: {', '.join(said)}"] * bool(said), *self.notes],
+            [new for new, i in enumerate(kept) if i in self.words],
         )  # fmt: skip
 
     def _titled(self) -> list[str]:

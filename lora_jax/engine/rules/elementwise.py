@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
-from lora_jax.engine.lift import formed, rule
+from lora_jax.engine.lift import dense, formed, rule
 from lora_jax.engine.weight import Labelled, Term, Weight, with_axis
 
 
@@ -82,9 +82,8 @@ def _divide(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
 
 def _scaled(ctx: Context, eqn: Any, operands: Sequence[Any], factor: Any) -> list[Any] | None:
     """A weight times (or over) an array: by number, along axes, or entry by entry."""
+    operands = _one_weight(ctx, eqn, operands)
     weight, other = operands if isinstance(operands[0], Weight) else operands[::-1]
-    if isinstance(other, Weight):
-        return None
 
     def on(base: Any) -> Any:
         return jaxprs.bind(eqn, [base if operand is weight else operand for operand in operands])[0]
@@ -102,6 +101,16 @@ def _scaled(ctx: Context, eqn: Any, operands: Sequence[Any], factor: Any) -> lis
         whole = formed(ctx, eqn, weight, f"{eqn.primitive.name} with an array of its own size")
         return [replace(whole, base=on(whole.base), axes=wide.axes)]
     return [replace(wide, base=on(weight.base), terms=tuple(term for term in terms if term is not None))]
+
+
+def _one_weight(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """The operands; of two weights the smaller is formed, a scale of the other, and the divisor in any case."""
+    one, other = operands
+    if isinstance(one, Weight) and isinstance(other, Weight):
+        if eqn.primitive.name == "div" or other.base.size <= one.base.size:
+            return [one, dense(ctx, eqn, other, "it scales another weight")]
+        return [dense(ctx, eqn, one, "it scales another weight"), other]
+    return [one, other]
 
 
 def _along(array: Any, runs: set[int]) -> Any:
