@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax as lora
-from benchmarks.harness import CLOCKS, Report, machine, ratio, rounds
+from benchmarks.harness import CLOCKS, Tables, machine, ratio, rounds
 from benchmarks.transformer import LINEARS, Shape, Transformer, initial, next_token_loss, token_batch
 from lora_jax.capture.collect import gradient_step, observing_step, split, zeros
 from lora_jax.config.selection import select
@@ -61,7 +61,7 @@ def _in_place(compiled: Any, state: Any, arrays: list[Any]) -> Callable[[], Any]
     return run
 
 
-def measure(report: Report, shape: Shape, scan: bool, rank: int, count: int, clock: str) -> None:
+def measure(report: Tables, shape: Shape, scan: bool, rank: int, count: int, clock: str) -> None:
     """Time, operations and memory of every pass."""
     model, tokens = Transformer(shape, scan=scan), token_batch(shape)
     params = initial(model, shape)
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     options = parser.parse_args()
-    report = Report(machine())
+    report = Tables(machine())
     for scan in (False, True):
         measure(report, Shape(), scan, options.rank, options.rounds, options.clock)
     report.print()

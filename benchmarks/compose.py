@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lora
-from benchmarks.harness import Report, machine, ratio, rounds
+from benchmarks.harness import Tables, machine, ratio, rounds
 from lora_jax import svd
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     given = parser.parse_args()
     peft = find_spec("peft") is not None and find_spec("torch") is not None
-    report = Report(machine())
+    report = Tables(machine())
     rows = [
         row
         for width in given.widths

@@ -10,6 +10,7 @@ from lora_jax.bench.timing import CLOCKS as CLOCKS
 from lora_jax.bench.timing import machine as machine
 from lora_jax.bench.timing import ratio as ratio
 from lora_jax.bench.timing import rounds as rounds
+from lora_jax.report.tables import Tables as Tables
 
 
 @contextmanager

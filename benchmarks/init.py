@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lora
-from benchmarks.harness import Report, machine, ratio, rounds
+from benchmarks.harness import Tables, machine, ratio, rounds
 
 STARTS = ("pissa", "pissa_niter_1", "pissa_niter_2", "pissa_niter_4", "olora")
 
@@ -56,7 +56,7 @@ def main() -> None:
          f"{held[name] / held['pissa']:.4f}"]
         for name in STARTS
     ]  # fmt: skip
-    report = Report(machine())
+    report = Tables(machine())
     columns = ["init", "time", "times faster than pissa", "energy", "/ pissa"]
     report.add(f"Start at rank {given.rank} of a {given.size} × {given.size} weight", columns, rows)
     print(report.markdown()) if given.markdown else report.print()

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import lora_jax as lora
-from benchmarks.harness import CLOCKS, Report, compilations, machine, ratio, rounds
+from benchmarks.harness import CLOCKS, Tables, compilations, machine, ratio, rounds
 from benchmarks.steps import Step, adapted_model, lora_step
 from benchmarks.transformer import Shape, Transformer, next_token_loss, token_batch
 
@@ -62,7 +62,7 @@ def compiled_for(step: Step) -> int:
     return len(seen)
 
 
-def measure(report: Report, shape: Shape, rank: int, count: int, turns: int, clock: str) -> dict[str, Any]:
+def measure(report: Tables, shape: Shape, rank: int, count: int, turns: int, clock: str) -> dict[str, Any]:
     """Time, operations and memory of one step of all lanes, beside one adapter and beside a step for each."""
     steps = [lora_step(shape, rank), *(lanes_step(shape, rank, count, each) for each in ("auto", "factored"))]
     built = {step.name: step.compile() for step in steps}
@@ -102,7 +102,7 @@ def main() -> None:
         layers=given.layers, width=given.width, hidden=4 * given.width, batch=given.adapters * given.batch,
         length=given.length,
     )  # fmt: skip
-    report = Report(machine())
+    report = Tables(machine())
     record = measure(report, shape, given.rank, given.adapters, given.rounds, given.clock)
     small = replace(shape, layers=1, width=64, hidden=128, vocabulary=64, length=16)
     count = compiled_for(lanes_step(small, given.rank, given.adapters))

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import lora_jax as lora
-from benchmarks.harness import Report, machine
+from benchmarks.harness import Tables, machine
 from lora_jax.io.peft import Module, PeftFiles, write_peft
 
 WIDTH, HIDDEN = 512, 1408
@@ -102,7 +102,7 @@ def main() -> None:
     for name, times in {"lora_jax.peft.load": ours, "PEFT's load_adapter": theirs}.items():
         early, late = (1e3 * sum(some) / tenth for some in (times[:tenth], times[-tenth:]))
         rows.append([name, f"{sum(times):.2f} s", f"{early:.1f} ms", f"{late:.1f} ms"])
-    report = Report(machine())
+    report = Tables(machine())
     title = f"{given.adapters} adapters of {given.layers * len(LINEARS)} modules, rank {given.rank}"
     report.add(title, ["", "all", "each of the first tenth", "each of the last tenth"], rows)
     print(report.markdown()) if given.markdown else report.print()

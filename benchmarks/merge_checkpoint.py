@@ -21,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import Report, machine
+from benchmarks.harness import Tables, machine
 from lora_jax.io.hf.tensors import Item, write_file
 from lora_jax.io.peft import Module, PeftFiles, write_peft
 
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to put the files, three times the checkpoint's size")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     given = parser.parse_args()
-    report = Report(machine())
+    report = Tables(machine())
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         base, adapter, out = (Path(folder) / name for name in ("base", "adapter", "out"))
         size = make_base(base, given.layers)

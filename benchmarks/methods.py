@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 import lora_jax as lora
-from benchmarks.harness import CLOCKS, Report, machine, ratio, rounds
+from benchmarks.harness import CLOCKS, Tables, machine, ratio, rounds
 from benchmarks.learning import STARTS, learn, plot
 from benchmarks.steps import OPTIMIZER, Step, descend
 from benchmarks.transformer import LINEARS, Shape, Transformer, initial, next_token_loss, token_batch
@@ -50,7 +50,7 @@ def evaluation(shape: Shape, rank: int, method: str, cached: bool = False) -> tu
     return compiled, lambda: compiled(params, adapter, tokens)
 
 
-def measure(report: Report, shape: Shape, rank: int, count: int, clock: str) -> dict[str, Any]:
+def measure(report: Tables, shape: Shape, rank: int, count: int, clock: str) -> dict[str, Any]:
     """Time, operations and memory of every method, beside LoRA's."""
     steps = {method: step(shape, rank, method).compile() for method in METHODS}
     forward = {method: evaluation(shape, rank, method) for method in METHODS}
@@ -73,7 +73,7 @@ def measure(report: Report, shape: Shape, rank: int, count: int, clock: str) -> 
     return record
 
 
-def compare(report: Report, steps: int, seeds: int, picture: Path | None) -> dict[str, Any]:
+def compare(report: Tables, steps: int, seeds: int, picture: Path | None) -> dict[str, Any]:
     """Train every method and start on the built-in task, with about as many trained numbers, and tabulate."""
     results = {name: [learn(name, steps, seed) for seed in range(seeds)] for name in STARTS}
     rows = []
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every time and loss to this file")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     given = parser.parse_args()
-    report, record = Report(machine()), {}
+    report, record = Tables(machine()), {}
     if given.rounds:
         record["cost"] = measure(report, Shape(layers=given.layers), given.rank, given.rounds, given.clock)
     if given.steps:

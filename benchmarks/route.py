@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lora
-from benchmarks.harness import CLOCKS, Report, machine, ratio, rounds
+from benchmarks.harness import CLOCKS, Tables, machine, ratio, rounds
 from benchmarks.transformer import LINEARS, Shape, Transformer, initial
 
 WORK = {
@@ -39,7 +39,7 @@ def bank_of(sites: list[lora.Site], count: int, rank: int) -> lora.AdapterBank:
     return lora.AdapterBank(held)
 
 
-def measure(report: Report, title: str, rank: int, layers: int, count: int, clock: str) -> dict[str, Any]:
+def measure(report: Tables, title: str, rank: int, layers: int, count: int, clock: str) -> dict[str, Any]:
     """Times of one kind of batch, and operations that routing adds."""
     batch, length, sizes = WORK[title]
     shape = Shape(layers=layers, batch=batch, length=length)
@@ -72,7 +72,7 @@ def measure(report: Report, title: str, rank: int, layers: int, count: int, cloc
     return times
 
 
-def registered(report: Report, rank: int, layers: int, count: int, clock: str) -> dict[str, Any]:
+def registered(report: Tables, rank: int, layers: int, count: int, clock: str) -> dict[str, Any]:
     """The same batch, of 8 adapters, with a small and a large bank behind it."""
     shape = Shape(layers=layers, batch=16, length=32)
     model = Transformer(shape)
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every time to this file")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     given = parser.parse_args()
-    report = Report(machine())
+    report = Tables(machine())
     record = {title: measure(report, title, given.rank, given.layers, given.rounds, given.clock) for title in WORK}
     record["registered"] = registered(report, given.rank, min(given.layers, 2), given.rounds, given.clock)
     if given.json:

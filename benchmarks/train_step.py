@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 import lora_jax as lora
-from benchmarks.harness import CLOCKS, Report, compilations, machine, ratio, rounds
+from benchmarks.harness import CLOCKS, Tables, compilations, machine, ratio, rounds
 from benchmarks.peers import FlatDense, by_hand, nnx_step, qwix_step
 from benchmarks.steps import Step, adapted_model, floor, full, least_flops, lora_step
 from benchmarks.transformer import Shape, Transformer, token_batch
@@ -38,7 +38,7 @@ def steps(shape: Shape, rank: int) -> list[Step]:
     ]
 
 
-def measure_steps(report: Report, shape: Shape, rank: int, count: int, clock: str) -> dict[str, Any]:
+def measure_steps(report: Tables, shape: Shape, rank: int, count: int, clock: str) -> dict[str, Any]:
     """Time, operations and memory of every step at one rank."""
     built = {step.name: step.compile() for step in steps(shape, rank)}
     times = rounds({name: run for name, (_, run) in built.items()}, count, clock=clock)
@@ -79,7 +79,7 @@ def build(fn: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], Any]:
     return run
 
 
-def measure_compilation(report: Report, shape: Shape, rank: int, count: int, clock: str) -> dict[str, Any]:
+def measure_compilation(report: Tables, shape: Shape, rank: int, count: int, clock: str) -> dict[str, Any]:
     """Time to trace and compile with an adapter and without: the forward pass, and a training step."""
     rows, record = [], {}
     for scan in (False, True):
@@ -103,7 +103,7 @@ def measure_compilation(report: Report, shape: Shape, rank: int, count: int, clo
     return record
 
 
-def measure_swaps(report: Report, shape: Shape, rank: int) -> int:
+def measure_swaps(report: Tables, shape: Shape, rank: int) -> int:
     """Programs compiled for another adapter, and for another scale, after the first call."""
     model, tokens = Transformer(shape), token_batch(shape)
     params, adapter = adapted_model(model, shape, rank)
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every time and count to this file")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     given = parser.parse_args()
-    shape, report = Shape(layers=given.layers), Report(machine())
+    shape, report = Shape(layers=given.layers), Tables(machine())
     record: dict[str, Any] = {"machine": machine(), "clock": given.clock}
     record["steps"] = [measure_steps(report, shape, rank, given.rounds, given.clock) for rank in given.ranks]
     if given.compile_rounds:

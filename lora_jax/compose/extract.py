@@ -24,6 +24,9 @@ from lora_jax.report.tables import Table
 ITERATIONS = 4
 """Of the subspace iteration, where a matrix is so large that only its first singular triplets are computed."""
 
+_NOISE = 1e-6
+"""What singular values of float32 matrices may be, relative to the largest, where there is nothing but rounding."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Truncation:
@@ -38,9 +41,9 @@ class Truncation:
       ConfigError: none is given, or one is out of range.
 
     Example:
-      >>> Truncation(energy=0.9).count(np.array([3.0, 1.0, 0.1]))
+      >>> Truncation(energy=0.9).count(np.array([3.0, 0.5, 0.1]))
       1
-      >>> Truncation(error=0.1).count(np.array([3.0, 1.0, 0.1]))
+      >>> Truncation(error=0.1).count(np.array([3.0, 0.5, 0.1]))
       2
     """
 
@@ -65,7 +68,7 @@ class Truncation:
         left = np.append(squares[::-1].cumsum()[::-1], 0)  # squared error after each number of terms
         allowed = [np.inf if bound is None else bound * left[0] for bound in self._bounds()]
         needed = int(np.argmax(left <= min(allowed) + 1e-12 * left[0])) if min(allowed) < np.inf else len(values)
-        return min(needed, len(values) if self.rank is None else self.rank, int((values > 0).sum()))
+        return min(needed, len(values) if self.rank is None else self.rank, int((values > _NOISE * values[0]).sum()))
 
     def _bounds(self) -> tuple[float | None, float | None]:
         return None if self.energy is None else 1 - self.energy, None if self.error is None else self.error**2
