@@ -13,6 +13,7 @@ from lora_jax.adapter.site import Site
 from lora_jax.capture.captured import Gradient, Statistic
 from lora_jax.capture.statistics import Moments, Sketch
 from lora_jax.engine import Context, Log, interpret, trace_call
+from lora_jax.engine.dependence import Dependence
 from lora_jax.engine.hooks import numbered
 from lora_jax.errors import ConfigError, ParameterError, listed
 from lora_jax.paths import is_array, named_leaves, rebuild
@@ -90,6 +91,7 @@ def _run(fn: Callable[..., Any], params: Any, batch: tuple[Any, ...], sites: Seq
             return leaf
         return numbered(ctx.weight(path, leaf), known[path].batch_axes, known[path].in_axes)
 
+    ctx.log.facts = Dependence.of(call.program, len(call.arrays))
     interpret(ctx, call.program, [*(symbolic(path, leaf) for path, leaf in call.arrays.items()), *call.given])
 
 

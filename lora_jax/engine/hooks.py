@@ -63,7 +63,9 @@ def observe(ctx: Context, weight: Weight, x: Labelled, into: Collection[int], ke
 
 
 def _check(path: str, x: Labelled, into: Collection[int], inputs: int) -> None:
-    """Refuse an input that is not seen whole, on one device."""
+    """Refuse an input that is not seen whole, on one device, or is complex."""
+    if jnp.iscomplexobj(x.array):
+        raise ParameterError(f"{path} reads complex inputs, and what is captured is real: leave it out with exclude=")
     if AxisType.Manual in jax.typeof(x.array).sharding.mesh.axis_types:
         raise ParameterError(
             f"{path} is used inside shard_map, where each device sees a part of the inputs: capture a function without "

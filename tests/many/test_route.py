@@ -20,7 +20,8 @@ ALONE = {
     "equinox-linear_one_example", "equinox-ensemble", "haiku-recurrent", "linen-conv_without_batch",
     "linen-dense_general_batched", "linen-two_of_one_shape", "linen-vmapped_experts", "nnx-shared_and_raw",
     "nnx-ensemble", "plain-batch_grouped_conv", "plain-broadcast", "plain-conv_of_the_weight",
-    "plain-conv2d_odd_layout", "plain-decoding", "plain-elementwise", "plain-ensemble", "plain-ensemble_last_axis",
+    "plain-conv2d_odd_layout", "plain-ensemble_of_convolutions",
+    "plain-decoding", "plain-elementwise", "plain-ensemble", "plain-ensemble_last_axis",
     "plain-ensemble_of_one_input", "plain-equal_shapes_as_activation", "plain-experts", "plain-experts_inner_axis",
     "plain-fused_qkv_reshaped", "plain-gathered_experts", "plain-key_value_2kdh", "plain-left_einsum",
     "plain-look_up_then_experts", "plain-matmul_of_a_vector", "plain-recurrent", "plain-stacked_look_up",
@@ -33,7 +34,9 @@ ALONE = {
 }  # fmt: skip
 """Rows of the shared table that have no examples to run alone."""
 
-REFUSED = {"plain-product_of_weights", "plain-gram", "plain-scattered_points", "plain-convolved_kernel"}
+REFUSED = {
+    "plain-product_of_weights", "plain-gram", "plain-scattered_points", "plain-tiled",
+}  # fmt: skip
 """Rows in which a weight would have to be formed, beside those that say so."""
 
 ROWS = [case for case in CASES if case.id not in ALONE and case.method == "lora"]

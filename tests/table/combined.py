@@ -6,6 +6,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from table.plain_ops import operation, product, variant
+from table.registry import Draw, Model, case
 
 NUMBERS = jnp.arange(1.0, 5.0)
 PAIR = {"w": "dense io", "v": "dense io"}
@@ -42,7 +43,13 @@ operation(
 # Passed through.
 variant("named", "io", (4, 3), lambda w, x: x @ checkpoint_name(w, "weights"), (2, 4))
 variant("put_on_a_device", "io", (4, 3), lambda w, x: x @ jax.device_put(w, jax.devices()[0]), (2, 4))
-variant("convolved", "ib", (3, 4), lambda w, x: jax.vmap(lambda x: jnp.convolve(x, w[:, 0]))(x), (2, 5), kind="conv")
+
+
+@case("plain", {}, "convolved_kernel", hidden={"w": "dense io"})
+def _convolved_kernel(draw: Draw) -> Model:
+    fn = lambda p, x: jax.vmap(lambda x: jnp.convolve(x, p["w"][:, 0]))(x)  # noqa: E731
+    return Model(fn, {"w": draw(3, 4)}, (draw(2, 5),))
+
 
 # Ensembles: `vmap` over kernels merges axes.
 

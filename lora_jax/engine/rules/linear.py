@@ -14,7 +14,7 @@ from lora_jax.engine.context import Context
 from lora_jax.engine.contract import split_factors
 from lora_jax.engine.dropout import drops, inputs, masks
 from lora_jax.engine.hooks import observe, observe_groups
-from lora_jax.engine.lift import dense, rule
+from lora_jax.engine.lift import dense, rule, simple
 from lora_jax.engine.meshes import spread, unreduced
 from lora_jax.engine.planner import Plan
 from lora_jax.engine.product import adapted_product, adapted_result, takes
@@ -26,7 +26,7 @@ from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight, collapsed, flat
 @rule("dot_general", merged=True)
 def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     """Either operand may be the weight, on any axes; axes of the activation alone get negative ids."""
-    lhs, rhs = _one_weight(ctx, eqn, *(_collapsed(ctx, operand) for operand in operands))
+    lhs, rhs = _one_weight(ctx, eqn, *(_collapsed(ctx, eqn, operand) for operand in operands))
     side = 0 if isinstance(lhs, Weight) else 1
     weight: Weight = rhs if side else lhs
     other: Any = lhs if side else rhs
@@ -69,9 +69,11 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     return [y.reshape(eqn.outvars[0].aval.shape) if given.merged else y]
 
 
-def _collapsed(ctx: Context, operand: Any) -> Any:
-    """An operand with simple axes, where its factors allow that."""
-    return (collapsed(operand, ctx.merging) or operand) if isinstance(operand, Weight) else operand
+def _collapsed(ctx: Context, eqn: Any, operand: Any) -> Any:
+    """An operand with simple axes, where its factors allow that; a weight of a bank is refused otherwise."""
+    if not isinstance(operand, Weight):
+        return operand
+    return simple(ctx, eqn, operand) if operand.routed else collapsed(operand, ctx.merging) or operand
 
 
 def _one_weight(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
