@@ -245,8 +245,8 @@ def test_scan(case):
     assert_close(outputs, stack(reference(case)()[0], reference(case)(0, 1)[0]))
 
 
-# A derivative taken inside the program loses too many digits in bfloat16 to be compared.
-@rows(full, lambda case: case.name != "gradient_inside")
+# A derivative taken inside the program loses too many digits in bfloat16 to be compared, and a loop may end elsewhere.
+@rows(full, lambda case: case.name not in ("gradient_inside", "loops_that_end_apart"))
 def test_bfloat16_base_under_a_float32_adapter(case):
     fn, params, args = case.model
     narrow = case.but(params=cast_floats(params, jnp.bfloat16), args=cast_floats(args, jnp.bfloat16))
