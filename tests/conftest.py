@@ -1,7 +1,7 @@
 """Strict numerics for every test: no silent rank promotion, no 64-bit values, and every warning is an error."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from itertools import count
 from zlib import crc32
 
@@ -16,8 +16,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-settings.register_profile("covering", max_examples=20, deadline=None, derandomize=True)
-settings.register_profile("full", max_examples=80, deadline=None, derandomize=True)
+for name, examples in (("covering", 20), ("full", 100)):
+    settings.register_profile(name, max_examples=examples, deadline=None, derandomize=True, database=None)
 
 TESTS_BETWEEN_CLEARINGS = 400
 
@@ -39,6 +39,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """Turn warnings into errors, ours and those of the libraries our code calls."""
     config.addinivalue_line("filterwarnings", "error")
     settings.load_profile("full" if config.getoption("--full") else "covering")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A row of the shared table that fails says how to see it again, in the tests and in one line of Python."""
+    from table.covering import reproduction, row_of
+
+    report = yield
+    row = row_of(item)
+    if report.failed and row:
+        report.sections.append(("the same again", reproduction(item.nodeid, row[0])))
+    return report
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

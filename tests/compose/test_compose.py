@@ -22,7 +22,7 @@ from lora_jax.compose.ties_dare import kept, majority
 from lora_jax.methods import AdaLora, Dora, Gained, Rows, Shift, precompute
 from lora_jax.paths import named_leaves
 
-SEARCH = settings(max_examples=25, deadline=None, derandomize=True)
+SEARCH = settings(max_examples=settings.default.max_examples // 4)  # each compiles a composition
 EXPERTS: dict[str, Any] = {"in_axes": (2,), "out_axes": (3,), "batch_axes": (0, 1)}
 SITES = (
     Site(path="dense", shape=(6, 5), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,)),

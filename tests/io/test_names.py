@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, assert_same, random_adapter
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft_models import nested
 
@@ -496,7 +496,6 @@ def layouts(draw: st.DrawFn) -> tuple[Names, Site]:
     return Names([rule]), site("w/kernel", shape, "".join(role for role, _ in order))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(layout=layouts())
 def test_any_layout_comes_back_bit_for_bit(
     layout: tuple[Names, Site], tmp_path_factory: pytest.TempPathFactory

@@ -317,7 +317,7 @@ def loads_or_is_refused(folder: Path) -> bool:
     return True
 
 
-FUZZ = settings(max_examples=250, deadline=None, derandomize=True, database=None)
+FUZZ = settings(max_examples=settings.default.max_examples * 3)
 pytestmark = pytest.mark.filterwarnings("ignore:Possible (nested set|set):FutureWarning")
 
 

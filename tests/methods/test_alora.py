@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, assert_same, random_adapter
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_jax as lora
@@ -32,7 +32,6 @@ def last_invocation(row: list[int], sequence: list[int]) -> list[int]:
     return [int(bool(starts) and i >= starts[-1]) for i in range(len(row))]
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.lists(st.integers(0, 2), min_size=1, max_size=3))
 def test_from_the_last_invocation_on(row: list[int], sequence: list[int]) -> None:
     found = lora.methods.invoked(jnp.asarray([row]), sequence)

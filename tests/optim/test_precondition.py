@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from helpers import assert_close, assert_same
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -101,7 +101,6 @@ def test_riemannian_steps_do_not_depend_on_the_split_into_factors() -> None:
     assert np.abs(moves[0]).max() > 0.1
 
 
-@settings(deadline=None, max_examples=60, derandomize=True, database=None)
 @given(
     rank=st.integers(1, 16),
     true_rank=st.integers(0, 4),

@@ -29,3 +29,8 @@ CASES += [
     for case in CASES
     if (case.sites or case.hidden) and (case.id in names or method == "dora")
 ]
+
+
+def row(name: str) -> Case:
+    """The case of a name, as test reports show it."""
+    return next(case for case in CASES if case.id == name)

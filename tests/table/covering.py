@@ -55,3 +55,10 @@ def row_of(item: pytest.Item) -> Row | None:
     params = dict(item.callspec.params) if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     case = params.pop("case", None)
     return (case, " ".join(map(str, [item.originalname, *params.values()]))) if isinstance(case, Case) else None
+
+
+def reproduction(nodeid: str, case: Case) -> str:
+    """Two commands: one runs the test of a row again, one the row's model with its adapter."""
+    call = "lora.adapt(case.model.fn)(case.model.params, case.adapter, *case.model.args)"
+    code = f"import conftest, lora_jax as lora; from table import row; case = row({case.id!r}); print({call})"
+    return f'python -m pytest "{nodeid}"\nPYTHONPATH=.:tests python -c "{code}"'

@@ -1,13 +1,15 @@
 """The rows that run by default meet every pair of things that may interact, and every model."""
 
+import shlex
 from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import pytest
 
-from table import CASES, test_table
-from table.covering import Row, covering, kinds
+import lora_jax as lora
+from table import CASES, row, test_table
+from table.covering import Row, covering, kinds, reproduction
 
 TABLE: list[Row] = [
     (case, name)
@@ -50,3 +52,12 @@ def test_kinds() -> None:
     assert named["linen-scan"] == {"dense", "stacked dense"}
     assert named["plain-look_up_then_dense-dora"] == {"dense", "embedding"}
     assert named["plain-weight_as_activation"] == {"dense", "formed"}
+
+
+def test_a_row_that_fails_is_reproduced_by_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    case = row("plain-scan-dora")
+    test, call = reproduction("tests/table/test_table.py::test_gradient[plain-scan-dora]", case).splitlines()
+    assert test == 'python -m pytest "tests/table/test_table.py::test_gradient[plain-scan-dora]"'
+    exec(shlex.split(call)[-1])
+    fn, params, args = case.model
+    assert capsys.readouterr().out == f"{lora.adapt(fn)(params, case.adapter, *args)}\n"
