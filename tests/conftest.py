@@ -3,10 +3,12 @@
 import os
 from collections.abc import Callable, Generator
 from itertools import count
+from typing import Any
 from zlib import crc32
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -30,6 +32,20 @@ def pytest_runtest_logfinish() -> None:
         jax.clear_caches()
 
 
+class Together(LoadScopeScheduling):
+    """Tests that share models and compiled programs run in one process: those of a file, or of a case of the table."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, test = nodeid.partition("::")
+        return test.partition("[")[2] if file.endswith("test_table.py") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """How `-n` divides the tests."""
+    return Together(config, log)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The option of the lane that leaves nothing out."""
     parser.addoption("--full", action="store_true", help="every row of the shared table, and longer random searches")
@@ -38,7 +54,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Turn warnings into errors, ours and those of the libraries our code calls."""
     config.addinivalue_line("filterwarnings", "error")
-    settings.load_profile("full" if config.getoption("--full") else "covering")
+    full = config.getoption("--full")
+    settings.load_profile("full" if full else "covering")
+    # Most of the time of the tests is spent in XLA's compiler; the lane that runs everything compiles as users do.
+    jax.config.update("jax_disable_most_optimizations", not full)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,5 +1,7 @@
 """Initialisers that start from data: EVA, CorDA and LoRA-GA are their formulas, and keep the model as it is."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,10 +38,14 @@ def loss(p, x):
 
 
 READS = {"eva": "components", "corda-ipm": "inputs", "corda-kpm": "inputs", "lora-ga": "gradient"}
-CAPTURED = {
-    what: lora.capture(loss, PARAMS, BATCHES, what, config=lora.LoraConfig(rank=4), passes=3)
-    for what in ("inputs", "components", "gradient")
-}
+
+
+@cache
+def captures(what):
+    """Statistics of the model on the batches."""
+    return lora.capture(loss, PARAMS, BATCHES, what, config=lora.LoraConfig(rank=4), passes=3)
+
+
 SITES = lora.find_sites(model, PARAMS, *BATCHES[0])
 
 
@@ -47,7 +53,7 @@ def start(init, params=PARAMS, **fields):
     what = READS.get(init) or READS[init.split(":")[0].replace("-whitened", "")]
     config = lora.LoraConfig(**{"rank": 4, "init": init, **fields})
     sites = lora.find_sites(model, params, *BATCHES[0])
-    return lora.init(KEY, config, params, sites, CAPTURED[what])
+    return lora.init(KEY, config, params, sites, captures(what))
 
 
 ALL = ["eva", "eva-whitened", "corda-ipm", "corda-kpm", "lora-ga", "lora-ga:ArBr:gd_scale", "lora-ga:random:weight_svd"]
@@ -79,11 +85,11 @@ def test_in_bfloat16_too(init):
 def layers(path):
     """Matrices `[fan_in, fan_out]` of a site and of what was captured there, layer by layer."""
     site = SITES[path]
-    gradient = CAPTURED["gradient"][path].mean
+    gradient = captures("gradient")[path].mean
     weight = PARAMS["layers"][path[-1]] if path.startswith("layers") else PARAMS[path]
     shape = (-1, site.fan_in, site.fan_out)
-    stacked = jax.tree.map(lambda leaf: leaf[None], CAPTURED["inputs"][path])
-    moments = CAPTURED["inputs"][path] if site.batch_axes else stacked
+    stacked = jax.tree.map(lambda leaf: leaf[None], captures("inputs")[path])
+    moments = captures("inputs")[path] if site.batch_axes else stacked
     rows = zip(weight.reshape(shape), gradient.reshape(shape), moments.second, moments.count, strict=True)
     return [tuple(np.asarray(each, np.float64) for each in row) for row in rows]
 
@@ -99,7 +105,7 @@ def test_eva_spans_what_varies_most(path):
     update = start("eva")[path]
     assert not np.asarray(update.b).any()
     assert update.a_start is None
-    moments = CAPTURED["inputs"][path]
+    moments = captures("inputs")[path]
     second, total = (np.asarray(each, np.float64) for each in (moments.second, moments.total))
     size = SITES[path].fan_in
     for (a, _), c, mean, n in zip(
@@ -109,7 +115,7 @@ def test_eva_spans_what_varies_most(path):
         np.testing.assert_allclose(np.abs(np.sum(a * vectors.T[::-1][:4], axis=1)), 1, atol=1e-3)
         assert values[-1] > 0
     white = start("eva-whitened")[path]
-    singular = np.sqrt(np.asarray(CAPTURED["components"][path].energies))[..., :4]
+    singular = np.sqrt(np.asarray(captures("components")[path].energies))[..., :4]
     lead = (..., *[None] * len(SITES[path].in_axes))
     assert_close(white.a, jnp.asarray(np.asarray(update.a) / np.sqrt(singular)[lead], jnp.float32))
 
@@ -194,7 +200,7 @@ def test_data_that_are_missing_or_of_another_model():
     with pytest.raises(ParameterError, match=r"init=.eva. starts from captured components, not from captured=None:"):
         lora.init(KEY, config, PARAMS, SITES)
     with pytest.raises(ParameterError, match=r"captured components, not from captured inputs"):
-        lora.init(KEY, config, PARAMS, SITES, CAPTURED["inputs"])
+        lora.init(KEY, config, PARAMS, SITES, captures("inputs"))
     part = lora.capture(model, PARAMS, BATCHES[:1], "components", config=lora.LoraConfig(targets=("q", "o")))
     with pytest.raises(ParameterError, match=r"components of 'layers/v' were not captured \(nearest: "):
         lora.init(KEY, config, PARAMS, SITES, part)
@@ -213,29 +219,29 @@ def test_init_with_data_under_jit():
     config = lora.LoraConfig(rank=4, init="corda-ipm")
     run = jax.jit(lambda key, params, captured: lora.init(key, config, params, SITES, captured))
     for one, other in zip(
-        jax.tree.leaves(run(KEY, PARAMS, CAPTURED["inputs"])), jax.tree.leaves(start("corda-ipm")), strict=True
+        jax.tree.leaves(run(KEY, PARAMS, captures("inputs"))), jax.tree.leaves(start("corda-ipm")), strict=True
     ):
         assert_close(one, other, factor=100)
 
 
 def test_ranks_go_where_the_variance_is():
     config = lora.LoraConfig(rank=3)
-    shares = {path: np.asarray(each.explained).reshape(-1, 8)[:, :6] for path, each in CAPTURED["components"].items()}
+    shares = {path: np.asarray(each.explained).reshape(-1, 8)[:, :6] for path, each in captures("components").items()}
     everything = np.sort(np.concatenate([each.ravel() for each in shares.values()]))[::-1]
     least = everything[3 * 8 - 1]  # eight layers of rank 3
-    new = lora.redistribute(config, CAPTURED["components"])
+    new = lora.redistribute(config, captures("components"))
     for path, each in shares.items():
         wanted = tuple((each >= least).sum(1))
         given = new.ranks_for(path)
         assert (given if isinstance(given, tuple) else (given,) * len(wanted)) == wanted
     assert isinstance(new.ranks_for("layers/w"), tuple)
-    same = lora.redistribute(config, CAPTURED["components"], rho=1.0)
+    same = lora.redistribute(config, captures("components"), rho=1.0)
     assert {same.ranks_for(path) for path in SITES} == {3}
     assert lora.LoraConfig(rank=4, rank_pattern=[["w", [1, 2, 3]]]).ranks_for("layers/w") == (1, 2, 3)
 
 
 def test_a_site_without_rank_is_left_out():
-    components = {path: CAPTURED["components"][path] for path in ("q", "o")}
+    components = {path: captures("components")[path] for path in ("q", "o")}
     dull = jax.tree.map(jnp.zeros_like, components["o"])
     captured = lora.Captured("components", {"q": components["q"], "o": dull})
     config = lora.LoraConfig(rank=4, init="eva", targets=("q", "o"))
@@ -247,14 +253,14 @@ def test_a_site_without_rank_is_left_out():
     with pytest.raises(ConfigError, match="12 components may be kept and 8 were captured"):
         lora.redistribute(config, captured, rho=3.0)
     with pytest.raises(ConfigError, match="needs captured components and rho >= 1, not 'inputs'"):
-        lora.redistribute(config, CAPTURED["inputs"])
+        lora.redistribute(config, captures("inputs"))
 
 
 @pytest.mark.parametrize(("rslora", "adjust", "scale"), [(False, True, 2), (False, False, None), (True, True, None)])
 def test_scales_follow_ranks(rslora, adjust, scale):
     config = lora.LoraConfig(rank=4, alpha=8, rslora=rslora, init="eva")
-    new = lora.redistribute(config, CAPTURED["components"], adjust_scale=adjust)
-    adapter = lora.init(KEY, new, PARAMS, SITES, CAPTURED["components"])
+    new = lora.redistribute(config, captures("components"), adjust_scale=adjust)
+    adapter = lora.init(KEY, new, PARAMS, SITES, captures("components"))
     for path, update in adapter.items():
         ranks = np.broadcast_to(new.ranks_for(path), update.scale.shape)
         alphas = 8 * ranks / 4 if adjust else np.full(ranks.shape, 8)
@@ -266,9 +272,9 @@ def test_scales_follow_ranks(rslora, adjust, scale):
 def test_layers_of_different_rank(init):
     """Every layer starts as if its rank were all layers', beside zeros; a layer of rank 0 is the base, and stays it."""
     fields = {"rank_pattern": {"w": (3, 0, 5), "v": 3}, "alpha_pattern": {"w": (6, 1, 20)}, "targets": ("w", "v")}
-    captured = CAPTURED[READS[init]] if init in READS else None
+    data = captures(READS[init]) if init in READS else None
     config = lora.LoraConfig(init=init, **fields)
-    adapter = lora.init(KEY, config, PARAMS, SITES, captured)
+    adapter = lora.init(KEY, config, PARAMS, SITES, data)
     update = adapter["layers/w"]
     assert (update.a.shape, update.b.shape) == ((3, 5, 12), (3, 5, 16))
     assert update.scale.tolist() == [2, 1, 4]
@@ -279,7 +285,7 @@ def test_layers_of_different_rank(init):
             alone = lora.LoraConfig(
                 init=init, **{**fields, "rank_pattern": {"w": rank, "v": 3}, "alpha_pattern": {"w": scale * rank}}
             )
-            exact = lora.init(KEY, alone, PARAMS, SITES, captured)["layers/w"]
+            exact = lora.init(KEY, alone, PARAMS, SITES, data)["layers/w"]
             assert_close(update.a[i, :rank], exact.a[i])
             assert_close(update.b[i, :rank], exact.b[i])
     grads = jax.grad(lambda adapter: (lora.adapt(model)(PARAMS, adapter, *BATCHES[0]) ** 2).mean())(adapter)

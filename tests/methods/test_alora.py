@@ -9,6 +9,7 @@ import pytest
 from helpers import assert_close, assert_same, random_adapter
 from hypothesis import given
 from hypothesis import strategies as st
+from table.registry import Draw
 
 import lora_jax as lora
 from lora_jax.io.peft import read_peft
@@ -17,7 +18,7 @@ from lora_jax.models import Transformer, TransformerConfig
 SEQUENCE = (7, 8)
 MODEL = Transformer(TransformerConfig(layers=2, width=32, heads=2, kv_heads=1, hidden=48))
 TOKENS = jnp.asarray([[1, 7, 8, 3, 7, 8, 4], [7, 8, 2, 2, 2, 2, 2], [7, 7, 1, 8, 8, 1, 7]], jnp.int32)
-PARAMS = MODEL.init(jax.random.key(1), TOKENS)
+PARAMS = Draw("alora").fill(jax.eval_shape(MODEL.init, jax.random.key(1), TOKENS))
 SITES = lora.find_sites(MODEL.apply, PARAMS, TOKENS)
 CONFIG = lora.LoraConfig(method="alora", invocation_tokens=SEQUENCE)
 ADAPTER = lora.Adapter(
