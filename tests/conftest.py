@@ -52,12 +52,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Turn warnings into errors, ours and those of the libraries our code calls."""
-    config.addinivalue_line("filterwarnings", "error")
+    """Most of the time of the tests is XLA's compiler's: programs are kept for the next run, and not optimised.
+
+    With `--full` they are, as they are for users.
+    """
     full = config.getoption("--full")
     settings.load_profile("full" if full else "covering")
-    # Most of the time of the tests is spent in XLA's compiler; the lane that runs everything compiles as users do.
     jax.config.update("jax_disable_most_optimizations", not full)
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.hookimpl(wrapper=True)

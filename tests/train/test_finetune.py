@@ -35,17 +35,11 @@ TINY = "finetune --model tiny --seq-len 32 --batch-size 4 --pretrain-steps 8 --s
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the tests of this file keep their caches and runs; compiled programs are shared among the runs."""
+    """Where the tests of this file keep their caches and runs."""
     path = tmp_path_factory.mktemp("finetune")
-    settings = {"jax_compilation_cache_dir": str(path / "xla"), "jax_persistent_cache_min_compile_time_secs": 0.5}
-    former = {name: getattr(jax.config, name) for name in settings}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_JAX_CACHE", str(path / "cache"))
-        for name, value in settings.items():
-            jax.config.update(name, value)
         yield path
-        for name, value in former.items():
-            jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +149,8 @@ def test_a_finished_run_is_left_alone(whole: Path, capsys: pytest.CaptureFixture
 
 def test_a_real_ctrl_c(folder: Path, whole: Path):
     out = folder / "process"
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "JAX_PLATFORMS": "cpu"}
+    cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    environment = os.environ | cached | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "lora_jax", *TINY.split(), "--steps", "100000", "--out", str(out)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and len(read_metrics(out / "metrics.jsonl")) < 5:
