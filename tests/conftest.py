@@ -75,11 +75,19 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Let `-k embedding` choose rows by the kinds of their layers, too."""
+    from table.covering import kinds, row_of  # it imports JAX, which is configured by now
+
+    row = row_of(item)
+    item.extra_keyword_matches |= {*kinds(row[0]), row[0].method} if row else set()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of the rows of the shared table run those that cover it, unless all are asked for, or some by name."""
     if config.getoption("--full") or config.option.keyword or any("::" in arg for arg in config.args):
         return
-    from table.covering import left_out  # it imports JAX, which is configured by now
+    from table.covering import left_out
 
     deselected = left_out(items)
     config.hook.pytest_deselected(items=deselected)
