@@ -210,6 +210,15 @@ def test_sharded_is_unsharded(layout: str, kind: str) -> None:
         assert f"u32[{','.join(map(str, whole))}]" not in program.as_text(), "masks are drawn where the activation is"
 
 
+@cache
+def unsharded_method(method: str, layout: str) -> tuple[lora.Adapter, Any]:
+    """An adapter of a method, and what a step gives with it on one device."""
+    factors, x, params, _, _ = unsharded(layout)
+    made = {path: METHODS[method].trained(factors[path], params[path]) for path in factors}
+    adapter = lora.Adapter({path: replace(update, dropout=0.0) for path, update in made.items()})
+    return adapter, compiled(step(LAYOUTS[layout].bound(None)), adapter, x, params)(adapter, x, params)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["all of these", "scanned layers"])
 @pytest.mark.parametrize(
@@ -218,10 +227,8 @@ def test_sharded_is_unsharded(layout: str, kind: str) -> None:
 def test_methods(method: str, placed: bool, layout: str, kind: str) -> None:
     """What a method makes of its arrays is spread as they are; DoRA's norms also where nobody placed them."""
     given, mesh = LAYOUTS[layout], make_mesh(kind)
-    factors, x, params, _, _ = unsharded(layout)
-    made = {path: METHODS[method].trained(factors[path], params[path]) for path in factors}
-    adapter = lora.Adapter({path: replace(update, dropout=0.0) for path, update in made.items()})
-    plain = compiled(step(given.bound(None)), adapter, x, params)(adapter, x, params)
+    _, x, params, _, _ = unsharded(layout)
+    adapter, plain = unsharded_method(method, layout)
     params, x = on(mesh, params, given.specs()), on(mesh, x, given.x)
     adapter = jax.device_put(adapter, adapter_sharding(adapter, params)) if placed else adapter
     with nullcontext() if placed else jax.set_mesh(mesh):
