@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from helpers import assert_close, assert_same, differ, merged, random_adapter
-from table import CASES
 
 import lora_jax as lora
 from lora_jax.nnx import functional
+from table import CASES
 
 
 def agrees(name, *args):
