@@ -63,9 +63,7 @@ def observe(ctx: Context, weight: Weight, x: Labelled, into: Collection[int], ke
 
 
 def _check(path: str, x: Labelled, into: Collection[int], inputs: int) -> None:
-    """Refuse an input that is not seen whole, on one device, or is complex."""
-    if jnp.iscomplexobj(x.array):
-        raise ParameterError(f"{path} reads complex inputs, and what is captured is real: leave it out with exclude=")
+    """Refuse an input that is not seen whole, on one device."""
     if AxisType.Manual in jax.typeof(x.array).sharding.mesh.axis_types:
         raise ParameterError(
             f"{path} is used inside shard_map, where each device sees a part of the inputs: capture a function without "
@@ -75,7 +73,9 @@ def _check(path: str, x: Labelled, into: Collection[int], inputs: int) -> None:
 
 
 def check_whole(path: str, x: Labelled, into: Collection[int], inputs: int) -> None:
-    """Refuse a product with a part of a weight's inputs."""
+    """Refuse a product with a part of a weight's inputs, or with complex ones."""
+    if jnp.iscomplexobj(x.array):
+        raise ParameterError(f"{path} reads complex inputs, and what is made of them is real: leave it out")
     here = flat_size(x, list(into))
     if here != inputs:
         raise ParameterError(

@@ -111,7 +111,7 @@ def _places(args: tuple[Any, ...], *given: Any) -> list[tuple[int | None, ...]]:
     for axes in given:
         prefix = tuple(axes) if isinstance(axes, (tuple, list)) else (axes,) * len(args)
         try:
-            found.append(jax.tree.leaves(_broadcast(prefix, args), is_leaf=lambda node: node is None))
+            found.append(_broadcast(prefix, args))
         except ValueError as error:
             raise ConfigError(
                 f"{axes!r} does not match the {len(args)} positional arguments after params: {error}"
@@ -119,11 +119,15 @@ def _places(args: tuple[Any, ...], *given: Any) -> list[tuple[int | None, ...]]:
     return list(zip(*found, strict=True))
 
 
-def _broadcast(prefix: Any, tree: Any) -> Any:
-    """A tree like `tree` with the leaves of a prefix of it."""
-    return jax.tree.map(
-        lambda axis, part: jax.tree.map(lambda _: axis, part), prefix, tree, is_leaf=lambda node: node is None
-    )
+def _broadcast(prefix: Any, tree: Any) -> list[Any]:
+    """For each leaf of a tree the leaf of a prefix of it, which may be None; arguments that are None have no leaves."""
+    found: list[Any] = []
+
+    def repeat(axis: Any, part: Any) -> None:
+        found.extend([axis] * len(jax.tree.leaves(part)))
+
+    jax.tree.map(repeat, prefix, tree, is_leaf=lambda node: node is None)
+    return found
 
 
 def _axes(leaf: Any, places: tuple[int | None, ...], sizes: tuple[int, ...]) -> Axes | None:

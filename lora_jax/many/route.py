@@ -163,7 +163,7 @@ class RoutedFunction:
         arguments = Arguments.of(args, self.batch_axes, self.token_axes, sizes)
 
         call = trace_call(self.fn, params, arguments.abstract(), kwargs)
-        batch_axes = _follow(call, [axes for _, axes in arguments.labelled()])
+        batch_axes = _follow(call, [axes for _, axes in arguments.labelled()], kwargs)
         _check_parameters(call, held)
 
         routing = Routing.of(chosen, sizes, held.slots - 1, batch_axes, self.strategy)
@@ -217,9 +217,9 @@ def _dropout_rates(bank: AdapterBank | Adapter | Sequence[Adapter], keys: Sequen
     return rates
 
 
-def _follow(call: Call, labelled: Sequence[Axes]) -> BatchAxes:
+def _follow(call: Call, labelled: Sequence[Axes], kwargs: Mapping[str, Any]) -> BatchAxes:
     """Follow the examples and tokens of the arguments through the program."""
-    batch_axes = BatchAxes()
+    batch_axes = BatchAxes(keywords=tuple(name for name, value in kwargs.items() if np.ndim(value)))
     parameters = [tuple(map(plain, np.shape(leaf))) for leaf in call.arrays.values()]
     batch_axes.follow(call.program, [*parameters, *labelled])
     return batch_axes

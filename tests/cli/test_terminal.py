@@ -240,10 +240,11 @@ def given(verb: str) -> list[str]:
     """Arguments that can be parsed."""
     return [
         verb,
-        *{"merge": ["a", "b", "c"], "compose": ["a", "--out", "b"], "convert": ["a", "b"], "inspect": ["a"]}.get(
-            verb, []
-        ),
-    ]
+        *{
+            "merge": ["a", "b", "c"], "compose": ["a", "--out", "b"], "convert": ["a", "b"], "inspect": ["a"],
+            "extract": ["a", "b", "c"],
+        }.get(verb, []),
+    ]  # fmt: skip
 
 
 @EVERY_VERB

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TOLERANCE, assert_close, assert_gradients_close, cast_floats, random_adapter
+from helpers import TOLERANCE, assert_close, assert_gradients_close, assert_same, cast_floats, random_adapter
 from table import CASES, Case
 
 import lora_jax as lora
@@ -525,3 +525,29 @@ def test_products_in_blocks(count: int, slots: int) -> None:
     for ids in (draw.integers(slots, size=count), np.zeros(count, int), np.full(count, slots - 1)):
         expected = np.einsum("ni,nri,nro->no", x, a[ids], b[ids])
         assert_close(block_product(x, jnp.asarray(ids), a, b), jnp.asarray(expected))
+
+
+def test_arguments_of_every_kind() -> None:
+    """An argument that is None is no obstacle, and examples that come by keyword are named in the error."""
+    params, x = {"w": jnp.arange(12.0).reshape(4, 3)}, jnp.arange(8.0).reshape(2, 4)
+    adapter = random_adapter(lora.find_sites(lambda p, x: x @ p["w"], params, x))
+
+    def fn(p, x, cache=None):
+        return x @ p["w"]
+
+    routed, ids = lora.route(fn), jnp.array([1, 0])
+    assert_same(routed(params, [adapter], ids, x, None), routed(params, [adapter], ids, x))
+    with pytest.raises(lora.ParameterError, match=r"by keyword \(x\)"):
+        routed(params, [adapter], ids, x=x)
+
+
+def test_axes_of_length_one_are_repeated() -> None:
+    params, x = {"gain": jnp.arange(4.0), "w": jnp.ones((8, 3))}, jnp.arange(24.0).reshape(3, 2, 4)
+
+    def fn(p, x):
+        return (p["gain"][None, None] * x).reshape(3, -1) @ p["w"]
+
+    adapter = random_adapter(lora.find_sites(fn, params, x)).without()
+    rows = lora.route(fn)(params, [adapter], jnp.array([1, 0, 1]), x)
+    assert_close(rows[1], fn(params, x)[1])
+    assert_close(rows[::2], fn(lora.merge(params, adapter), x)[::2])

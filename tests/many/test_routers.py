@@ -19,7 +19,11 @@ from lora_jax.many.routers import Arrow, Learned, Router, Strongest
 
 BOTH_WAYS = {"plain-used_both_ways", "plain-gradient_inside", "plain-fused_on_the_input"}
 """Rows of the shared table that apply a parameter to what has the axes of its outputs, or to parts of its inputs."""
-FORMED = {"plain-scattered_points"}
+FORMED = {
+    "plain-scattered_points", "plain-sum_of_weights", "plain-standardised", "plain-concatenation",
+    "plain-concatenated_inputs", "plain-padding", "plain-tiled", "plain-rolled", "plain-stacked_then_scanned",
+    "plain-chosen_by_a_flag", "plain-convolved_kernel", "plain-fourier",
+}  # fmt: skip
 KINDS = {"conv", "embedding", "ragged"}
 
 
@@ -71,6 +75,8 @@ ROWS = [case for case in CASES if case.method == "lora" and not case.materialise
 
 def shows_no_input(case: Case) -> bool:
     """Whether a row uses a parameter otherwise than by applying it to inputs in plain products."""
+    if case.id == "plain-one_hot_look_up":  # a table, but in a product
+        return False
     return bool({site.kind for site in case.targets.values()} & KINDS) or case.id in BOTH_WAYS | FORMED
 
 

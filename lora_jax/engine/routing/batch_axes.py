@@ -55,10 +55,12 @@ class BatchAxes:
     Attributes:
       operands: axes of the operands of each equation that has a labelled one, by its place in the program.
       lost: names of the primitives whose results lack a label that their operands have.
+      keywords: arguments given by keyword, which are not followed.
     """
 
     operands: dict[Trail, list[Axes]] = field(default_factory=dict)
     lost: dict[str, None] = field(default_factory=dict)
+    keywords: tuple[str, ...] = ()
 
     def follow(self, program: Program, inputs: Sequence[Axes], trail: Trail = ()) -> list[Axes]:
         """Walk through a program, given the axes of its inputs; returns those of its outputs."""
@@ -167,8 +169,17 @@ _ELEMENTWISE = [
 
 @rule(*_ELEMENTWISE)
 def _elementwise(eqn: Any, operands: list[Axes]) -> list[Axes]:
-    rank = len(eqn.outvars[0].aval.shape)
-    return [_together([axes for axes in operands if len(axes) == rank])]
+    """Axes of length one are repeated along those of the others."""
+    whole = unlabelled(eqn.outvars[0])
+    alike = [axes for axes in operands if len(axes) == len(whole)]
+    return [_together([tuple(axis or other for axis, other in zip(axes, whole, strict=True)) for axes in alike])]
+
+
+@rule("fft")
+def _fft(eqn: Any, operands: list[Axes]) -> list[Axes]:
+    """A transform mixes the positions along its own axes, the last ones."""
+    kept = len(operands[0]) - len(eqn.params["fft_lengths"])
+    return [(*operands[0][:kept], *unlabelled(eqn.outvars[0])[kept:])]
 
 
 @rule("select_n")

@@ -104,10 +104,12 @@ class Routing:
             lost = ", ".join(self.batch_axes.lost) or "(none)"
             several = "along several axes at once"
             why = several if found.count(label) else f"along none; operations that lose them: {lost}"
+            keywords = ", ".join(self.batch_axes.keywords)
             raise ParameterError(
                 f"Each of the {what} is to have its own adapter, but in what {path} is applied to they run {why}. Have "
                 f"batch_axes and token_axes say where they run in every positional argument, or leave {path!r} out of "
                 "the bank"
+                + (f". Arguments given by keyword ({keywords}) hold none: give them by position" if keywords else "")
             )
 
 

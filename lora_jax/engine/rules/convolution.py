@@ -41,7 +41,7 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     channels = sum(a.array.size // prod(a.size(axis) for axis in window) for a, _ in pairs)
     channels *= eqn.params["feature_group_count"]
     flops = 2 * positions * channels * (kernel.base.size // outputs) + 2 * positions * channels * outputs
-    roles, geometry = ctx.roles(kernel, into=window, out=[out_axis]), _geometry(ctx, eqn, kernel, window)
+    roles, geometry = ctx.roles(kernel, into=window, out=[out_axis]), _geometry(ctx, eqn, kernel, window, stack)
     route = "mask" if kernel.routed else "factored"
     ctx.record(kernel, eqn, route, roles, kind="conv", flops=flops, nbytes=4 * positions * channels, **geometry)
     observe_patches(ctx, eqn, kernel, x, window)
@@ -54,6 +54,12 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
         axes = [RANK] * y.ndim
         axes[numbers.out_spec[0]], axes[numbers.out_spec[1]] = IMAGE, out_axis
         return [adapted_result(y, axes, gain, terms)]
+
+
+def _models(kernel: Weight, stack: Sequence[int]) -> int:
+    """How many kernels are side by side."""
+    merged = [axis for axis in kernel.axes if isinstance(axis, Merged)] if stack else []
+    return prod(prod(axis.sizes[:-1]) for axis in merged)
 
 
 def _stacked(ctx: Context, eqn: Any, kernel: Any) -> Any:
@@ -86,12 +92,15 @@ def _flat(factor: Labelled, slots: Sequence[int], stack: Sequence[int]) -> Any:
     return factor.array.reshape(models, -1, *factor.array.shape[1 + len(slots) + len(stack) :])
 
 
-def _geometry(ctx: Context, eqn: Any, kernel: Weight, window: Sequence[int]) -> dict[str, Any]:
-    """The groups, and the parameter's axis that counts channels, if it is one and the convolution no transposed one."""
+def _geometry(ctx: Context, eqn: Any, kernel: Weight, window: Sequence[int], stack: Sequence[int]) -> dict[str, Any]:
+    """The groups of one model, and the parameter's axis that counts channels, if it is one and the convolution no transposed one."""
     channels, *others = (ctx.log.origins[axis].get(kernel.paths[0], frozenset()) for axis in window)
     transposed = any(step != 1 for step in eqn.params["lhs_dilation"])
     known = len(channels) == 1 and not transposed and not any(channels & other for other in others)
-    return {"channel_axis": min(channels) if known else None, "groups": eqn.params["feature_group_count"]}
+    return {
+        "channel_axis": min(channels) if known else None,
+        "groups": max(eqn.params["feature_group_count"] // _models(kernel, stack), 1),
+    }
 
 
 def _thin_convolution(eqn: Any, x: Any, a: Any, b: Any, keeps: Any = None, mixes: bool = False) -> Any:
