@@ -93,7 +93,7 @@ def _flat(factor: Labelled, slots: Sequence[int], stack: Sequence[int]) -> Any:
 
 
 def _geometry(ctx: Context, eqn: Any, kernel: Weight, window: Sequence[int], stack: Sequence[int]) -> dict[str, Any]:
-    """The groups of one model, and the parameter's axis that counts channels, if it is one and the convolution no transposed one."""
+    """The groups of one model, and its axis of channels, if that is one and the convolution no transposed one."""
     channels, *others = (ctx.log.origins[axis].get(kernel.paths[0], frozenset()) for axis in window)
     transposed = any(step != 1 for step in eqn.params["lhs_dilation"])
     known = len(channels) == 1 and not transposed and not any(channels & other for other in others)
