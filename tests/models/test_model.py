@@ -1,7 +1,7 @@
 """The transformer of the command line: causality, its two layouts, its cache, sampling, and LoRA beside it."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ CONFIG = TransformerConfig(layers=2, width=16, heads=4, kv_heads=2, hidden=24)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 12)), jnp.uint8)
 
 
+@cache
 def build(config: TransformerConfig = CONFIG) -> tuple[Transformer, Any]:
     model = Transformer(config)
     return model, jax.jit(model.init)(jax.random.key(0), TOKENS)
