@@ -59,8 +59,9 @@ def pytest_configure(config: pytest.Config) -> None:
     full = config.getoption("--full")
     settings.load_profile("full" if full else "covering")
     jax.config.update("jax_disable_most_optimizations", not full)
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if cache := getattr(config, "cache", None):
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("xla")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.hookimpl(wrapper=True)

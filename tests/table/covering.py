@@ -41,9 +41,13 @@ def covering(rows: Sequence[Row]) -> list[Row]:
 
 
 def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
-    """Collected tests that run rows of the table and need not: every file has a covering of its own."""
+    """Collected tests that run rows of the table and need not: every file has a covering of its own.
+
+    The same in whatever order they are given.
+    """
     spare: set[pytest.Item] = set()
-    for _, of_file in groupby(items, key=lambda item: item.path):
+    in_order = sorted(items, key=lambda item: (item.path, item.location[1] or 0, item.name))
+    for _, of_file in groupby(in_order, key=lambda item: item.path):
         rows = {item: row for item in of_file if (row := row_of(item))}
         chosen = {*covering([*rows.values()])}
         spare |= {item for item, row in rows.items() if row not in chosen}

@@ -149,7 +149,7 @@ def test_a_finished_run_is_left_alone(whole: Path, capsys: pytest.CaptureFixture
 
 def test_a_real_ctrl_c(folder: Path, whole: Path):
     out = folder / "process"
-    cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
     environment = os.environ | cached | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "lora_jax", *TINY.split(), "--steps", "100000", "--out", str(out)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
