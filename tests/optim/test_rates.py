@@ -47,7 +47,9 @@ def named(adapter: Any) -> dict[str, dict[str, Any]]:
 def expected_rates(gradients: Any) -> Any:
     """The gradients times the rate of each leaf's group, from the table above."""
     entries, treedef = jax.tree_util.tree_flatten_with_path(gradients)
-    scaled = [leaf * RATES[GROUPS[keys[0].key][keys[1].name]] for keys, leaf in entries]
+    # The checksum of what is frozen is frozen itself.
+    groups = ["frozen" if len(keys) == 1 else GROUPS[keys[0].key][keys[1].name] for keys, _ in entries]
+    scaled = [leaf * RATES[group] for group, (_, leaf) in zip(groups, entries, strict=True)]
     return jax.tree.unflatten(treedef, scaled)
 
 
