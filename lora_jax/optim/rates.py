@@ -44,8 +44,8 @@ def lora_plus_labels(tree: Any) -> Any:
       >>> params = {"w": jnp.ones((4, 3))}
       >>> sites = lora.find_sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4)))
       >>> adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
-      >>> jax.tree.leaves(lora.optim.lora_plus_labels(adapter))  # a, b and the scale
-      ['a', 'b', 'frozen']
+      >>> jax.tree.leaves(lora.optim.lora_plus_labels(adapter))  # a, b, the scale, and the checksum of what is frozen
+      ['a', 'b', 'frozen', 'frozen']
       >>> groups = {"a": optax.adam(1e-3), "b": optax.sgd(0.1), "embedding": optax.adam(1e-6)}
       >>> tx = lora.optimizer(optax.partition(groups, lora.optim.lora_plus_labels), adapter)
       >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, adapter), tx.init(adapter), adapter)
