@@ -7,6 +7,7 @@ when A is stored `(in, rank)`; so tokens are flattened and factors keep their ra
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,9 +30,15 @@ def hidden(
       precision: as of `jax.lax.dot_general`.
       like: the base's own product; on a mesh results go where it is.
     """
+    read = replace(read, array=widened(read.array, first.array, second.array))
     owners = (Labelled(like, tuple(out)), read, first)
     inner = product(read, first.astype(read.array.dtype), {*out, *second.axes}, precision, owners)
     return inner.astype(read.array.dtype)
+
+
+def widened(x: Any, *factors: Any) -> Any:
+    """The activation as it meets factors: complex if one of them is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.complex64)) if any(map(jnp.iscomplexobj, factors)) else x
 
 
 def mixed(inner: Labelled, second: Labelled, out: Sequence[int], precision: Any, like: Any) -> Any:

@@ -241,8 +241,12 @@ def times(array: Any, axes: Sequence[int], gain: Labelled | None) -> Any:
 
 def _total(parts: Sequence[Any], like: Any) -> Any:
     """The sum, in the widest dtype there is, rounded once to that of the result."""
+    return _sum(parts).astype(like.dtype)
+
+
+def _sum(parts: Sequence[Any]) -> Any:
     wide = jnp.result_type(*parts)
-    return reduce(lax.add, [part.astype(wide) for part in parts]).astype(like.dtype)
+    return reduce(lax.add, [part.astype(wide) for part in parts])
 
 
 def adapted_result(y: Any, axes: Sequence[int], gain: Labelled | None, terms: Sequence[Any]) -> Any:
@@ -251,4 +255,4 @@ def adapted_result(y: Any, axes: Sequence[int], gain: Labelled | None, terms: Se
     Terms are added up first: at the start of training they may cancel exactly.
     """
     base = times(y, axes, gain)
-    return _total([base, reduce(lax.add, terms)], y) if terms else base.astype(y.dtype)
+    return _total([base, _sum(terms)], y) if terms else base.astype(y.dtype)

@@ -148,10 +148,10 @@ def test_dropout_where_a_weight_is_formed_warns() -> None:
         lora.adapt(fn)(P, adapter, X, lora_key=jax.random.key(0))
 
 
-def test_complex_parameters_have_complex_factors() -> None:
+@pytest.mark.parametrize("z", [X + 1j * X[::-1], X], ids=["complex", "real"])
+def test_complex_parameters_have_complex_factors(z: jax.Array) -> None:
     params = {"w": P["up"] + 1j * P["q"]}
     fn = lambda p, z: z @ p["w"]  # noqa: E731
-    z = X + 1j * X[::-1]
     sites = lora.find_sites(fn, params, z)
     adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="w"), params, sites)
     assert adapter["w"].a.dtype == adapter["w"].b.dtype == jnp.complex64

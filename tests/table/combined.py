@@ -22,6 +22,20 @@ operation("sum_of_weights", PAIR, SHAPES, lambda p, x: x @ (0.3 * p["w"] - 0.7 *
 variant("plus_an_array", "io", (4, 3), lambda w, x: x @ (w + NUMBERS[:, None] / 9), (2, 4))
 product("standardised", "io", (4, 3), lambda w, x: x @ (w - w.mean(0, keepdims=True)), (2, 4))
 
+
+def _parts(z):
+    return jnp.concatenate([z.real, z.imag], -1)
+
+
+# Complex matrices made of real ones, which meet real activations.
+operation(
+    "complex_pair", PAIR, SHAPES, lambda p, x: _parts(x @ (p["w"] - 1j * p["v"])), (2, 4), affine=True
+)  # fmt: skip
+operation(
+    "complex_phases", PAIR, SHAPES,
+    lambda p, x: _parts(x @ ((p["w"] + 1j * p["v"]) * jnp.exp(1j * NUMBERS)[None, :])), (2, 4), affine=True,
+)  # fmt: skip
+
 # Put together.
 operation(
     "concatenation", {"w": "dense io", "v": "dense io"}, {"w": (4, 3), "v": (4, 2)},

@@ -113,7 +113,7 @@ def block_product(x: Any, ids: Any, a: Any, b: Any, precision: Any = None) -> An
       b: `[slots, rank, out]`.
       precision: as of `jax.lax.dot_general`.
     """
-    slots, rows = len(a), len(x)
+    slots, rows, x = len(a), len(x), contract.widened(x, a, b)
     size = min(max(1 << (max(rows // slots, 1).bit_length() - 1), 8), 64)
     source, place, owner = _blocks(ids, slots + 1, size)
     block = x.at[source].get(mode="fill", fill_value=0).reshape(-1, size, x.shape[1])
