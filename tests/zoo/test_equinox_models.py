@@ -58,10 +58,29 @@ def protein() -> Model:
     return split(make, lambda model, ids: jax.vmap(lambda one: model(one).logits)(ids), tokens())
 
 
+def state_space(cls: str) -> Model:
+    models = pytest.importorskip("discretax.models", exc_type=ImportError)
+    from discretax.encoder import LinearEncoder
+    from discretax.heads import ClassificationHead
+
+    def layers(key: jax.Array) -> Any:
+        first = LinearEncoder(in_features=3, out_features=16, key=key)
+        middle = getattr(models, cls)(hidden_dim=16, num_blocks=2, key=key)
+        return eqx.nn.Sequential([first, middle, ClassificationHead(in_features=16, out_features=5, key=key)])
+
+    model, state = eqx.nn.make_with_state(layers)(jax.random.key(0))
+    params, static = eqx.partition(eqx.nn.inference_mode(model), eqx.is_inexact_array)
+
+    def fn(params: Any, x: jax.Array) -> jax.Array:
+        return jax.vmap(lambda one: eqx.combine(params, static)(one, state, key=jax.random.key(0))[0])(x)
+
+    return Model(fn, params, (pixels(2, 8, 3),))
+
+
 ROWS = {
     "Llama": Row(lambda: decoder("LlamaForCausalLM", False), 16, ("lm_head/weight",), {"model/embed_tokens/weight": "embedding"}),
     "Qwen 2, tied": Row(lambda: decoder("Qwen2ForCausalLM", True, attention_bias=True), 15, ("model/embed_tokens/weight",)),
-    "BERT": Row(encoder, 15, (), {"embeddings/position_embeddings/weight": "embedding"}),
+    "BERT": Row(encoder, 15, (), {"embeddings/position_embeddings/weight": "embedding"}, routed=r"^(?!.*(position|token_type))"),
     "ViT": Row(
         lambda: vision("vit", "VisionTransformer", 16, img_size=16, in_channels=3, dim=16, patch_size=8, num_heads=2, depths=[2], num_classes=3),
         10, ("head/weight",), {"patch_embed/proj/weight": "conv"}, VISION,
@@ -70,6 +89,9 @@ ROWS = {
         lambda: vision("convnext", "ConvNeXt", 32, in_channels=3, dims=[8, 16, 16, 16], depths=[1, 1, 1, 1], num_classes=3),
         17, ("head/weight",), {"blocks/0/blocks/0/dwconv/weight": "conv"}, VISION,
     ),
+    "S5": Row(lambda: state_space("S5"), 10, ("layers/2/linear/weight",), plain=rf"{NORMS_AND_BIASES}|log_step$"),
+    "LRU": Row(lambda: state_space("LRU"), 14, ("layers/2/linear/weight",)),
+    "LinOSS": Row(lambda: state_space("LinOSS"), 10, ("layers/2/linear/weight",)),
     "ESM-2": Row(protein, 8, ("logit_head/linear2/weight",), {"layers/attn/query_proj/weight": "dense"}),
 }  # fmt: skip
 
@@ -84,6 +106,6 @@ def test_adapted_is_merged(row: Row) -> None:
     check_merged(row)
 
 
-@pytest.mark.parametrize("name", ["ConvNeXt"])
-def test_routed(name: str) -> None:
-    check_routed(ROWS[name])
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_routed(row: Row) -> None:
+    check_routed(row)

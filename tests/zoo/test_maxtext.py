@@ -77,13 +77,16 @@ ROWS = {
     "OLMo 3": Row(lambda: build("olmo3-7b", base_num_decoder_layers=4), 30, HEAD),
     "Mixtral, every expert": Row(lambda: build("mixtral-8x7b", **MIXTRAL, **EXPERTS), 10, HEAD, {EXPERT: "dense"}),
     "Mixtral, capacity": Row(lambda: build("mixtral-8x7b", **MIXTRAL, **EXPERTS, capacity_factor=1.0), 10, HEAD, {EXPERT: "dense"}),
-    "Mixtral, ragged": Row(lambda: build("mixtral-8x7b", **MIXTRAL, **RAGGED), 10, HEAD, {EXPERT: "ragged"}),
+    "Mixtral, ragged": Row(lambda: build("mixtral-8x7b", **MIXTRAL, **RAGGED), 10, HEAD, {EXPERT: "ragged"}, routed=r"^(?!.*MoeBlock_0/w)"),
     "Qwen 3 with experts": Row(lambda: build("qwen3-30b-a3b", base_moe_mlp_dim=12, **EXPERTS), 10, HEAD),
     "DeepSeek 2": Row(lambda: build("deepseek2-16b", **LATENT, **EXPERTS), 20, HEAD, {"decoder/moe_layers/self_attention/wkv_b/kernel": "dense"}),
-    "DeepSeek 2, ragged": Row(lambda: build("deepseek2-16b", **LATENT, **RAGGED), 20, HEAD),
+    "DeepSeek 2, ragged": Row(lambda: build("deepseek2-16b", **LATENT, **RAGGED), 20, HEAD, routed=r"^(?!.*MoeBlock_0/w)"),
     "DeepSeek 3": Row(
         lambda: build("deepseek3-671b", **LATENT, **EXPERTS, q_lora_rank=8, n_routing_groups=1, topk_routing_group=1), 22, HEAD
     ),
+    "Llama 2, from the host": Row(lambda: build("llama2-7b", parameter_memory_host_offload="true"), 9, HEAD),
+    "Llama 2, one-hot": Row(lambda: build("llama2-7b", use_iota_embed="true"), 9, HEAD, {TIED[0]: "embedding"}),
+    "GPT-3": Row(lambda: build("gpt3-52k", base_num_kv_heads=4), 6, TIED, {"decoder/position_embedder/embedding": "embedding"}, dtype="bfloat16"),
     "gpt-oss": Row(lambda: build("gpt-oss-20b", **EXPERTS), 18, HEAD, plain=r"(norm|bias|scale|sinks)(/|$)"),
     "Llama 4": Row(
         lambda: build("llama4-17b-16e", base_num_decoder_layers=4, base_moe_mlp_dim=12, use_multimodal="false", **EXPERTS | {"num_experts_per_tok": 1}), 46, HEAD
@@ -106,9 +109,9 @@ def test_adapted_is_merged(row: Row) -> None:
     check_merged(row)
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if "ragged" not in name and "capacity" not in name])
-def test_routed(name: str) -> None:
-    check_routed(ROWS[name])
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_routed(row: Row) -> None:
+    check_routed(row)
 
 
 @pytest.mark.parametrize(

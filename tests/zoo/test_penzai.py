@@ -30,6 +30,7 @@ def build(**changes: Any) -> Model:
 
 ROWS = {
     "Llama": Row(build, 23, HEAD, {"transformer/embedder.embeddings": "embedding", "transformer/block_2/attention/output.weights": "dense"}),
+    "Gemma": Row(lambda: build(tie_embedder_and_logits=True, mlp_variant="geglu_approx", final_logit_softcap=30.0), 22, ("transformer/embedder.embeddings",)),
     "Llama, stacked": Row(lambda: build(use_layer_stack=True), 9, HEAD, {"transformer/blocks/mlp/out_linear.weights": "dense"}),
 }  # fmt: skip
 pytestmark = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)

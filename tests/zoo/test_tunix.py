@@ -6,7 +6,7 @@ from importlib import import_module
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from zoo_model import Model, Row, causal, check_merged, check_sites, of_nnx, positions, tokens
+from zoo_model import Model, Row, causal, check_merged, check_routed, check_sites, of_nnx, positions, tokens
 
 SMALL = {"embed_dim": 16, "hidden_dim": 24, "num_heads": 4, "head_dim": 8, "num_kv_heads": 2}
 TIED = ("embedder/input_embedding",)
@@ -41,6 +41,7 @@ ROWS = {
             num_experts_per_tok=2, expert_dim=12, moe_dense_hidden_dim=20, num_global_kv_heads=1,
         ),
         55, TIED, {"layers/0/moe/gating_einsum": "ragged", "layers/0/moe/linear": "ragged", "layers/5/attn/k_einsum/w": "dense"},
+        routed=r"^(?!.*moe/(gating|linear))",
     ),
     "Llama 3": Row(lambda: build("llama3", "Llama3", "llama3p2_1b"), 15, TIED, {"layers/1/attn/o_proj/w": "dense"}),
     "Qwen 2": Row(lambda: build("qwen2", "Qwen2", "qwen2p5_0p5b"), 15, TIED),
@@ -62,6 +63,10 @@ def package() -> None:
 
 def test_sites(row: Row) -> None:
     check_sites(row)
+
+
+def test_routed(row: Row) -> None:
+    check_routed(row)
 
 
 def test_adapted_is_merged(row: Row) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from helpers import assert_close, differ
 
@@ -37,7 +38,7 @@ class Row(NamedTuple):
       heads: which of them are heads.
       kinds: kinds of some of the sites, by path.
       plain: pattern of the parameters with two axes or more that are no sites.
-      routed: pattern of the sites that are adapted in the routed call.
+      routed: pattern of the sites that have a routed form; others are refused by name.
       dtype: the narrowest in which the model computes.
     """
 
@@ -64,14 +65,21 @@ def check_sites(row: Row) -> None:
 
 
 def check_routed(row: Row) -> None:
-    """Every site has its low-rank form in the routed call too."""
+    """Sites have their low-rank form in the routed call too, or are refused by name."""
     model = row.build()
     sites = lora.find_sites(model.fn, model.params, *model.args)
-    adapter = new(model, {path: sites[path] for path in sites if re.search(row.routed, path)}, sites)
+    kept = [path for path in sites if re.search(row.routed, path)]
+    if kept:
+        assert {use.path for use in routed_uses(model, new(model, kept, sites))} == set(kept)
+    for path in sites.keys() - set(kept):
+        with pytest.raises(lora.ParameterError, match=path):
+            routed_uses(model, new(model, [path], sites))
+
+
+def routed_uses(model: Model, adapter: Any) -> tuple[Any, ...]:
     ids = jnp.arange(len(jax.tree.leaves(model.args)[0])) % 3
     routed = lora.route(model.fn, batch_axes=model.batch_axes)
-    uses = routed.explain(model.params, [adapter, adapter], ids, *model.args).uses
-    assert {use.path for use in uses} == set(adapter)
+    return routed.explain(model.params, [adapter, adapter], ids, *model.args).uses
 
 
 def check_merged(row: Row) -> None:
