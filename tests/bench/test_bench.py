@@ -198,7 +198,7 @@ def test_stopped_by_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    for name in ("measuring.rounds", "plot.draw"):
+    for name in ("timing.rounds", "result.draw"):
         monkeypatch.setattr(f"lora_jax.bench.{name}", stop)
         assert main([*ARGS.split(), "--out", str(tmp_path / "bench")]) == 130
         assert capsys.readouterr().err.splitlines()[-1] == "lora-jax: stopped; nothing was left behind"
