@@ -397,7 +397,7 @@ def test_sharded_inputs_give_the_same():
 COMBINED = {
     "plain-sum_of_weights", "plain-concatenation", "plain-concatenated_inputs", "plain-padding", "plain-tiled",
     "plain-rolled", "plain-stacked_then_scanned", "plain-chosen_by_a_flag", "plain-ensemble_of_convolutions",
-    "plain-ensemble_of_one_input",
+    "plain-ensemble_of_one_input", "plain-complex_pair", "plain-complex_phases",
 }  # fmt: skip
 """Rows of which the program combines several weights, or parts of one, before they meet an input."""
 

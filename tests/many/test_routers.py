@@ -22,7 +22,7 @@ BOTH_WAYS = {"plain-used_both_ways", "plain-gradient_inside", "plain-fused_on_th
 FORMED = {
     "plain-scattered_points", "plain-sum_of_weights", "plain-standardised", "plain-concatenation",
     "plain-concatenated_inputs", "plain-padding", "plain-tiled", "plain-rolled", "plain-stacked_then_scanned",
-    "plain-chosen_by_a_flag", "plain-convolved_kernel", "plain-fourier",
+    "plain-chosen_by_a_flag", "plain-convolved_kernel", "plain-fourier", "plain-complex_pair", "plain-complex_phases",
 }  # fmt: skip
 KINDS = {"conv", "embedding", "ragged"}
 
