@@ -12,7 +12,7 @@ from lora_jax.adapter.factors import Array, is_traced
 from lora_jax.adapter.serialization import exportable
 from lora_jax.adapter.site import Site, Sites
 from lora_jax.errors import ConfigError, ParameterError, nearest
-from lora_jax.many.slots import Slots, check_fits, empty, factors, padded, stacked, taken
+from lora_jax.many.slots import Slots, check_finite, check_fits, empty, factors, padded, stacked, taken
 from lora_jax.report.report import Printed
 from lora_jax.report.tables import Table, times
 
@@ -76,10 +76,14 @@ class AdapterBank(Printed):
 
         Raises:
           ConfigError: the adapters do not fit.
-          ParameterError: an adapter holds something that is no low-rank change, or two disagree about a parameter.
+          ParameterError: an adapter holds something that is no low-rank change, or numbers that are not finite (where
+            they can be seen: outside of a compiled function), or two disagree about a parameter.
         """
         slots = len(adapters) + 1 if slots is None else slots
         parts = [{path: factors(path, update) for path, update in adapter.items()} for adapter in adapters]
+        for slot, part in enumerate(parts, 1):
+            for path, found in part.items():
+                check_finite(path, (found.a, found.b, found.gain), f" in the adapter of slot {slot}")
         sites = common_sites(adapters)
         ranks = {path: max(part[path].rank for part in parts if path in part) for path in sites}
         if slots <= len(adapters) or (rank is not None and rank < max(ranks.values(), default=0)):

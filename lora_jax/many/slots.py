@@ -125,7 +125,6 @@ def padded(held: Slots, update: Update | None) -> tuple[Any, Any, Any]:
         return np.zeros(shapes[0], held.a.dtype), np.zeros(shapes[1], held.b.dtype), ones
     check_fits(held.site, update.site)
     found = _on_host(update) or factors(site.path, update)
-    _check_finite(site.path, found)
     if found.gain is not None and held.gain is None:
         raise ParameterError(f"{site.path} has a gain: make the bank with AdapterBank.empty(..., gains=True)")
     if found.rank > held.rank:
@@ -133,7 +132,9 @@ def padded(held: Slots, update: Update | None) -> tuple[Any, Any, Any]:
             f"{site.path} has rank {found.rank}, the bank has room for {held.rank}: make it with a higher rank, or "
             "compress the adapter with lora.compose"
         )
-    a, b = (grown(each, shape).astype(held.a.dtype) for each, shape in zip((found.a, found.b), shapes, strict=True))
+    with np.errstate(over="ignore"):  # What overflows is refused below.
+        a, b = (grown(each, shape).astype(held.a.dtype) for each, shape in zip((found.a, found.b), shapes, strict=True))
+    check_finite(site.path, (a, b, found.gain))
     return a, b, ones if found.gain is None else found.gain
 
 
@@ -146,11 +147,27 @@ def _on_host(update: Update) -> Factors | None:
     return Factors(a, wide.astype(b.dtype), None, update.rank)
 
 
-def _check_finite(path: str, found: Factors) -> None:
-    """Refuse numbers that would spoil every example: all slots meet in one product, if only to be left out of it."""
-    for leaf in (found.a, found.b, found.gain):
-        if leaf is not None and not is_traced(leaf) and not np.isfinite(np.asarray(leaf, np.float32)).all():
-            raise ParameterError(f"{path} holds numbers that are not finite: the adapter is broken, or overflowed")
+def check_finite(path: str, arrays: Sequence[Any], slot: str = "") -> None:
+    """Refuse numbers that are not finite, where they can be seen.
+
+    Args:
+      path: the parameter.
+      arrays: what a bank is to hold, in its dtype, which may be too narrow; None for nothing.
+      slot: which adapter has them, for the message.
+
+    Raises:
+      ParameterError: some number is not finite.
+    """
+    for leaf in arrays:
+        if (
+            leaf is None
+            or is_traced(leaf)
+            or np.isfinite(np.asarray(leaf, jnp.promote_types(leaf.dtype, np.float32))).all()
+        ):
+            continue
+        raise ParameterError(
+            f"{path} holds numbers that are not finite{slot}: the adapter is broken, or overflows {leaf.dtype}"
+        )
 
 
 def check_fits(mine: Site, its: Site) -> None:

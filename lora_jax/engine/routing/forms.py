@@ -16,6 +16,7 @@ from jax import lax
 
 from lora_jax.engine import contract
 from lora_jax.engine.meshes import spread
+from lora_jax.engine.routing.isolation import broken, finite, isolated
 from lora_jax.engine.routing.slots import Routing, chosen, gate, kept
 from lora_jax.engine.weight import RANK, SLOT, Labelled, flat_size
 
@@ -75,17 +76,21 @@ class Routed:
         if form == "blocks":
             return self.in_blocks(x, first, second)
         if form == "rows":
-            first, second = chosen(first, self.choice), chosen(second, self.choice)
-        inner = contract.hidden(x, first, second, self.out, self.precision, self.like)
-        return self.mixed(inner, second)
+            own = chosen(first, self.choice), chosen(second, self.choice)
+            inner = contract.hidden(x, *own, self.out, self.precision, self.like)
+            return contract.mixed(inner, own[1], self.out, self.precision, self.like)
+        inner = contract.hidden(finite(x), finite(first), second, self.out, self.precision, self.like)
+        return self.masked(inner, first, second)
 
-    def mixed(self, inner: Labelled, second: Labelled) -> Any:
-        """The second product of a term; of a first one over all slots, what each row has chosen."""
-        if SLOT in second.axes:
-            by = gate(self.choice, self.routing.slots, inner.array.dtype)
-            axes = inner.axes if SLOT in inner.axes else (*inner.axes, SLOT)
-            inner = Labelled(kept(inner.over(axes), by.over(axes), self.routing.mixes), axes)
-        return contract.mixed(inner, second, self.out, self.precision, self.like)
+    def masked(self, inner: Labelled, first: Labelled, second: Labelled) -> Any:
+        """The second product of a term, of what each row has chosen among its first products with all slots."""
+        by = gate(self.choice, self.routing.slots, inner.array.dtype)
+        axes = inner.axes if SLOT in inner.axes else (*inner.axes, SLOT)
+        spoiled = Labelled(broken((first, second), by), by.axes).over(axes)
+        own = kept(inner.over(axes), finite(by).over(axes), self.routing.mixes)
+        own = Labelled(jnp.where(spoiled, jnp.nan, own).astype(inner.array.dtype), axes)
+        result = contract.mixed(own, finite(second), self.out, self.precision, self.like)
+        return isolated(Labelled(result, tuple(self.out)), by, (first, second)).array
 
     def in_blocks(self, x: Labelled, first: Labelled, second: Labelled) -> Any:
         """The term, computed in blocks of rows that have the same slot."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lora_jax.engine import contract
 from lora_jax.engine.context import Context
 from lora_jax.engine.hooks import check_whole
+from lora_jax.engine.routing.isolation import finite
 from lora_jax.engine.weight import SLOT, Labelled, Weight
 from lora_jax.errors import ParameterError
 
@@ -83,9 +84,15 @@ def row_weights(ctx: Context, router: Router, weight: Weight, x: Labelled, out: 
             "weights of examples"
         )
     check_whole(weight.path, x, into, numbering.fan_in)
-    scores = contract.product(x, keys.astype(x.array.dtype), {*out, SLOT}, jax.lax.Precision.HIGHEST, (x,))
+    read = finite(x)  # A row that is not finite leaves the keys' gradients alone, and its own scores undefined.
+    scores = contract.product(read, keys.astype(x.array.dtype), {*out, SLOT}, jax.lax.Precision.HIGHEST, (x,))
     rows = tuple(axis for axis in scores.axes if axis != SLOT)
+    sound = Labelled(
+        jnp.isfinite(x.array).all([i for i, axis in enumerate(x.axes) if axis in into]),
+        tuple(axis for axis in x.axes if axis not in into),
+    )
     given = scores.ordered((*rows, SLOT)).array.astype(jnp.float32)
+    given = jnp.where(sound.over((*rows, SLOT)), given, jnp.nan)
     found = router.weights(given)
     if jnp.shape(found) != given.shape:
         raise ParameterError(

@@ -18,6 +18,7 @@ from lora_jax.engine.context import Context
 from lora_jax.engine.meshes import placed
 from lora_jax.engine.routing.axes import Axis, labels, length, plain
 from lora_jax.engine.routing.batch_axes import BatchAxes, Trail
+from lora_jax.engine.routing.isolation import broken, finite, isolated
 from lora_jax.engine.routing.router import Router
 from lora_jax.engine.weight import SLOT, Labelled, Weight
 from lora_jax.errors import ParameterError
@@ -142,8 +143,7 @@ def chosen(factor: Labelled, choice: Labelled, base: float = 0.0) -> Labelled:
     if SLOT not in factor.axes:
         return factor
     if SLOT in choice.axes:
-        keep = {*choice.axes, *factor.axes} - {SLOT}
-        return contract.product(choice.astype(factor.array.dtype), factor, keep, lax.Precision.HIGHEST, ())
+        return _weighted(factor, choice)
     shared = [axis for axis in choice.axes if axis in factor.axes]  # A weight may be stacked over the rows already.
     rest = [axis for axis in factor.axes if axis != SLOT and axis not in shared]
     places = [lax.broadcasted_iota(jnp.int32, choice.array.shape, choice.axes.index(axis)) for axis in shared]
@@ -155,12 +155,22 @@ def chosen(factor: Labelled, choice: Labelled, base: float = 0.0) -> Labelled:
     return Labelled(found, axes)
 
 
-def kept(inner: Any, by: Any, mixes: bool) -> Any:
-    """What is between the two products times its weights; where these are a choice, what is not chosen is never read.
+def _weighted(factor: Labelled, choice: Labelled) -> Labelled:
+    """The sum over all slots with the weights of each row."""
+    by, keep = choice.astype(factor.array.dtype), {*choice.axes, *factor.axes} - {SLOT}
+    total = contract.product(finite(by), finite(factor), keep, lax.Precision.HIGHEST, ())
+    rows = tuple(axis for axis in by.axes if axis != SLOT)
+    spoiled = Labelled(broken((factor,), by).any(by.axes.index(SLOT)), rows)
+    total = replace(total, array=jnp.where(spoiled.over(total.axes), jnp.nan, total.array))
+    return isolated(total, by, (factor,))
 
-    So one broken adapter, with numbers that are not finite, stays with the examples that chose it.
-    """
-    return inner * by if mixes else jnp.where(by != 0, inner, jnp.zeros((), inner.dtype))
+
+def kept(inner: Any, by: Any, mixes: bool) -> Any:
+    """What is between the two products times its weights; what is not chosen is never read, nor has it a gradient."""
+    if not mixes:
+        return jnp.where(by != 0, inner, jnp.zeros((), inner.dtype))
+    met = jnp.where(by != 0, inner, lax.stop_gradient(inner))  # A weight of zero has a gradient; what it meets, none.
+    return jnp.where((by != 0) | jnp.isfinite(inner), met * by, jnp.zeros((), inner.dtype))
 
 
 def own_gain(gain: Labelled, choice: Labelled) -> Labelled:

@@ -15,6 +15,7 @@ from lora_jax.engine.lift import unroutable
 from lora_jax.engine.product import adapted_result, times
 from lora_jax.engine.routing.axes import Axis, length
 from lora_jax.engine.routing.forms import Routed
+from lora_jax.engine.routing.isolation import finite
 from lora_jax.engine.routing.router import Router, row_weights
 from lora_jax.engine.routing.slots import chosen, gate, own_gain, routing_of, split
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight
@@ -128,8 +129,11 @@ def look_up(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[in
         if not routing.mixes:  # The base's rows looked up some slot too.
             own = replace(choice, array=choice.array < routing.slots).over(first.axes)
             first = replace(first, array=jnp.where(own, first.array, 0))
-        form = product.form(first, second, second)
-        terms.append(product.mixed(first, second if form == "mask" else chosen(second, choice)))
+        if product.form(first, second, second) == "mask":
+            terms.append(product.masked(finite(first) if routing.mixes else first, first, second))
+        else:
+            second = chosen(second, choice)
+            terms.append(contract.mixed(first, second, product.out, product.precision, product.like))
     gain = taken.gain and own_gain(taken.gain, choice)
     return adapted_result(taken.base, taken.axes, gain, terms)
 

@@ -15,6 +15,7 @@ from lora_jax.engine.dropout import inputs
 from lora_jax.engine.hooks import observe_patches
 from lora_jax.engine.lift import dense, rule, simple
 from lora_jax.engine.product import adapted_result
+from lora_jax.engine.routing.isolation import broken, finite, isolated
 from lora_jax.engine.routing.slots import kept, routing_of
 from lora_jax.engine.routing.uses import IMAGE, of_images
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Merged, Weight, flat_ids, flat_size, with_axis
@@ -47,13 +48,27 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     observe_patches(ctx, eqn, kernel, x, window)
     reads = inputs(ctx, kernel, Labelled(x, ()))
     with jax.named_scope("lora"):
-        terms = [
-            _thin_convolution(eqn, read.array, _flat(a, slots, stack), _flat(b, slots, stack), keeps, mixes)
-            for (a, b), read in zip(pairs, reads, strict=True)
-        ]
+        if kernel.routed:
+            terms = [_routed(eqn, read, pair, keeps, mixes) for pair, read in zip(pairs, reads, strict=True)]
+        else:
+            terms = [
+                _thin_convolution(eqn, read.array, _flat(a, (), stack), _flat(b, (), stack))
+                for (a, b), read in zip(pairs, reads, strict=True)
+            ]
         axes = [RANK] * y.ndim
         axes[numbers.out_spec[0]], axes[numbers.out_spec[1]] = IMAGE, out_axis
         return [adapted_result(y, axes, gain, terms)]
+
+
+def _routed(eqn: Any, x: Labelled, pair: tuple[Labelled, Labelled], keeps: Any, mixes: bool) -> Any:
+    """The thin convolutions of images that have adapters of their own."""
+    by, factors = Labelled(keeps, (IMAGE, SLOT)), [_flat(finite(each), (SLOT,), ()) for each in pair]
+    result = _thin_convolution(eqn, finite(x).array, *factors, finite(by).array, mixes)
+    batch = eqn.params["dimension_numbers"].out_spec[0]
+    spoiled = Labelled(broken(pair, by).any(1), (IMAGE,))
+    axes = tuple(IMAGE if i == batch else i for i in range(result.ndim))
+    result = jnp.where(spoiled.over(axes), jnp.nan, result)
+    return isolated(Labelled(result, axes), by, pair).array
 
 
 def _models(kernel: Weight, stack: Sequence[int]) -> int:
