@@ -85,14 +85,32 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the rows of the shared table run those that cover it, unless all are asked for, or some by name."""
+    """Of the rows of the shared table run those that cover it, unless all are asked for, or some by name.
+
+    Tests marked `full` take long and hold little that no other holds.
+    """
     if config.getoption("--full") or config.option.keyword or any("::" in arg for arg in config.args):
         return
     from table.covering import left_out
 
-    deselected = left_out(items)
+    deselected = [*left_out(items), *(item for item in items if item.get_closest_marker("full"))]
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in deselected]
+
+
+@pytest.fixture(autouse=True)
+def _registries() -> Generator[None]:
+    """What a test registers under a name is gone after it."""
+    from lora_jax import compose, init, methods  # noqa: F401
+    from lora_jax.adapter.registry import INITS, METHODS
+    from lora_jax.compose.methods import METHODS as COMPOSITIONS
+
+    tables: list[dict[str, Any]] = [table.entries for table in (INITS, METHODS, COMPOSITIONS)]
+    before = [dict(entries) for entries in tables]
+    yield
+    for entries, kept in zip(tables, before, strict=True):
+        entries.clear()
+        entries.update(kept)
 
 
 @pytest.fixture

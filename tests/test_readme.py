@@ -74,6 +74,7 @@ def test_readme_commands_are_single_lines() -> None:
     assert "pytest" in commands[1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_docs_examples(page: Path) -> None:
     assert doctest.testfile(str(page), module_relative=False).failed == 0
@@ -92,6 +93,7 @@ SMALL = {"sweep": "--steps 4 --eval-every 2 --pretrain-steps 2 --learning-rates 
 """Arguments that make an example small; the others take none."""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_examples_run(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

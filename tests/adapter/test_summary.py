@@ -64,7 +64,7 @@ def test_line_of_an_empty_adapter() -> None:
 
 def test_frozen_factors_count_but_do_not_train() -> None:
     adapter = make()
-    frozen = type("FrozenA", (type(adapter["mlp/kernel"]),), {"trains": lambda self: _mask(self)})
+    frozen = type("HalfFrozen", (type(adapter["mlp/kernel"]),), {"trains": lambda self: _mask(self)})
 
     def _mask(update):
         return jax.tree.map(lambda leaf: leaf is update.b, update)

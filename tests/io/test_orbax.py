@@ -387,3 +387,14 @@ def test_resume_through_checkpoint_manager(tmp_path: Path) -> None:
 
 def _named(tree: dict[str, Any]) -> dict[str, Any]:
     return {"adapter": tree["adapter"], "state": tree["opt_state"]}
+
+
+def test_two_kinds_of_update_with_one_name_are_told_apart(tmp_path: Path) -> None:
+    """A class is found again by its name, so one whose name another has taken cannot be saved."""
+    update = make()[DENSE.path]
+    mine, other = (type("Twice", (LowRank,), {"__module__": module}) for module in ("mine", "elsewhere"))
+    pytree("site", "dropout")(mine)
+    adapter = Adapter({DENSE.path: mine(update.a, update.b, update.scale, update.site)})
+    with pytest.raises(CheckpointError, match=r"mine\.Twice, and elsewhere has another kind of update named Twice"):
+        save(tmp_path / "adapter", adapter)
+    assert other.__name__ == "Twice"

@@ -49,7 +49,7 @@ def moved(adapter, seed=0):
 
 
 # aLoRA, which no weight can express, has a file of its own.
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"example-lora", "alora"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"alora"}))
 def test_whole_life(method, tmp_path: Path):
     """Starts as the base, trains what it says, merges, saves, loads, and goes to PEFT as what it computes."""
     adapter = start(method)
@@ -69,7 +69,7 @@ def test_whole_life(method, tmp_path: Path):
     assert_close(lora.merge(PARAMS, lora.peft.load(tmp_path / "peft", PARAMS, SITES, names)), merged)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"example-lora"}))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_step_of_an_optimizer_moves_what_trains_and_nothing_else(method):
     adapter = moved(start(method))
     tx = lora.optimizer(optax.adamw(0.1), adapter)

@@ -108,6 +108,7 @@ def test_riemannian_steps_do_not_depend_on_the_split_into_factors() -> None:
     scale=st.sampled_from([1e-12, 1e-3, 1.0, 1e4, 1e12]),
     seed=st.integers(0, 99),
 )
+@pytest.mark.full
 def test_singular_factors_give_finite_descent(rank: int, true_rank: int, size: int, scale: float, seed: int) -> None:
     draw = np.random.default_rng(seed)
     factor = scale * draw.normal(size=(rank, true_rank)) @ draw.normal(size=(true_rank, size))

@@ -147,6 +147,7 @@ def test_a_finished_run_is_left_alone(whole: Path, capsys: pytest.CaptureFixture
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
+@pytest.mark.full
 def test_a_real_ctrl_c(folder: Path, whole: Path):
     out = folder / "process"
     cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}

@@ -32,7 +32,7 @@ def describe(adapter: Adapter, config: LoraConfig | None, params: Any) -> dict[s
         "format": FORMAT,
         "version": _version(),
         "config": None if config is None else asdict(config),
-        "updates": {path: {"type": type(update).__name__, **_statics(update)} for path, update in adapter.items()},
+        "updates": {path: {"type": _type(path, update), **_statics(update)} for path, update in adapter.items()},
         "base": None if base is None else {"sha256": _digest(base), "parameters": base},
     }
 
@@ -132,10 +132,26 @@ def _statics(update: Update) -> dict[str, Any]:
 
 
 def _update(entry: Mapping[str, Any], leaves: Mapping[str, Any]) -> Update:
-    import_module(METHODS.home)  # A kind of update is known once its class is.
-    kinds = {kind.__name__: kind for kind in _kinds(Update)}
     statics = {name: _static(name, value) for name, value in entry.items() if name != "type"}
-    return kinds[entry["type"]](**leaves, **statics)
+    return _kinds()[entry["type"]](**leaves, **statics)
+
+
+def _type(path: str, update: Update) -> str:
+    """The name of an update's class, by which it is found again."""
+    kind = type(update)
+    found = _kinds()[kind.__name__]
+    if (found.__module__, found.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise CheckpointError(
+            f"{path} is of the class {kind.__module__}.{kind.__qualname__}, and {found.__module__} has another kind of "
+            f"update named {kind.__name__}, which is what would be loaded: give one of them another name"
+        )
+    return kind.__name__
+
+
+def _kinds() -> dict[str, Any]:
+    """Every kind of update by name, so that a new one needs no entry here; of two with one name the last."""
+    import_module(METHODS.home)  # A kind of update is known once its class is.
+    return {kind.__name__: kind for kind in _below(Update)}
 
 
 def _static(name: str, value: Any) -> Any:
@@ -144,11 +160,10 @@ def _static(name: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _kinds(kind: Any) -> Iterator[Any]:
-    """Every subclass, so that a new kind of update needs no entry here."""
+def _below(kind: Any) -> Iterator[Any]:
     for child in kind.__subclasses__():
         yield child
-        yield from _kinds(child)
+        yield from _below(child)
 
 
 def _version() -> str:
