@@ -19,7 +19,7 @@ from lora_jax.engine.dropout import drops
 from lora_jax.engine.jaxprs import Program
 from lora_jax.engine.meshes import mesh_of
 from lora_jax.engine.recompute import Frame
-from lora_jax.engine.weight import Weight, collapsed
+from lora_jax.engine.weight import Versions, Weight, collapsed
 from lora_jax.errors import ParameterError
 from lora_jax.paths import is_array, named_leaves, rebuild
 
@@ -27,6 +27,9 @@ Rule: TypeAlias = Callable[[Context, Any, Sequence[Any]], "list[Any] | None"]
 
 RULES: dict[str, Rule] = {}
 """Rules by primitive name. A rule gets the context, the equation and the operands; None means it declines."""
+
+VERSIONED: list[Rule] = []
+"""The rule for equations of which an operand has a version for each adapter, whatever their primitive."""
 
 MERGED: set[str] = set()
 """Primitives whose rules take weights with merged axes as they are."""
@@ -145,6 +148,10 @@ def interpret(ctx: Context, program: Program, args: Sequence[Any], needed: Seque
 
 def evaluate(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Evaluate one equation, by rule where an operand is symbolic."""
+    if any(isinstance(operand, Versions) for operand in operands):
+        with mesh_of(eqn):
+            (versioned,) = VERSIONED
+            return versioned(ctx, eqn, operands) or []
     if not any(isinstance(operand, Weight) for operand in operands):
         return jaxprs.bind(eqn, operands)
     name = eqn.primitive.name
@@ -194,6 +201,8 @@ def unroutable(path: str, reason: str) -> ParameterError:
 
 def dense(ctx: Context, eqn: Any, value: Any, reason: str = "", **facts: Any) -> Any:
     """The value of an operand (of an equation, or of the program's end): a weight is materialised, and logged."""
+    if isinstance(value, Versions):
+        raise ParameterError(value.refusal)
     if not isinstance(value, Weight):
         return value
     if value.routed:

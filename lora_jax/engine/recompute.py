@@ -12,7 +12,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from lora_jax.engine import jaxprs
-from lora_jax.engine.weight import Weight
+from lora_jax.engine.weight import Versions, Weight
 
 _REPEATED = {"add", "sub", "neg", "mul", "div", "convert_element_type", "broadcast_in_dim", "reshape", "squeeze"}
 """What is repeated: linear in each operand, and cheap."""
@@ -104,7 +104,7 @@ class Frame:
         if any(not self.kept(leaf) and 8 * _size(leaf) > _size(atom) for leaf in leaves):
             return None
         values = [self.read(leaf) for leaf in leaves]
-        if any(isinstance(value, Weight) for value in values):
+        if any(isinstance(value, (Versions, Weight)) for value in values):
             return None
         order = [eqn for eqn in self.jaxpr.eqns if any(eqn is step for step in steps)]
         return Recomputation(values, lambda values: _replay(order, atom, leaves, values))

@@ -230,6 +230,28 @@ class Weight:
         return [leaf.array if _is_labelled(leaf) else leaf for leaf in chosen], step
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["path", "refusal"])
+@dataclass(frozen=True)
+class Versions:
+    """A value that is the same for all examples and another with each adapter of a bank.
+
+    It comes of what is no example's own: learned queries, positions.
+
+    Attributes:
+      array: `[slots + 1, *shape]`, the base's version last.
+      path: the parameter, for messages.
+      refusal: the error where examples never come in.
+    """
+
+    array: Any
+    path: str
+    refusal: str
+
+    def unstack(self) -> tuple[Any, Callable[[Any], "Versions"]]:
+        """As of a weight: the array with the leading axis of the value in front, and what rebuilds its slices."""
+        return jnp.moveaxis(self.array, 1, 0), lambda part: replace(self, array=part)
+
+
 def reshaped(factor: Labelled, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]) -> Labelled:
     """Replace the adjacent axes `old` of a factor by axes `new` of the given sizes (same total size)."""
     first = min((factor.axes.index(axis) for axis in old), default=len(factor.axes))

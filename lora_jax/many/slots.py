@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.adapter.factors import Array, is_traced
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import LowRank, Update, pytree
+from lora_jax.adapter.updates import LowRank, Update, held, pytree
 from lora_jax.errors import ParameterError
 from lora_jax.methods import Gained
 
@@ -67,8 +67,11 @@ class Factors:
 
 
 def factors(path: str, update: Update) -> Factors:
-    """The factors of an update; refuses what is no low-rank change of the base by itself."""
-    name = type(update).__name__
+    """The factors of an update; refuses what is no low-rank change of the base by itself.
+
+    What does not train has no gradient.
+    """
+    name, update = type(update).__name__, held(update)
     if isinstance(update, Gained):
         return Factors(update.a, update.b, update.gain, update.a.shape[len(update.site.batch_axes)])
     if update.reads_base:

@@ -35,7 +35,7 @@ ALONE = {
 """Rows of the shared table that have no examples to run alone."""
 
 REFUSED = {
-    "plain-product_of_weights", "plain-gram", "plain-scattered_points", "plain-tiled",
+    "plain-product_of_weights", "plain-gram", "plain-tiled",
 }  # fmt: skip
 """Rows in which a weight would have to be formed, beside those that say so."""
 

@@ -5,7 +5,7 @@ recognition (a sort, a reversal, an unknown kernel) is simply not labelled any m
 for the message of a site that needs to know.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -25,6 +25,7 @@ from lora_jax.engine.routing.axes import (
     plain,
     reshaped,
 )
+from lora_jax.engine.routing.indices import constant, counted, known
 
 Trail: TypeAlias = tuple[int, ...]
 Rule: TypeAlias = Callable[[Any, list[Axes]], list[Axes]]
@@ -56,33 +57,44 @@ class BatchAxes:
       operands: axes of the operands of each equation that has a labelled one, by its place in the program.
       lost: names of the primitives whose results lack a label that their operands have.
       keywords: arguments given by keyword, which are not followed.
+      counted: for index vectors, by the place of the equation, the columns that count positions, and along which axis.
     """
 
     operands: dict[Trail, list[Axes]] = field(default_factory=dict)
     lost: dict[str, None] = field(default_factory=dict)
     keywords: tuple[str, ...] = ()
+    counted: dict[Trail, Mapping[int, int]] = field(default_factory=dict)
 
     def follow(self, program: Program, inputs: Sequence[Axes], trail: Trail = ()) -> list[Axes]:
         """Walk through a program, given the axes of its inputs; returns those of its outputs."""
         env = dict(zip(program.jaxpr.invars, inputs, strict=True))
+        numbers = {var: constant(value) for var, value in zip(program.jaxpr.constvars, program.consts, strict=True)}
 
         def read(atom: Any) -> Axes:
             return unlabelled(atom) if jaxprs.is_literal(atom) or atom not in env else env[atom]
 
         for position, eqn in enumerate(program.jaxpr.eqns):
             operands = [read(atom) for atom in eqn.invars]
+            given = [constant(atom.val) if jaxprs.is_literal(atom) else numbers.get(atom) for atom in eqn.invars]
+            numbers.update(zip(eqn.outvars, known(eqn, given), strict=True))
             here = (*trail, position)
             self.operands.pop(here, None)
+            if eqn.primitive.name in ("gather", *_SCATTERS):
+                self.counted[here] = counted(given[1])
             if any(map(marked, operands)):
                 self.operands[here] = operands
-                env.update(zip(eqn.outvars, self._results(eqn, operands, here), strict=True))
+                env.update(zip(eqn.outvars, self.results(eqn, operands, here), strict=True))
         return [read(atom) for atom in program.jaxpr.outvars]
 
-    def _results(self, eqn: Any, operands: list[Axes], here: Trail) -> list[Axes]:
+    def results(self, eqn: Any, operands: list[Axes], here: Trail) -> list[Axes]:
+        """What runs along the axes of an equation's results, given that of its operands and its place."""
         name = eqn.primitive.name
         if name in _REGIONS:
             return _REGIONS[name](self, eqn, operands, here)
-        results = RULES[name](eqn, operands) if name in RULES else [unlabelled(var) for var in eqn.outvars]
+        if name in _INDEXED:
+            results = _INDEXED[name](eqn, operands, self.counted.get(here, {}))
+        else:
+            results = RULES[name](eqn, operands) if name in RULES else [unlabelled(var) for var in eqn.outvars]
         before, after = marks(operands), marks(results)
         if name in _ENDS or before <= after:
             return results
@@ -167,6 +179,10 @@ _ELEMENTWISE = [
 ]  # fmt: skip
 
 
+ALIGNED = {*_ELEMENTWISE, "select_n"}
+"""Primitives whose operands have the axes of their result."""
+
+
 @rule(*_ELEMENTWISE)
 def _elementwise(eqn: Any, operands: list[Axes]) -> list[Axes]:
     """Axes of length one are repeated along those of the others."""
@@ -240,15 +256,17 @@ def _reduce(eqn: Any, operands: list[Axes]) -> list[Axes]:
 
 
 @rule("reduce_window_max", "reduce_window_min", "reduce_window_sum", "slice", "split", "dynamic_slice", "rev", "pad")
-@rule("sort", "reduce_window", "top_k")
+@rule("sort", "reduce_window", "top_k", "approx_top_k")
 def _along_others(eqn: Any, operands: list[Axes]) -> list[Axes]:
     """Axes that keep their length are untouched, but for those that a reversal, a sort or a shift runs along."""
     moved = {*eqn.params.get("dimensions", ()), eqn.params.get("dimension", -1)}
     if eqn.primitive.name == "top_k":
         moved.add(eqn.params.get("axis", len(operands[0]) - 1) % len(operands[0]))
+    if eqn.primitive.name == "approx_top_k":
+        moved.add(eqn.params["reduction_dimension"] % len(operands[0]))
     if eqn.primitive.name == "pad":
         moved |= {i for i, config in enumerate(eqn.params["padding_config"]) if any(config)}
-    one = eqn.primitive.name in ("slice", "split", "dynamic_slice", "pad", "top_k")
+    one = eqn.primitive.name in ("slice", "split", "dynamic_slice", "pad", "top_k", "approx_top_k")
     given = operands[:1] * len(eqn.outvars) if one else operands
     return [_kept(axes, var, moved) for axes, var in zip(given, eqn.outvars, strict=False)]
 
@@ -306,15 +324,19 @@ def _convolution(eqn: Any, operands: list[Axes]) -> list[Axes]:
     return [tuple(axes)]
 
 
-@rule("gather")
-def _gather(eqn: Any, operands: list[Axes]) -> list[Axes]:
-    """Rows of the result are those of the indices; axes that every slice has whole stay as they are."""
+def _gather(eqn: Any, operands: list[Axes], counted: Mapping[int, int]) -> list[Axes]:
+    """Rows of the result are those of the indices; axes that every slice has whole stay as they are.
+
+    Indices that count positions along an axis of the operand keep that axis.
+    """
     operand, indices = operands
     numbers, (out,) = eqn.params["dimension_numbers"], eqn.outvars
+    sizes = eqn.params["slice_sizes"]
     paired = dict(zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True))
+    columns = {counted[i]: d for i, d in enumerate(numbers.start_index_map) if i in counted and sizes[d] == 1}
+    paired |= {i: d for i, d in columns.items() if eqn.invars[1].aval.shape[i] == eqn.invars[0].aval.shape[d]}
     rows = iter([both(axis, operand[paired[i]]) if i in paired else axis for i, axis in enumerate(indices[:-1])])
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    sizes = eqn.params["slice_sizes"]
     left = iter([(axis, plain(sizes[i])) for i, axis in enumerate(operand) if i not in gone])
     axes = []
     for i in range(len(out.aval.shape)):
@@ -326,14 +348,32 @@ def _gather(eqn: Any, operands: list[Axes]) -> list[Axes]:
     return [tuple(axes)]
 
 
-@rule("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
-def _scatter(eqn: Any, operands: list[Axes]) -> list[Axes]:
+_SCATTERS = ("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
+
+
+def _scatter(eqn: Any, operands: list[Axes], counted: Mapping[int, int]) -> list[Axes]:
     """What is written into is as it was; an axis that is written in full has what is written."""
-    operand, _, updates = operands
+    operand, indices, updates = operands
     numbers = eqn.params["dimension_numbers"]
+    places = [i for i in range(len(updates)) if i not in numbers.update_window_dims]
+    written = [both(updates[i], axis) for i, axis in zip(places, indices[:-1], strict=True)]
+    own = dict(zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True))
+    own |= {d: counted[i] for i, d in enumerate(numbers.scatter_dims_to_operand_dims) if i in counted}
+    shape, rows = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+    own = {d: i for d, i in own.items() if shape[d] == rows[i]}
     gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
     window = iter([updates[i] for i in numbers.update_window_dims])
-    written = [axis for i, axis in enumerate(updates) if i not in numbers.update_window_dims]
-    kept = tuple(lost(axis) if i in gone and marked(written) else axis for i, axis in enumerate(operand))
-    part = tuple(kept[i] if i in gone else next(window) for i in range(len(operand)))
+    others = [axis for i, axis in enumerate(written) if i not in own.values()]
+    kept = tuple(
+        lost(axis) if i in gone and i not in own and marked(others) else axis for i, axis in enumerate(operand)
+    )
+    part = tuple(
+        written[own[i]] if i in own else kept[i] if i in gone else next(window) for i in range(len(operand))
+    )  # fmt: skip
     return [_filled(kept, part)]
+
+
+_INDEXED: dict[str, Callable[[Any, list[Axes], Mapping[int, int]], list[Axes]]] = {
+    "gather": _gather,
+    **dict.fromkeys(_SCATTERS, _scatter),
+}

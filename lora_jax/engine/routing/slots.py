@@ -16,7 +16,7 @@ from jax import lax
 from lora_jax.engine import contract
 from lora_jax.engine.context import Context
 from lora_jax.engine.meshes import placed
-from lora_jax.engine.routing.axes import Axis, labels, length, plain
+from lora_jax.engine.routing.axes import Axis, labels, length, marked, plain
 from lora_jax.engine.routing.batch_axes import BatchAxes, Trail
 from lora_jax.engine.routing.isolation import broken, finite, isolated
 from lora_jax.engine.routing.router import Router
@@ -95,8 +95,18 @@ class Routing:
         found = (*(name for name, _ in used), *([SLOT] if self.mixes else []))
         return Labelled(spread.reshape(*(length(axis) for _, axis in used), *rest), found)
 
+    def same_for_all(self, axes: Sequence[Axis]) -> bool:
+        """Whether a value is no example's own, so that all it can meet are all adapters, one by one."""
+        return not self.mixes and bool(self.wanted) and not marked(axes)
+
     def check(self, path: str, axes: Sequence[Axis]) -> None:
         """Refuse a value whose rows cannot be told apart."""
+        refusal = self.refusal(path, axes)
+        if refusal:
+            raise ParameterError(refusal)
+
+    def refusal(self, path: str, axes: Sequence[Axis]) -> str:
+        """Why the rows of a value cannot be told apart; empty if they can."""
         found = labels(axes)
         for label in self.wanted:
             if found.count(label) == 1:
@@ -106,12 +116,13 @@ class Routing:
             several = "along several axes at once"
             why = several if found.count(label) else f"along none; operations that lose them: {lost}"
             keywords = ", ".join(self.batch_axes.keywords)
-            raise ParameterError(
+            return (
                 f"Each of the {what} is to have its own adapter, but in what {path} is applied to they run {why}. Have "
                 f"batch_axes and token_axes say where they run in every positional argument, or leave {path!r} out of "
                 "the bank"
                 + (f". Arguments given by keyword ({keywords}) hold none: give them by position" if keywords else "")
             )
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ from lora_jax.engine.routing.forms import Routed
 from lora_jax.engine.routing.isolation import finite
 from lora_jax.engine.routing.router import Router, row_weights
 from lora_jax.engine.routing.slots import chosen, gate, own_gain, routing_of, split
-from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight
+from lora_jax.engine.routing.versions import of_product, of_terms
+from lora_jax.engine.weight import RANK, SLOT, Labelled, Versions, Weight, flat_size
 from lora_jax.errors import ParameterError
 
 IMAGE = SLOT - 1
@@ -46,6 +47,8 @@ def routed_product(
     inner = tuple(part for name in out for part in new.get(name, [name]))
     if isinstance(routing.given, Router):
         choice = row_weights(ctx, routing.given, weight, x, inner)
+    elif routing.same_for_all(found):
+        return _same_for_all(ctx, eqn, x, weight, out, dot)
     else:
         choice = routing.choice(weight.path, found, read.axes)
     if not {*choice.axes} <= {*inner, SLOT}:
@@ -69,6 +72,24 @@ def routed_product(
         reads = inputs(ctx, weight, read)
         terms = [product.term(each, first, second) for each, (first, second) in zip(reads, pairs, strict=True)]
         return adapted_result(like, inner, None if before else gain, terms).reshape(y.shape)
+
+
+def _same_for_all(
+    ctx: Context, eqn: Any, x: Labelled, weight: Weight, out: Sequence[int], dot: Callable[[Any, Any], Any]
+) -> Versions:
+    """The product of what is no example's own, with each adapter."""
+    routing = routing_of(ctx)
+    into = [axis for axis in weight.axes if axis in x.axes and axis not in out]
+    left = [axis for axis in weight.axes if axis not in x.axes]
+    rank = sum(term.rank for term in weight.terms) * routing.slots
+    tokens = flat_size(x, [axis for axis in x.axes if axis not in weight.axes])
+    lengths = dict(zip(weight.axes, weight.base.shape, strict=True))
+    flops = 2 * tokens * rank * (prod(lengths[axis] for axis in into) + prod(lengths[axis] for axis in left))
+    roles = ctx.roles(weight, into=into, out=left)
+    ctx.record(weight, eqn, "mask", roles, kind="dense", flops=flops, nbytes=4 * tokens * rank)
+    with jax.named_scope("lora"):
+        y = dot(x.array, weight.base)
+        return of_product(ctx, weight, x, out, jnp.broadcast_to(y, (routing.slots + 1, *y.shape)))
 
 
 def _record_product(
@@ -119,6 +140,10 @@ def look_up(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[in
         have weights of all slots.
     """
     routing = routing_of(ctx)
+    if routing.same_for_all(axes):
+        bases = jnp.broadcast_to(taken.base, (routing.slots + 1, *taken.base.shape))
+        pairs = [(t.a, t.b) if {*rows} & {*t.a.axes} else (t.b, t.a) for t in taken.terms]
+        return of_terms(ctx, taken, taken.axes, bases, [(finite(first), first, second) for first, second in pairs])
     choice = routing.choice(table.path, axes, rows)
     product = Routed(routing, choice, taken.axes, jax.lax.Precision.HIGHEST, taken.base)
     wide = jnp.promote_types(taken.base.dtype, jnp.float32)
@@ -129,7 +154,7 @@ def look_up(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[in
         if not routing.mixes:  # The base's rows looked up some slot too.
             own = replace(choice, array=choice.array < routing.slots).over(first.axes)
             first = replace(first, array=jnp.where(own, first.array, 0))
-        if product.form(first, second, second) == "mask":
+        if SLOT in second.axes and product.form(first, second, second) == "mask":
             terms.append(product.masked(finite(first) if routing.mixes else first, first, second))
         else:
             second = chosen(second, choice)
@@ -139,12 +164,12 @@ def look_up(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[in
 
 
 def slot_of_rows(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[int]) -> Any | None:
-    """`[*rows]` integers: the slot that each look-up is made in; None where examples have weights of all slots.
+    """`[*rows]` integers: the slot that each look-up is made in; None where it is made in all of them.
 
     Rows of the base look up some slot too, to no effect.
     """
     routing = routing_of(ctx)
-    if routing.mixes:
+    if routing.mixes or routing.same_for_all(axes):
         return None
     sizes = [length(axis) for axis in axes]
     return jnp.minimum(jnp.broadcast_to(routing.choice(table.path, axes, rows).over(rows), sizes), routing.slots - 1)

@@ -14,7 +14,7 @@ from lora_jax.engine.context import Context
 from lora_jax.engine.jaxprs import Program
 from lora_jax.engine.lift import dense, interpret, rule
 from lora_jax.engine.meshes import constrained
-from lora_jax.engine.weight import Labelled, Weight, beside
+from lora_jax.engine.weight import Labelled, Versions, Weight, beside
 
 
 @rule("jit", "pjit", "closed_call", "core_call", merged=True)
@@ -43,7 +43,8 @@ def _checkpoint(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     def run(inner: Sequence[Any]) -> list[Any]:
         results = interpret(ctx, body, inner)
         passed.update(_handed_on(results, inner, operands))
-        return _formed(ctx, eqn, results, passed)
+        kept = [result for i, result in enumerate(results) if i not in passed]
+        return [each if isinstance(each, Versions) else _formed(ctx, eqn, [each])[0] for each in kept]
 
     options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
     return _woven(jax.checkpoint(run, **options)(list(operands)), passed)
@@ -92,7 +93,7 @@ def _scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def _unstack(operand: Any) -> tuple[Any, Any]:
-    return operand.unstack() if isinstance(operand, Weight) else (operand, lambda part: part)
+    return operand.unstack() if isinstance(operand, (Weight, Versions)) else (operand, lambda part: part)
 
 
 def _carries(ctx: Context, eqn: Any, carries: Sequence[Any]) -> list[Any]:

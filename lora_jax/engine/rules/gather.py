@@ -11,6 +11,7 @@ from jax.lax import GatherDimensionNumbers, GatherScatterMode
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import dense, rule
+from lora_jax.engine.routing.axes import labels
 from lora_jax.engine.routing.slots import routing_of
 from lora_jax.engine.routing.uses import look_up, slot_of_rows
 from lora_jax.engine.weight import SLOT, Labelled, Weight
@@ -51,10 +52,15 @@ def _gather(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
     roles = ctx.roles(weight, into=list(plan.columns), out=kept)
     ctx.log.looked_up.update(dict.fromkeys(new, None if id(eqn) in ctx.log.facts.chosen else roles))
     chooses = not new or len(kept) > 1 or id(eqn) in ctx.log.facts.permuted
-    if weight.routed and not chooses:
+    if weight.routed and (not chooses or _by_row(ctx, indices)):
         return [_routed(ctx, eqn, weight, indices, plan, (base, axes), roles)]
     taken = weight.map(base, axes, lambda factor: _take(factor, plan, indices, eqn.params))
     return [taken if chooses else dense(ctx, eqn, taken)]
+
+
+def _by_row(ctx: Context, indices: Any) -> bool:
+    """Whether examples have indices of their own."""
+    return bool(labels(routing_of(ctx).operand(ctx.trail, 1, indices.shape)[:-1]))
 
 
 def _routed(

@@ -1,0 +1,102 @@
+"""Indices that a program writes out itself: which of them count the positions along an axis, as `arange(batch)` does.
+
+Values are followed as far as they depend on nothing but the program, entry by entry, so that an index vector of which
+one column counts examples and another is data is known in the first.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapter.factors import is_traced
+from lora_jax.engine import jaxprs
+
+_LARGEST = 1 << 20
+"""Larger arrays are not followed."""
+
+_MOVES = {"broadcast_in_dim", "reshape", "squeeze", "transpose", "concatenate", "slice", "expand_dims", "copy"}
+_ELEMENTWISE = {"add", "sub", "mul", "lt", "ge", "le", "gt", "eq", "ne", "and", "or", "not", "min", "max", "clamp"}
+_ELEMENTWISE |= {"select_n", "convert_element_type", "rem", "sign"}
+
+
+@dataclass(frozen=True)
+class Known:
+    """Integers of which some are known.
+
+    Attributes:
+      values: all of them, with anything where they are not known.
+      where: which are known.
+    """
+
+    values: np.ndarray[Any, Any]
+    where: np.ndarray[Any, Any]
+
+
+def constant(value: Any) -> Known | None:
+    """An array that is there, if it holds few integers."""
+    if is_traced(value) or not _followed(value):
+        return None
+    return Known(np.asarray(value), np.ones(np.shape(value), bool))
+
+
+def known(eqn: Any, operands: Sequence[Known | None]) -> list[Known | None]:
+    """What is known of an equation's results, given what is of its operands."""
+    name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
+    result = eqn.outvars[0].aval
+    if len(eqn.outvars) > 1 or not _followed(result):
+        return nothing
+    if name == "iota" and not eqn.invars:
+        return [constant(_run(eqn, []))]
+    if name not in _MOVES | _ELEMENTWISE or not any(each is not None and each.where.any() for each in operands):
+        return nothing
+    if not all(_followed(atom.aval) for atom in eqn.invars):
+        return nothing
+    shapes = [atom.aval for atom in eqn.invars]
+    given = [
+        Known(np.zeros(aval.shape, aval.dtype), np.zeros(aval.shape, bool)) if each is None else each
+        for each, aval in zip(operands, shapes, strict=True)
+    ]
+    values = _run(eqn, [each.values for each in given])
+    if name in _MOVES:
+        masks = [each.where.astype(each.values.dtype) for each in given]
+        return [Known(values, _run(eqn, masks).astype(bool))]
+    return [Known(values, _all_known(name, given, result.shape))]
+
+
+def _all_known(name: str, given: Sequence[Known], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Where an elementwise result is known: where its operands are, and of a choice the operand that is chosen."""
+    masks = [np.broadcast_to(each.where, shape) for each in given]
+    if name != "select_n":
+        return np.logical_and.reduce(masks)
+    which = np.broadcast_to(given[0].values, shape).astype(int)
+    return masks[0] & np.choose(which, masks[1:])
+
+
+def counted(indices: Known | None) -> Mapping[int, int]:
+    """Of index vectors, along the last axis, the columns that count positions: by column, along which other axis."""
+    found: dict[int, int] = {}
+    if indices is None:
+        return found
+    rows = indices.values.shape[:-1]
+    for column in range(indices.values.shape[-1]):
+        if indices.where[..., column].all():
+            for axis, size in enumerate(rows):
+                count = np.arange(size).reshape([-1 if i == axis else 1 for i in range(len(rows))])
+                if size > 1 and (indices.values[..., column] == count).all():
+                    found[column] = axis
+    return found
+
+
+def _followed(value: Any) -> bool:
+    kinds = (jnp.integer, jnp.bool_)
+    dtype, shape = getattr(value, "dtype", None), np.shape(value)
+    return dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in kinds) and int(np.prod(shape)) <= _LARGEST
+
+
+def _run(eqn: Any, values: Sequence[Any]) -> np.ndarray[Any, Any]:
+    with jax.ensure_compile_time_eval():
+        return np.asarray(jaxprs.bind(eqn, [jnp.asarray(value) for value in values])[0])
