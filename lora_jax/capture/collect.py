@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lora_jax.adapter.site import Site
 from lora_jax.capture.captured import Gradient, Statistic
 from lora_jax.capture.statistics import Moments, Sketch
+from lora_jax.dtypes import promoted
 from lora_jax.engine import Context, Log, interpret, trace_call
 from lora_jax.engine.dependence import Dependence
 from lora_jax.engine.hooks import numbered
@@ -126,7 +127,7 @@ def gradient_step(fn: Callable[..., Any], paths: Sequence[str]) -> Callable[...,
     def loss(chosen: dict[str, Any], params: Any, batch: tuple[Any, ...]) -> Any:
         leaves, treedef = named_leaves(params)
         value = fn(rebuild(treedef, {path: chosen.get(path, leaf) for path, leaf in leaves.items()}), *batch)
-        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        if jnp.shape(value) != () or not jnp.issubdtype(promoted(value), jnp.floating):
             raise ParameterError(
                 f"The function returns {jax.tree.map(jnp.shape, value)}, and a gradient is that of a scalar loss: "
                 "capture a function of (params, *batch) that returns one"

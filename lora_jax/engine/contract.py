@@ -13,7 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.dtypes import promoted
 from lora_jax.engine.meshes import placed, spread
+from lora_jax.engine.sizes import exceeds
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Term, flat_size, with_axis
 
 
@@ -38,7 +40,7 @@ def hidden(
 
 def widened(x: Any, *factors: Any) -> Any:
     """The activation as it meets factors: complex if one of them is."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.complex64)) if any(map(jnp.iscomplexobj, factors)) else x
+    return x.astype(promoted(x.dtype, jnp.complex64)) if any(map(jnp.iscomplexobj, factors)) else x
 
 
 def mixed(inner: Labelled, second: Labelled, out: Sequence[int], precision: Any, like: Any) -> Any:
@@ -50,7 +52,7 @@ def mixed(inner: Labelled, second: Labelled, out: Sequence[int], precision: Any,
 def ordered(term: Term, x_axes: Sequence[int], out: Sequence[int]) -> tuple[Labelled, Labelled]:
     """The two factors of a term, the one that contracts more of an activation with axes `x_axes` first."""
     weights = [flat_size(f, [i for i in f.axes if i in x_axes and i not in out]) for f in (term.a, term.b)]
-    return (term.b, term.a) if weights[1] > weights[0] else (term.a, term.b)
+    return (term.b, term.a) if exceeds(weights[1], weights[0]) else (term.a, term.b)
 
 
 def product(x: Labelled, y: Labelled, keep: set[int], precision: Any, owners: Sequence[Labelled]) -> Labelled:
@@ -71,7 +73,7 @@ def product(x: Labelled, y: Labelled, keep: set[int], precision: Any, owners: Se
     where = placed(axes, *owners)
     group = _separate if where is not None or spread(x.array, y.array) else _flat
     (xa, xc, xb), (ya, yc, yb) = group(x, batch, inner, left), group(y, batch, inner, right)
-    wide = jnp.promote_types(jnp.promote_types(xa.dtype, ya.dtype), jnp.float32)
+    wide = promoted(xa.dtype, ya.dtype, jnp.float32)
     array = lax.dot_general(
         xa, ya, ((xc, yc), (xb, yb)), precision=precision, preferred_element_type=wide, out_sharding=where
     )

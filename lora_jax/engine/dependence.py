@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from lora_jax.engine import jaxprs
 from lora_jax.engine.jaxprs import Program
+from lora_jax.engine.sizes import exceeds
 
 _PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot", "pallas_call"}
 _SUMS = {"add", "add_any", "sub"}
@@ -169,7 +170,11 @@ class Dependence:
         name, result = eqn.primitive.name, _union(operands)
         if name == "iota":
             return Facts(counter=True)
-        if name == "broadcast_in_dim" and not result.products and eqn.outvars[0].aval.size > eqn.invars[0].aval.size:
+        if (
+            name == "broadcast_in_dim"
+            and not result.products
+            and exceeds(eqn.outvars[0].aval.size, eqn.invars[0].aval.size)
+        ):
             result = replace(result, data=False)
         if name in _MOVES:
             first = operands[0]

@@ -75,6 +75,14 @@ def follow(array: Any, axes: Sequence[int], base: NamedAxes) -> Any:
     return array if AxisType.Explicit not in kinds or here == there else jax.sharding.reshard(array, there)
 
 
+def here(array: Any) -> Any:
+    """The array, replicated, on the mesh of this point of a program, if that is another kind of mesh."""
+    mesh, own = jax.sharding.get_abstract_mesh(), jax.typeof(array).sharding.mesh
+    if mesh.empty or own.empty or mesh.axis_types == own.axis_types:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec(*[None] * array.ndim)))
+
+
 def constrained(array: Any, where: Any) -> Any:
     """The array placed as a program asks for at this point; anything but a sharding asks for nothing."""
     if not isinstance(where, jax.sharding.Sharding):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lora_jax.engine.context import Strategy
 from lora_jax.engine.meshes import spread
+from lora_jax.engine.sizes import exceeds
 from lora_jax.engine.weight import Labelled, Weight, flat_size
 
 
@@ -37,7 +38,7 @@ def plan(weight: Weight, x: Labelled, out: Sequence[int], strategy: Strategy, dr
     if x.array.dtype != jnp.float32 or weight.base.dtype != jnp.float32 or spread(x.array, weight.base):
         return Plan(False, False)
     tokens, inner, outer = extents(weight, x, out)
-    return Plan(call=tokens * (inner + outer) > inner * outer, forward=tokens > inner)
+    return Plan(call=exceeds(tokens * (inner + outer), inner * outer), forward=exceeds(tokens, inner))
 
 
 def extents(weight: Weight, x: Labelled, out: Sequence[int]) -> tuple[int, int, int]:

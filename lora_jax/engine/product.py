@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from lora_jax.dtypes import promoted
 from lora_jax.engine import contract
 from lora_jax.engine.dropout import dropped
 from lora_jax.engine.meshes import follow
@@ -78,37 +79,48 @@ def adapted_product(
       recomputed: how to compute the activation again for the gradient of `a`; None to keep it.
       masks: for every term what its dropout keeps of the activation; None for everything.
     """
-    product = _Product(dot, x, weight, out, precision, planned, recomputed)
+    again = recomputed or Recomputation([x.array], lambda leaves: leaves[0])
+    kinds = [(term.dropout, term.adapter) for term in weight.terms]
+    product = _Product(dot, x.axes, weight.axes, kinds, out, precision, planned, again.run, recomputed is not None)
     after = weight.gain is not None and set(weight.gain.axes) <= set(out)
     gains = (None, weight.gain) if after else (weight.gain, None)
     factors = [contract.ordered(term, x.axes, out) for term in weight.terms]
     run = jax.custom_jvp(product.value)
     run.defjvp(product.tangent, symbolic_zeros=True)
-    return run(Operands(x.array, product.again.leaves, gains[0], weight.base, gains[1], factors, masks))
+    return run(Operands(x.array, again.leaves, gains[0], weight.base, gains[1], factors, masks))
 
 
 @dataclass(frozen=True, eq=False)
 class _Product:
-    """One adapted product of a program: value and tangent as functions of its operands."""
+    """One adapted product of a program: value and tangent as functions of its operands, and nothing of their values.
+
+    Attributes:
+      dot: the program's product of activation and weight.
+      given: ids of the activation's axes.
+      axes: ids of the weight's axes.
+      kinds: for every term its dropout, and the number of its adapter.
+      out: ids of the result's axes.
+      precision: as of `jax.lax.dot_general`.
+      planned: which products run on the merged weight.
+      again: computes the activation for the gradient of `a`.
+      recomputed: whether that is more than to keep it.
+    """
 
     dot: Callable[[Any, Any], Any]
-    given: Labelled
-    weight: Weight
+    given: tuple[int, ...]
+    axes: tuple[Any, ...]
+    kinds: Sequence[tuple[float, int]]
     out: Sequence[int]
     precision: Any
     planned: Plan
-    recomputed: Recomputation | None
-
-    @property
-    def again(self) -> Recomputation:
-        """How to compute the activation for the gradient of `a`."""
-        return self.recomputed or Recomputation([self.given.array], lambda leaves: leaves[0])
+    again: Callable[[Sequence[Any]], Any]
+    recomputed: bool
 
     def value(self, of: Operands) -> Any:
         """The product."""
         if self.planned.call:
             return self.formed(of)
-        adapters = {term.adapter for term in self.weight.terms}
+        adapters = {adapter for _, adapter in self.kinds}
         # The terms of one adapter stay apart: at a start away from zero they cancel exactly.
         y, of = self.plain(of), _side_by_side(of) if len(adapters) == len(of.factors) else of
         return self.summed(of, y, self.inner(of.x, of, y))
@@ -131,11 +143,11 @@ class _Product:
         """The product with the merged weight."""
         terms = tuple(Term(first, second, 0.0, 0, "") for first, second in of.factors)
         gain = of.gain_out if of.gain_in is None else of.gain_in
-        return self.dot(of.x, Weight(of.base, terms, self.weight.axes, (), gain).dense())
+        return self.dot(of.x, Weight(of.base, terms, self.axes, (), gain).dense())
 
     def plain(self, of: Operands) -> Any:
         """The base's product, before a gain on it."""
-        return self.dot(times(of.x, self.given.axes, of.gain_in).astype(of.x.dtype), of.base)
+        return self.dot(times(of.x, self.given, of.gain_in).astype(of.x.dtype), of.base)
 
     def summed(self, of: Operands, y: Any, inner: Sequence[Labelled]) -> Any:
         """The base's product `y` with its gain, plus the terms."""
@@ -148,7 +160,7 @@ class _Product:
 
     def hidden(self, i: int, x: Any, of: Operands, first: Labelled, like: Any) -> Labelled:
         """The first product of one term, with `first` for its first factor."""
-        read = dropped(Labelled(x, self.given.axes), self.weight.terms[i].dropout, of.masks[i])
+        read = dropped(Labelled(x, self.given), self.kinds[i][0], of.masks[i])
         return contract.hidden(read, first, of.factors[i][1], self.out, self.precision, like)
 
     def mixed(self, inner: Labelled, second: Labelled, like: Any) -> Any:
@@ -161,7 +173,7 @@ class _Product:
         firsts = {i: first for i, (first, _) in enumerate(change.factors) if _moves(first)}
 
         def read(leaves: Sequence[Any], firsts: dict[int, Labelled]) -> dict[int, Labelled]:
-            x = self.again.run(leaves)
+            x = self.again(leaves)
             return {i: self.hidden(i, x, of, first, like) for i, first in firsts.items()}
 
         # The leaves' tangents are not lost: the activation is a function of them, and its own are in change.x.
@@ -171,12 +183,12 @@ class _Product:
 
     def base_tangent(self, of: Operands, change: Operands) -> list[Any]:
         """How the base's product changes with the activation, with a gain on it, and with what the base is made of."""
-        read = [] if _frozen(change.x) else [times(change.x, self.given.axes, of.gain_in)]
+        read = [] if _frozen(change.x) else [times(change.x, self.given, of.gain_in)]
         if _moves(change.gain_in):
-            read.append(times(of.x, self.given.axes, change.gain_in))
+            read.append(times(of.x, self.given, change.gain_in))
         moved = [self.dot(_total(read, of.x), of.base)] if read else []
         if not _frozen(change.base):
-            moved.append(self.dot(times(of.x, self.given.axes, of.gain_in).astype(of.x.dtype), change.base))
+            moved.append(self.dot(times(of.x, self.given, of.gain_in).astype(of.x.dtype), change.base))
         return [times(each, self.out, of.gain_out) for each in moved]
 
     def gain_tangent(self, of: Operands, change: Operands, value: Any, inner: Sequence[Labelled]) -> list[Any]:
@@ -234,7 +246,7 @@ def times(array: Any, axes: Sequence[int], gain: Labelled | None) -> Any:
     """The array times a gain on some of its axes, in float32 or wider; the array itself without one."""
     if gain is None:
         return array
-    wide = jnp.promote_types(array.dtype, jnp.float32)
+    wide = promoted(array.dtype, jnp.float32)
     beside = replace(gain, array=follow(gain.array, gain.axes, Labelled(array, tuple(axes))))
     return array.astype(wide) * beside.over(axes).astype(wide)
 
@@ -245,7 +257,7 @@ def _total(parts: Sequence[Any], like: Any) -> Any:
 
 
 def _sum(parts: Sequence[Any]) -> Any:
-    wide = jnp.result_type(*parts)
+    wide = promoted(*parts)
     return reduce(lax.add, [part.astype(wide) for part in parts])
 
 

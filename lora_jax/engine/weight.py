@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax.dtypes import promoted
 from lora_jax.engine.meshes import explicit, follow
+from lora_jax.engine.sizes import several
 
 RANK = -1
 """The id of the rank axis of every factor."""
@@ -188,7 +190,7 @@ class Weight:
             return self.base
         if self.merged:
             return self.split().dense().reshape(self.base.shape)
-        wide = jnp.promote_types(self.base.dtype, jnp.float32)
+        wide = promoted(self.base.dtype, jnp.float32)
         value = self.base.astype(wide)
         if self.gain is not None:
             value = value * self.gain.over(self.axes).astype(wide)
@@ -332,7 +334,7 @@ def collapsed(weight: Weight, fresh: Callable[[Sequence[int]], int]) -> Weight |
     for merged in [axis for axis in weight.axes if isinstance(axis, Merged)]:
         new, rest = fresh(merged.parts), [*riders(weight)]
         parts = dict(zip(merged.parts, merged.sizes, strict=True))
-        long = {axis for axis, size in parts.items() if size > 1}
+        long = {axis for axis, size in parts.items() if several(size)}
         if any({*term.a.axes} & long and {*term.b.axes} & long for term in weight.terms):
             return None
         if any(long & {*each.axes} not in (set(), long) for each in rest):

@@ -21,6 +21,7 @@ from lora_jax.config.checks import as_tuple
 from lora_jax.config.config import LoraConfig
 from lora_jax.config.selection import select
 from lora_jax.config.state import state_paths
+from lora_jax.dtypes import promoted
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.init.corda import corda
 from lora_jax.init.eva import eva
@@ -218,7 +219,7 @@ def _replace(config: LoraConfig, path: str, leaves: Mapping[str, Any], sites: Si
 
 def _own_dtype(config: LoraConfig, leaf: Any) -> Any:
     """The dtype of what starts as the base's own values: one that holds them."""
-    return jnp.promote_types(leaf.dtype, config.param_dtype)
+    return promoted(leaf.dtype, config.param_dtype)
 
 
 def _value(path: str, leaves: Mapping[str, Any], why: str) -> Any:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapter.registry import register
 from lora_jax.adapter.site import Site
+from lora_jax.dtypes import promoted
 from lora_jax.errors import ConfigError
 
 
@@ -69,7 +70,7 @@ def orthogonal(key: jax.Array, site: Site, rank: int, dtype: str) -> tuple[jax.A
         raise ConfigError(
             f"init='orthogonal' needs an even rank, not {rank}; change rank or rank_pattern, or use init='default'"
         )
-    at_least = jnp.promote_types(dtype, jnp.float32)
+    at_least = promoted(dtype, jnp.float32)
     rows, a_key, b_key = jax.random.split(key, 3)
     q, _ = jnp.linalg.qr(jax.random.normal(rows, (rank, rank), at_least))
     return _spanned(a_key, q[0::2], site.fan_in), _spanned(b_key, q[1::2], site.fan_out)

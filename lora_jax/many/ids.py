@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax.adapter.factors import is_traced
 from lora_jax.engine.routing.axes import Axes, plain
 from lora_jax.engine.routing.router import Router
+from lora_jax.engine.sizes import several
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.many.bank import AdapterBank
 from lora_jax.paths import is_array
@@ -144,7 +145,7 @@ def _axes(leaf: Any, places: tuple[int | None, ...], sizes: tuple[int, ...]) -> 
                 f"ids have {size} {what}, but an argument of shape {leaf.shape} is said to have them along axis "
                 f"{place}: set {option}, with None for arguments without them"
             )
-        axes[place] = ((label, size),) if size > 1 else ()
+        axes[place] = ((label, size),) if several(size) else ()
     return tuple(axes)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax.adapter.factors import Array, is_traced
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank, Update, held, pytree
+from lora_jax.dtypes import promoted
 from lora_jax.errors import ParameterError
 from lora_jax.methods import Gained
 
@@ -99,7 +100,7 @@ def empty(site: Site, slots: int, rank: int, gains: bool, dtype: Any) -> Slots:
 def stacked(site: Site, parts: Sequence[Factors | None], slots: int, rank: int) -> Slots:
     """The factors of several adapters in slots 1, 2, ..., padded with zeros."""
     gains = any(part is not None and part.gain is not None for part in parts)
-    dtype = jnp.result_type(*(part.a for part in parts if part is not None))
+    dtype = promoted(*(part.a for part in parts if part is not None))
     blank, lead = empty(site, 2, rank, gains, dtype), len(site.batch_axes)
 
     def stack(name: str, axis: int) -> Any:
@@ -162,11 +163,7 @@ def check_finite(path: str, arrays: Sequence[Any], slot: str = "") -> None:
       ParameterError: some number is not finite.
     """
     for leaf in arrays:
-        if (
-            leaf is None
-            or is_traced(leaf)
-            or np.isfinite(np.asarray(leaf, jnp.promote_types(leaf.dtype, np.float32))).all()
-        ):
+        if leaf is None or is_traced(leaf) or np.isfinite(np.asarray(leaf, promoted(leaf.dtype, np.float32))).all():
             continue
         raise ParameterError(
             f"{path} holds numbers that are not finite{slot}: the adapter is broken, or overflows {leaf.dtype}"

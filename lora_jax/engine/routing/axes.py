@@ -7,8 +7,11 @@ example of that number, whatever else has been added to it.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cmp_to_key
 from math import prod
 from typing import TypeAlias
+
+from lora_jax.engine.sizes import divides, exceeds, several
 
 Part: TypeAlias = tuple[int | None, int]
 Axis: TypeAlias = tuple[Part, ...]
@@ -20,7 +23,7 @@ LOST = -1
 
 def plain(size: int) -> Axis:
     """An axis along which nothing labelled runs."""
-    return ((None, size),) if size > 1 else ()
+    return ((None, size),) if several(size) else ()
 
 
 def length(axis: Axis) -> int:
@@ -75,7 +78,7 @@ def both(one: Axis, other: Axis, either: bool = False) -> Axis:
         return one
     if not marked([one]):
         return other
-    cuts = sorted({*_ends(one), *_ends(other)})
+    cuts = sorted({*_ends(one), *_ends(other)}, key=cmp_to_key(lambda a, b: exceeds(a, b) - exceeds(b, a)))
     left, right = cut(one, cuts), cut(other, cuts)
     if left is None or right is None:
         return ((LOST, length(one)),)
@@ -107,9 +110,13 @@ def cut(axis: Axis, ends: Sequence[int]) -> Axis | None:
     parts, at, rest = [], 1, list(ends)
     for label, size in axis:
         end, here = at * size, at
-        while rest and rest[0] <= end:
+        while rest and not exceeds(rest[0], end):
             stop = rest.pop(0)
-            if stop % here or end % stop or (label not in (None, LOST) and (here, stop) != (at, end)):
+            if (
+                not divides(here, stop)
+                or not divides(stop, end)
+                or (label not in (None, LOST) and (here, stop) != (at, end))
+            ):
                 return None
             parts += [(label, stop // here)]
             here = stop
@@ -126,18 +133,18 @@ def reshaped(axes: Axes, sizes: Sequence[int]) -> Axes:
     for size in sizes:
         taken: list[Part] = []
         need = size
-        while need > 1:
+        while several(need):
             label, have = parts.pop(0)
-            if need % have == 0:
+            if divides(have, need):
                 taken.append((label, have))
                 need //= have
-            elif have % need == 0:
+            elif divides(need, have):
                 kept = label if label is None else LOST
                 taken.append((kept, need))
                 parts.insert(0, (kept, have // need))
                 need = 1
             else:
-                mixed = plain if not marked(axes) else lambda size: ((LOST, size),) if size > 1 else ()
+                mixed = plain if not marked(axes) else lambda size: ((LOST, size),) if several(size) else ()
                 return tuple(mixed(each) for each in sizes)
         new.append(joined([tuple(taken)]))
     return tuple(new)

@@ -14,10 +14,12 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.dtypes import promoted
 from lora_jax.engine import contract
 from lora_jax.engine.meshes import spread
 from lora_jax.engine.routing.isolation import broken, finite, isolated
 from lora_jax.engine.routing.slots import Routing, chosen, gate, kept
+from lora_jax.engine.sizes import exceeds
 from lora_jax.engine.weight import RANK, SLOT, Labelled, flat_size
 
 Form = Literal["rows", "mask", "blocks"]
@@ -38,11 +40,11 @@ def planned(routing: Routing, rows: int, tokens: int, rank: int, blocks: bool) -
     if routing.strategy != "auto":
         return routing.strategy if blocks or routing.strategy != "blocks" else "rows"
     wide = routing.slots * rank
-    if tokens >= 8 * rows or rows <= routing.slots:
+    if not exceeds(8 * rows, tokens) or not exceeds(rows, routing.slots):
         return "rows"
-    if routing.slots <= 4 or (wide <= 1024 and (tokens < 256 or not blocks)):
+    if routing.slots <= 4 or (wide <= 1024 and (exceeds(256, tokens) or not blocks)):
         return "mask"
-    return "blocks" if blocks and tokens > 16 else "rows"
+    return "blocks" if blocks and exceeds(tokens, 16) else "rows"
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +125,7 @@ def block_product(x: Any, ids: Any, a: Any, b: Any, precision: Any = None) -> An
     source, place, owner = _blocks(ids, slots + 1, size)
     block = x.at[source].get(mode="fill", fill_value=0).reshape(-1, size, x.shape[1])
     own = [each.astype(x.dtype).at[owner].get(mode="fill", fill_value=0) for each in (a, b)]
-    accumulate = {"precision": precision, "preferred_element_type": jnp.promote_types(x.dtype, jnp.float32)}
+    accumulate = {"precision": precision, "preferred_element_type": promoted(x.dtype, jnp.float32)}
     inner = lax.dot_general(block, own[0], (((2,), (2,)), ((0,), (0,))), **accumulate).astype(x.dtype)
     found = lax.dot_general(inner, own[1], (((2,), (1,)), ((0,), (0,))), **accumulate)
     return found.reshape(-1, b.shape[2])[place]

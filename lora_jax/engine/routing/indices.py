@@ -6,6 +6,7 @@ one column counts examples and another is data is known in the first.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 
 from lora_jax.adapter.factors import is_traced
 from lora_jax.engine import jaxprs
+from lora_jax.engine.meshes import mesh_of
 
 _LARGEST = 1 << 20
 """Larger arrays are not followed."""
@@ -92,11 +94,12 @@ def counted(indices: Known | None) -> Mapping[int, int]:
 
 
 def _followed(value: Any) -> bool:
-    kinds = (jnp.integer, jnp.bool_)
     dtype, shape = getattr(value, "dtype", None), np.shape(value)
-    return dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in kinds) and int(np.prod(shape)) <= _LARGEST
+    if dtype is None or not all(isinstance(size, int) for size in shape):
+        return False
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_)) and prod(shape) <= _LARGEST
 
 
 def _run(eqn: Any, values: Sequence[Any]) -> np.ndarray[Any, Any]:
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval(), mesh_of(eqn):
         return np.asarray(jaxprs.bind(eqn, [jnp.asarray(value) for value in values])[0])

@@ -15,11 +15,12 @@ from jax import lax
 
 from lora_jax.engine import contract
 from lora_jax.engine.context import Context
-from lora_jax.engine.meshes import placed
+from lora_jax.engine.meshes import here, placed
 from lora_jax.engine.routing.axes import Axis, labels, length, marked, plain
 from lora_jax.engine.routing.batch_axes import BatchAxes, Trail
 from lora_jax.engine.routing.isolation import broken, finite, isolated
 from lora_jax.engine.routing.router import Router
+from lora_jax.engine.sizes import several
 from lora_jax.engine.weight import SLOT, Labelled, Weight
 from lora_jax.errors import ParameterError
 
@@ -62,7 +63,7 @@ class Routing:
     @cached_property
     def wanted(self) -> list[int]:
         """The labels that tell rows apart: those of axes longer than one."""
-        return [label for label, size in enumerate(self.sizes) if size > 1]
+        return [label for label, size in enumerate(self.sizes) if several(size)]
 
     def operand(self, trail: Trail, index: int, shape: Sequence[int]) -> list[Axis]:
         """What runs along the axes of an operand."""
@@ -85,7 +86,7 @@ class Routing:
         self.check(path, axes)
         rest = self.given.shape[len(self.sizes) :]
         order = labels(axes)
-        array = jnp.squeeze(self.given, [i for i, size in enumerate(self.sizes) if size == 1])
+        array = jnp.squeeze(here(self.given), [i for i, size in enumerate(self.sizes) if size == 1])
         places = [self.wanted.index(label) for label in order]
         array = jnp.transpose(array, [*places, *range(len(places), array.ndim)])
         used = [(name, axis) for name, axis in zip(names, axes, strict=True) if labels([axis])]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.dtypes import promoted
 from lora_jax.engine import contract
 from lora_jax.engine.context import Context
 from lora_jax.engine.dropout import inputs
@@ -146,7 +147,7 @@ def look_up(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[in
         return of_terms(ctx, taken, taken.axes, bases, [(finite(first), first, second) for first, second in pairs])
     choice = routing.choice(table.path, axes, rows)
     product = Routed(routing, choice, taken.axes, jax.lax.Precision.HIGHEST, taken.base)
-    wide = jnp.promote_types(taken.base.dtype, jnp.float32)
+    wide = promoted(taken.base.dtype, jnp.float32)
     terms = []
     for term in taken.terms:
         first, second = (term.a, term.b) if {*rows} & {*term.a.axes} else (term.b, term.a)

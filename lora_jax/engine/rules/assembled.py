@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.dtypes import promoted
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import rule
@@ -106,7 +107,7 @@ def _of_rank(factor: Labelled, axis: int, rank: int, used: bool) -> Labelled:
 
 def _end_to_end(factors: Sequence[Labelled], axis: int) -> Labelled:
     ordered = [factor.ordered(factors[0].axes) for factor in factors]
-    dtype = jnp.result_type(*(factor.array for factor in ordered))
+    dtype = promoted(*(factor.array for factor in ordered))
     arrays = [factor.array.astype(dtype) for factor in ordered]
     return Labelled(jnp.concatenate(arrays, ordered[0].axes.index(axis)), ordered[0].axes)
 

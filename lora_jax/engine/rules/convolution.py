@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.dtypes import promoted
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.contract import split_factors
@@ -128,7 +129,7 @@ def _thin_convolution(eqn: Any, x: Any, a: Any, b: Any, keeps: Any = None, mixes
     each = max(groups // models, 1)
     kernel = jnp.tile(a.astype(x.dtype), (1, each) + (1,) * (a.ndim - 2)).reshape(-1, *a.shape[2:])
     kernel = jnp.transpose(kernel, [numbers.rhs_spec.index(i) for i in range(kernel.ndim)])
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = promoted(x.dtype, jnp.float32)
     geometry = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "precision")
     hidden = lax.conv_general_dilated(
         x, kernel, **{name: eqn.params[name] for name in geometry},

@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.dtypes import promoted
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import dense, formed, rule
+from lora_jax.engine.sizes import several
 from lora_jax.engine.weight import Labelled, Term, Weight, with_axis
 
 
@@ -90,7 +92,7 @@ def _scaled(ctx: Context, eqn: Any, operands: Sequence[Any], factor: Any) -> lis
 
     if jnp.ndim(other) == 0:
         return [_times(weight, factor(other), on(weight.base))]
-    shape, long = eqn.outvars[0].aval.shape, {i for i, size in enumerate(weight.base.shape) if size > 1}
+    shape, long = eqn.outvars[0].aval.shape, {i for i, size in enumerate(weight.base.shape) if several(size)}
     runs = _varying(ctx, eqn.invars[1 if operands[0] is weight else 0], other)
     if weight.merged or weight.base.ndim != len(shape) or (runs >= long and _meets_activation(ctx, eqn, operands)):
         return None
@@ -129,7 +131,7 @@ def _times(weight: Weight, number: Any, base: Any = None) -> Weight:
 def _product(array: Any, number: Any) -> Any:
     """In the array's dtype, but for a complex number."""
     complex_number = jnp.iscomplexobj(number) and not jnp.iscomplexobj(array)
-    dtype = jnp.promote_types(array.dtype, jnp.complex64) if complex_number else array.dtype
+    dtype = promoted(array.dtype, jnp.complex64) if complex_number else array.dtype
     return array.astype(dtype) * jnp.asarray(number).astype(dtype)
 
 
@@ -150,7 +152,7 @@ def _term_times(term: Term, small: Labelled, limit: int) -> Term | None:
 
 
 def _product_of(array: Any, scale: Any) -> Any:
-    dtype = jnp.promote_types(array.dtype, scale.dtype) if jnp.iscomplexobj(scale) else array.dtype
+    dtype = promoted(array.dtype, scale.dtype) if jnp.iscomplexobj(scale) else array.dtype
     return array.astype(dtype) * scale.astype(dtype)
 
 
@@ -165,13 +167,13 @@ def _meets_activation(ctx: Context, eqn: Any, operands: Sequence[Any]) -> bool:
 
 def _varying(ctx: Context, atom: Any, value: Any) -> set[int]:
     """Axes along which an array is not known to be constant: it may be a smaller one that the program broadcasts."""
-    runs = {i for i, size in enumerate(value.shape) if size > 1}
+    runs = {i for i, size in enumerate(value.shape) if several(size)}
     while ctx.frame is not None and not jaxprs.is_literal(atom) and atom in ctx.frame.makers:
         maker = ctx.frame.makers[atom]
         if maker.primitive.name in ("broadcast_in_dim",):
             source = maker.invars[0].aval
             kept = maker.params["broadcast_dimensions"]
-            return runs & {i for i, size in zip(kept, source.shape, strict=True) if size > 1}
+            return runs & {i for i, size in zip(kept, source.shape, strict=True) if several(size)}
         if maker.primitive.name not in ("convert_element_type", "copy", "neg", "exp", "sqrt", "rsqrt", "stop_gradient"):
             break
         atom = maker.invars[0]
@@ -196,7 +198,7 @@ def _select(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
     for number, case in enumerate(cases):
         if isinstance(case, Weight):
             weight = next(rest)
-            hit = Labelled((chosen == number).astype(jnp.float32), along)
+            hit = Labelled((chosen.astype(jnp.int32) == number).astype(jnp.float32), along)
             terms = [_term_times(term, hit, base.size) for term in weight.terms]
             if None in terms:
                 whole = [formed(ctx, eqn, w, "select_n by entries") if isinstance(w, Weight) else w for w in cases]

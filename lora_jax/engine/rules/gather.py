@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
 
+from lora_jax.dtypes import promoted
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import dense, rule
@@ -71,7 +72,7 @@ def _routed(
     runs = routing_of(ctx).operand(ctx.trail, 1, indices.shape)[:-1]
     slots = slot_of_rows(ctx, table, runs, plan.rows)
     if slots is not None:
-        wide = jnp.promote_types(indices.dtype, jnp.int32)
+        wide = promoted(indices.dtype, jnp.int32)
         indices = jnp.concatenate([indices.astype(wide), slots[..., None].astype(wide)], axis=-1)
         column = {SLOT: indices.shape[-1] - 1}
         plan = replace(

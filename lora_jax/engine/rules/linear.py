@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.dtypes import promoted
 from lora_jax.engine import jaxprs, planner
 from lora_jax.engine.context import Context
 from lora_jax.engine.contract import split_factors
@@ -41,13 +42,16 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     remains = [[i for i in axes if i not in contracted and i not in batch] for axes in (weight.axes, names)]
     out, left = (*batch, *remains[side], *remains[1 - side]), remains[0]
 
-    def dot(x: Any, w: Any) -> Any:
-        if given.merged:
-            x, w = x.reshape(other.shape), w.reshape(given.base.shape)
-        (y,) = jaxprs.bind(eqn, (w, x) if side == 0 else (x, w))
-        return y.reshape(split_sizes(merged_out, y.shape)) if given.merged else y
+    given, merged_out, is_merged, shapes = weight, out, weight.merged, (other.shape, weight.base.shape)
+    given_dtype = other.dtype
 
-    given, merged_out = weight, out
+    def dot(x: Any, w: Any) -> Any:
+        if is_merged:
+            x, w = x.reshape(shapes[0]), w.reshape(shapes[1])
+        run = jaxprs.bind if x.dtype == given_dtype else jaxprs.bind_as  # Of integers, factors see a floating copy.
+        (y,) = run(eqn, (w, x) if side == 0 else (x, w))
+        return y.reshape(split_sizes(merged_out, y.shape)) if is_merged else y
+
     x = Labelled(_inexact(other, weight.base.dtype), tuple(names))
     if weight.merged:
         x, weight = Labelled(x.array.reshape(split_sizes(names, other.shape)), flat_ids(names)), weight.split()
@@ -151,6 +155,6 @@ def _by_row(gain: Labelled, sizes: Any, rows: int) -> Labelled:
 
 
 def _thin_ragged(x: Any, a: Any, b: Any, sizes: Any) -> Any:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = promoted(x.dtype, jnp.float32)
     hidden = lax.ragged_dot(x, a.astype(x.dtype), sizes, preferred_element_type=wide)
     return lax.ragged_dot(hidden.astype(x.dtype), b.astype(x.dtype), sizes, preferred_element_type=wide)

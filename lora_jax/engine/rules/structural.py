@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import rule
+from lora_jax.engine.sizes import several
 from lora_jax.engine.weight import (
     Labelled,
     Merged,
@@ -172,10 +173,10 @@ def _pieces(old: Sequence[int], new: Sequence[int]) -> tuple[list[list[int]], li
     """
     cuts: list[list[int]] = [[] for _ in old]
     groups: list[list[tuple[int, int]]] = [[] for _ in new]
-    long = iter([(i, size) for i, size in enumerate(old) if size > 1])
+    long = iter([(i, size) for i, size in enumerate(old) if several(size)])
     axis, rest = next(long, (0, 1))
     for j, size in enumerate(new):
-        while size > 1:
+        while several(size):
             piece = min(size, rest)
             if size % piece or rest % piece:
                 return None

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_jax.adapter.site import Site, Sites, full_site
 from lora_jax.adapter.updates import Replace, Update
+from lora_jax.dtypes import promoted
 from lora_jax.errors import CheckpointError, ParameterError
 from lora_jax.io.names import layouts
 from lora_jax.io.names.names import Names
@@ -152,7 +153,7 @@ class FullTensorReader:
         return any(other in self.files.saved for pair in pairs for other in pair if other != name)
 
     def _replace(self, path: str, value: np.ndarray) -> Replace:
-        dtype = jnp.promote_types(self.leaves[path].dtype, jnp.float32)
+        dtype = promoted(self.leaves[path].dtype, jnp.float32)
         return Replace(jnp.asarray(np.asarray(value, order="C"), dtype), self._site(path))
 
 
