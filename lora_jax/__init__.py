@@ -11,7 +11,8 @@ merged  = lora.merge(variables, adapter)                     # plain parameters 
 
 Config and sites:      `LoraConfig`, `find_sites`, `Sites`, `Site`, `explain`, `Explanation`
 Initialisation:        `init`, `initialisers`, `loftq`, `capture`, `Captured`, `redistribute`
-Running and training:  `adapt`, `optimizer`, `partition`, `combine`, `trainable`, `optim`, `nnx`
+Running and training:  `adapt`, `optimizer`, `partition`, `combine`, `trainable`, `optim`, `nnx`,
+                       `rules`
 Adapters:              `Adapter`, `Update`, `LowRank`, `Replace`, `methods`, `scale`, `summary`, `trainable_line`,
                        `adapter_sharding`
 Merging:               `merge`, `absorb`, `merge_report`
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # What type checkers and editors see; a test holds it equal t
     from lora_jax import methods as methods
     from lora_jax import nnx as nnx
     from lora_jax import optim as optim
+    from lora_jax import rules as rules
     from lora_jax.adapter.adapter import Adapter as Adapter
     from lora_jax.adapter.adapter import scale as scale
     from lora_jax.adapter.adapter import trainable as trainable
@@ -113,6 +115,7 @@ _lazy.face(
         "lora_jax.nnx": "",
         "lora_jax.optim": "",
         "lora_jax.optim.frozen": "combine optimizer partition",
+        "lora_jax.rules": "",
         "lora_jax.sites": "Explanation explain find_sites",
     },
 )

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 
 from lora_jax.adapter.site import Kind
+from lora_jax.engine.declared import operation
 from lora_jax.engine.dependence import Dependence
 from lora_jax.engine.recompute import Frame
 from lora_jax.engine.weight import Weight
@@ -171,7 +172,7 @@ class Context:
         """Log a use of a weight by an equation, for each of its parameters."""
         route = "materialised" if self.inside or weight.formed else route
         reason = reason or (f"inside {self.inside}, which is opaque" if self.inside else weight.formed)
-        primitive = eqn.primitive.name if eqn is not None else "return"
+        primitive = operation(eqn) if eqn is not None else "return"
         for path in weight.paths:
             axes = roles[path] if roles else {}
             use = Use(

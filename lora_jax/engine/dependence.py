@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 from lora_jax.engine import jaxprs
+from lora_jax.engine.declared import declared
 from lora_jax.engine.jaxprs import Program
 from lora_jax.engine.sizes import exceeds
 
@@ -121,7 +122,7 @@ class Dependence:
         name = eqn.primitive.name
         if name in _LOOPS:
             return self._loop(eqn, operands)
-        if name in _PRODUCTS:
+        if name in _PRODUCTS or declared(eqn):
             return [self._product(eqn, operands)] * len(eqn.outvars)
         inner = jaxprs.sub_programs(eqn)[:1]
         if inner and len(inner[0].jaxpr.invars) == len(operands) and len(inner[0].jaxpr.outvars) == len(eqn.outvars):

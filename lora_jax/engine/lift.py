@@ -158,6 +158,8 @@ def evaluate(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     with mesh_of(eqn):
         if name not in MERGED:
             operands = [simple(ctx, eqn, operand) for operand in operands]
+            if not any(isinstance(operand, Weight) for operand in operands):
+                return jaxprs.bind(eqn, operands)
         results = RULES[name](ctx, eqn, operands) if name in RULES else None
         if results is not None:
             return results
@@ -197,6 +199,12 @@ def unroutable(path: str, reason: str) -> ParameterError:
         f"{path} would have to be formed for every example ({reason}): leave it out of the bank, or run each example "
         "with its own adapter"
     )
+
+
+def opaque(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Evaluate an equation whose inside is not ours on formed weights."""
+    reason = f"{eqn.primitive.name} is opaque; if it is a product, declare it with lora.rules.linear"
+    return jaxprs.bind(eqn, [dense(ctx, eqn, operand, reason) for operand in operands])
 
 
 def dense(ctx: Context, eqn: Any, value: Any, reason: str = "", **facts: Any) -> Any:

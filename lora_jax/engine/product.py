@@ -66,6 +66,7 @@ def adapted_product(
     planned: Plan,
     recomputed: Recomputation | None,
     masks: Sequence[Any],
+    opaque: bool = False,
 ) -> Any:
     """`dot(x, G·W + Σ ab)` without any gradient of the weight's size.
 
@@ -78,10 +79,13 @@ def adapted_product(
       planned: which products run on the merged weight.
       recomputed: how to compute the activation again for the gradient of `a`; None to keep it.
       masks: for every term what its dropout keeps of the activation; None for everything.
+      opaque: whether `dot` is a function of the user, which may have a gradient of its own.
     """
     again = recomputed or Recomputation([x.array], lambda leaves: leaves[0])
     kinds = [(term.dropout, term.adapter) for term in weight.terms]
-    product = _Product(dot, x.axes, weight.axes, kinds, out, precision, planned, again.run, recomputed is not None)
+    product = _Product(
+        dot, x.axes, weight.axes, kinds, out, precision, planned, again.run, recomputed is not None, opaque
+    )
     after = weight.gain is not None and set(weight.gain.axes) <= set(out)
     gains = (None, weight.gain) if after else (weight.gain, None)
     factors = [contract.ordered(term, x.axes, out) for term in weight.terms]
@@ -104,6 +108,7 @@ class _Product:
       planned: which products run on the merged weight.
       again: computes the activation for the gradient of `a`.
       recomputed: whether that is more than to keep it.
+      opaque: whether `dot` may have a gradient of its own, rather than being its own tangent in each operand.
     """
 
     dot: Callable[[Any, Any], Any]
@@ -115,6 +120,7 @@ class _Product:
     planned: Plan
     again: Callable[[Sequence[Any]], Any]
     recomputed: bool
+    opaque: bool
 
     def value(self, of: Operands) -> Any:
         """The product."""
@@ -186,10 +192,17 @@ class _Product:
         read = [] if _frozen(change.x) else [times(change.x, self.given, of.gain_in)]
         if _moves(change.gain_in):
             read.append(times(of.x, self.given, change.gain_in))
-        moved = [self.dot(_total(read, of.x), of.base)] if read else []
+        moved = [self.dot_tangent(of, x=_total(read, of.x))] if read else []
         if not _frozen(change.base):
-            moved.append(self.dot(times(of.x, self.given, of.gain_in).astype(of.x.dtype), change.base))
+            moved.append(self.dot_tangent(of, base=change.base))
         return [times(each, self.out, of.gain_out) for each in moved]
+
+    def dot_tangent(self, of: Operands, x: Any = None, base: Any = None) -> Any:
+        """How the base's product changes with one of its operands; what is opaque says so itself."""
+        read = times(of.x, self.given, of.gain_in).astype(of.x.dtype)
+        run = (lambda x: self.dot(x, of.base)) if base is None else (lambda base: self.dot(read, base))
+        at, change = (read, x) if base is None else (of.base, base)
+        return jax.jvp(run, (at,), (change,))[1] if self.opaque else run(change)
 
     def gain_tangent(self, of: Operands, change: Operands, value: Any, inner: Sequence[Labelled]) -> list[Any]:
         """How the result changes with a gain on the base's product, which is `(value - terms) / gain`.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from lora_jax.engine import jaxprs
+from lora_jax.engine.declared import declared
 from lora_jax.engine.jaxprs import Program
 from lora_jax.engine.routing.axes import (
     LOST,
@@ -103,6 +104,12 @@ class BatchAxes:
         return [all_lost(axes) for axes in results]
 
     def _inlined(self, eqn: Any, operands: list[Axes], here: Trail) -> list[Axes]:
+        letters = declared(eqn)
+        if letters is not None:
+            runs = dict(zip(letters.kernel, operands[1], strict=True))
+            for letter, axis in zip(letters.x, operands[0], strict=True):
+                runs[letter] = both(axis, runs[letter]) if letter in runs else axis
+            return [tuple(runs[letter] for letter in letters.out)]
         return self.follow(jaxprs.sub_programs(eqn)[0], operands, here)
 
     def _scan(self, eqn: Any, operands: list[Axes], here: Trail) -> list[Axes]:

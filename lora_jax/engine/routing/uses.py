@@ -66,7 +66,7 @@ def routed_product(
     sizes = {name: size for name, size in zip(read.axes, read.array.shape, strict=True)}
     sizes |= {name: n for name, n in zip(out, y.shape, strict=True) if name not in new}
     like = y.reshape([sizes[name] for name in inner]) if new else y
-    product = Routed(routing, choice, inner, eqn.params["precision"], like)
+    product = Routed(routing, choice, inner, eqn.params.get("precision"), like)
     pairs = [contract.ordered(term, read.axes, inner) for term in weight.terms]
     _record_product(ctx, eqn, weight, product, read, pairs)
     with jax.named_scope("lora"):

@@ -12,14 +12,18 @@ from jax.sharding import PartitionSpec
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.jaxprs import Program
-from lora_jax.engine.lift import dense, interpret, rule
+from lora_jax.engine.lift import dense, interpret, opaque, rule
 from lora_jax.engine.meshes import constrained
+from lora_jax.engine.rules.linear import declared_product
 from lora_jax.engine.weight import Labelled, Versions, Weight, beside
 
 
 @rule("jit", "pjit", "closed_call", "core_call", merged=True)
 def _inline(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """The compiled program is one anyway, and a weight may come out as symbolic as it went in."""
+    declared = declared_product(ctx, eqn, operands)
+    if declared is not None:
+        return declared
     body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     given, wanted = (eqn.params.get(name, ()) for name in ("in_shardings", "out_shardings"))
     needed = ctx.frame.needed(eqn) if ctx.frame else None
@@ -177,7 +181,8 @@ def _specs(operand: Any, spec: PartitionSpec) -> list[PartitionSpec]:
 @rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 def _custom(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     """The custom rule must see the value it was written for; discovery still looks for sites inside."""
-    if ctx.look_inside:
+    given = [operand for operand in operands if isinstance(operand, Weight)]
+    if ctx.look_inside and not any(weight.adapted for weight in given):
         inner = replace(ctx, inside=eqn.primitive.name, keys=())
         jax.eval_shape(lambda: interpret(inner, jaxprs.sub_programs(eqn)[0], operands) and None)
-    return None
+    return opaque(ctx, eqn, operands)

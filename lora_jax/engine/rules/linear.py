@@ -13,6 +13,7 @@ from lora_jax.dtypes import promoted
 from lora_jax.engine import jaxprs, planner
 from lora_jax.engine.context import Context
 from lora_jax.engine.contract import split_factors
+from lora_jax.engine.declared import declared
 from lora_jax.engine.dropout import drops, inputs, masks
 from lora_jax.engine.hooks import observe, observe_groups
 from lora_jax.engine.lift import dense, rule, simple
@@ -56,21 +57,73 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     if weight.merged:
         x, weight = Labelled(x.array.reshape(split_sizes(names, other.shape)), flat_ids(names)), weight.split()
         contracted, out, left = set(flat_ids(contracted)), flat_ids(out), list(flat_ids(remains[0]))
+    found = _product(ctx, eqn, 1 - side, x, weight, (contracted, left, out), dot)
+    if found is not None and not weight.routed and not weight.adapted:
+        return jaxprs.bind(eqn, [given.base if operand is given else operand for operand in (lhs, rhs)])
+    return None if found is None else [found.reshape(eqn.outvars[0].aval.shape) if is_merged else found]
+
+
+def declared_product(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    """A function that is declared to be a product; None if the equation is none, or has no such form.
+
+    The function itself runs on the base.
+    """
+    kernel = operands[1] if len(operands) > 1 else None
+    letters = declared(eqn) if isinstance(kernel, Weight) else None
+    if letters is None:
+        return None
+    weight = simple(ctx, eqn, kernel)
+    if not isinstance(weight, Weight):
+        return jaxprs.bind(eqn, [dense(ctx, eqn, operand) if operand is not kernel else weight for operand in operands])
+    given = [
+        dense(ctx, eqn, each, "the other operand is adapted too") if i != 1 else each for i, each in enumerate(operands)
+    ]
+    ids, free = dict(zip(letters.kernel, weight.axes, strict=True)), count(SLOT - 1, -1)
+    ids |= {letter: next(free) for letter in letters.x if letter not in ids}
+    x = Labelled(_inexact(given[0], weight.base.dtype), tuple(ids[letter] for letter in letters.x))
+    out = tuple(ids[letter] for letter in letters.out)
+    contracted = {ids[letter] for letter in letters.x if letter in letters.kernel and letter not in letters.out}
+    left = [ids[letter] for letter in letters.kernel if letter not in letters.x]
+    others, program = given[2:], jaxprs.program(eqn.params["jaxpr"])
+
+    def dot(x: Any, w: Any) -> Any:
+        return jax.jit(jaxprs.function(program))(x.astype(given[0].dtype), w, *others)[0]
+
+    if ctx.strategy == "auto":  # A kernel of one's own is there so that something large is not formed.
+        ctx = replace(ctx, strategy="factored")
+    found = _product(ctx, eqn, 0, x, weight, (contracted, left, out), dot)
+    return None if found is None else [found]
+
+
+def _product(
+    ctx: Context, eqn: Any, side: int, x: Labelled, weight: Weight, ids: tuple[Any, list[int], Sequence[int]], dot: Any
+) -> Any | None:
+    """An activation times a weight, logged; None if the weight's gain can be applied to neither side.
+
+    Args:
+      ctx: the context.
+      eqn: the equation.
+      side: which of its operands the activation is.
+      x: the activation.
+      weight: the weight.
+      ids: those that are contracted, those of the weight that are left over, and those of the result.
+      dot: the program's product of activation and base.
+    """
+    contracted, left, out = ids
     if weight.routed:
-        return [routed_product(ctx, eqn, 1 - side, x, weight, out, dot)]
+        return routed_product(ctx, eqn, side, x, weight, out, dot)
     if not takes(weight, x, out):
         return None
     dropout = any(drops(ctx, term) for term in weight.terms)
     planned = planner.plan(weight, x, out, ctx.strategy, dropout)
     _record(ctx, eqn, weight, x, contracted, left, out, planned)
     observe(ctx, weight, x, contracted)
-    precision = eqn.params["precision"]
     if not weight.adapted:
-        return jaxprs.bind(eqn, [given.base if operand is given else operand for operand in (lhs, rhs)])
-    recomputed = _recomputed(ctx, eqn.invars[1 - side], x, weight)
+        return dot(x.array, weight.base)
+    recomputed, precision = _recomputed(ctx, eqn.invars[side], x, weight), eqn.params.get("precision")
     with jax.named_scope("lora"):
-        y = adapted_product(dot, x, weight, out, precision, planned, recomputed, masks(ctx, weight, x))
-    return [y.reshape(eqn.outvars[0].aval.shape) if given.merged else y]
+        opaque = declared(eqn) is not None
+        return adapted_product(dot, x, weight, out, precision, planned, recomputed, masks(ctx, weight, x), opaque)
 
 
 def _collapsed(ctx: Context, eqn: Any, operand: Any) -> Any:

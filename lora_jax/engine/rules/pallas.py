@@ -10,15 +10,19 @@ import jax.numpy as jnp
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.jaxprs import Program
-from lora_jax.engine.lift import RULES, rule
+from lora_jax.engine.lift import RULES, opaque, rule
 from lora_jax.engine.weight import Weight
 
 
 @rule("pallas_call")
-def _pallas_call(ctx: Context, eqn: Any, operands: Sequence[Any]) -> None:
+def _pallas_call(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """The kernel's references to a weight stand for its blocks: axes keep their ids, squeezed ones go."""
-    if not ctx.look_inside:
-        return
+    if ctx.look_inside and not any(operand.adapted for operand in operands if isinstance(operand, Weight)):
+        _look_inside(ctx, eqn, operands)
+    return opaque(ctx, eqn, operands)
+
+
+def _look_inside(ctx: Context, eqn: Any, operands: Sequence[Any]) -> None:
     grid, kernel = eqn.params["grid_mapping"], jaxprs.program(eqn.params["jaxpr"])
     inputs = len(grid.block_mappings) - len(eqn.outvars)
     blocks = [_block(w, m.block_shape) for w, m in zip(operands[-inputs:], grid.block_mappings[:inputs], strict=True)]
