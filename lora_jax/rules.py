@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 from lora_jax.engine.declared import declare, parsed
 
+__all__ = ["linear"]
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 

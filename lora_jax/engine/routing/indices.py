@@ -7,7 +7,7 @@ one column counts examples and another is data is known in the first.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def constant(value: Any) -> Known | None:
 
 def known(eqn: Any, operands: Sequence[Known | None]) -> list[Known | None]:
     """What is known of an equation's results, given what is of its operands."""
-    name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
+    name, nothing = eqn.primitive.name, cast("list[Known | None]", [None] * len(eqn.outvars))
     result = eqn.outvars[0].aval
     if len(eqn.outvars) > 1 or not _followed(result):
         return nothing

@@ -56,7 +56,8 @@ def isolated(result: Labelled, by: Labelled, factors: Sequence[Labelled]) -> Lab
         bad = ~sound.all(tuple(range(len(rows), gradient.ndim)))
         return jnp.where(sound, gradient, jnp.zeros((), gradient.dtype)), jnp.where(bad, jnp.nan, flags)
 
-    array, flag = lax.custom_linear_solve(_same, (given.array, flag), lambda _, value: value, backward)
+    solved: Any = lax.custom_linear_solve(_same, (given.array, flag), lambda _, value: value, backward)
+    array, flag = solved
     whole = jnp.broadcast_to(flag[(..., *[None] * (array.ndim - len(rows)))], array.shape).astype(array.dtype)
     return Labelled(jnp.where(False, follow(whole, order, given), array), order).ordered(result.axes)
 

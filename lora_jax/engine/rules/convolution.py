@@ -63,8 +63,8 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
 
 def _routed(eqn: Any, x: Labelled, pair: tuple[Labelled, Labelled], keeps: Any, mixes: bool) -> Any:
     """The thin convolutions of images that have adapters of their own."""
-    by, factors = Labelled(keeps, (IMAGE, SLOT)), [_flat(finite(each), (SLOT,), ()) for each in pair]
-    result = _thin_convolution(eqn, finite(x).array, *factors, finite(by).array, mixes)
+    by, (a, b) = Labelled(keeps, (IMAGE, SLOT)), (_flat(finite(each), (SLOT,), ()) for each in pair)
+    result = _thin_convolution(eqn, finite(x).array, a, b, finite(by).array, mixes)
     batch = eqn.params["dimension_numbers"].out_spec[0]
     spoiled = Labelled(broken(pair, by).any(1), (IMAGE,))
     axes = tuple(IMAGE if i == batch else i for i in range(result.ndim))
