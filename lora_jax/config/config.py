@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from lora_jax.adapter import registry
 from lora_jax.config import checks, peft_fields
+from lora_jax.config import parts as part_columns
 from lora_jax.errors import ConfigError
 from lora_jax.paths import ALL_LINEAR, lookup
 
@@ -55,6 +56,10 @@ class LoraConfig:
       experts: `"shared"`: experts that a program reads one input with, in one product, share A and rank, which costs
         least. `"own"`: each has its own, as where experts are a stack to the program. That is for every parameter whose
         first axis goes on in another weight of its module, which may be heads too; names, as in `targets`, say which.
+      parts: parts of fused kernels, each with an A of its own: by name of the kernel, as in `targets`, the names of the
+        parts and where their columns are, `{"c_attn": {"q": (0, 768), "v": (1536, 2304)}}`; what is in no part is not
+        adapted. Columns are counted along the first output axis, or along the parameter's axis that comes third. In
+        `rank_pattern` and `alpha_pattern` a part is a module of its own, `c_attn/q`. PEFT has one A for all.
       param_dtype: dtype of what trains, float32 by default even under a bfloat16 model.
 
     Raises:
@@ -91,6 +96,7 @@ class LoraConfig:
     seed: int = 0
     invocation_tokens: Collection[int] = ()
     experts: str | Collection[str] = "shared"
+    parts: part_columns.Given = ()
     param_dtype: Any = "float32"
 
     def __post_init__(self) -> None:
@@ -108,6 +114,7 @@ class LoraConfig:
         self._set("trainable_tokens", checks.tokens("trainable_tokens", self.trainable_tokens))
         self._set("seed", checks.seed("seed", self.seed))
         self._set("invocation_tokens", checks.sequence("invocation_tokens", self.invocation_tokens))
+        self._set("parts", part_columns.checked(self.parts))
         self._set("param_dtype", checks.float_dtype("param_dtype", self.param_dtype))
         for switch in ("rslora", "lora_bias"):
             if not isinstance(getattr(self, switch), bool):
@@ -153,6 +160,8 @@ class LoraConfig:
             raise ConfigError(
                 f"method={self.method!r} has its own start, so init={self.init!r} has no effect: leave it"
             )
+        if self.parts and self.method != "lora":
+            raise ConfigError(f'parts={self.parts!r} are for method="lora", not {self.method!r}')
         if not method.lora_bias and self.lora_bias:
             raise ConfigError(f"method={self.method!r} cannot have lora_bias=True")
 

@@ -9,6 +9,7 @@ from lora_jax.adapter.site import Site, Sites
 from lora_jax.config.checks import as_tuple, pairs
 from lora_jax.config.config import LoraConfig
 from lora_jax.config.experts import own_experts
+from lora_jax.config.parts import expanded
 from lora_jax.config.state import collections_beside
 from lora_jax.errors import MatchError, nearest
 from lora_jax.paths import ALL_LINEAR, bias_beside, hits, inside, layer_number, lookup, name_hits, pattern_hits
@@ -77,7 +78,7 @@ def select(config: LoraConfig, sites: Sites, state: Collection[str] = ()) -> Sel
             f"by exclude={config.exclude!r} or train={config.train!r}. {_NEXT}"
         )
     for field in ("rank_pattern", "alpha_pattern"):
-        check_patterns(field, pairs(getattr(config, field)), chosen)
+        check_patterns(field, pairs(getattr(config, field)), expanded(config.parts, chosen))
     train |= _biases(config, chosen, sites)
     return Selection(
         sites=tuple(sites[path] for path in chosen),

@@ -17,6 +17,7 @@ from lora_jax.adapter.registry import METHODS, Data, Entry, Initialiser, Start, 
 from lora_jax.adapter.site import Site, Sites, full_site
 from lora_jax.adapter.updates import Replace, Update
 from lora_jax.capture.captured import statistic_for
+from lora_jax.config import parts as part_columns
 from lora_jax.config.checks import as_tuple
 from lora_jax.config.config import LoraConfig
 from lora_jax.config.selection import select
@@ -31,6 +32,7 @@ from lora_jax.init.olora import olora
 from lora_jax.init.pissa import milora, pissa, pissa_niter
 from lora_jax.init.random import default, gaussian, orthogonal
 from lora_jax.methods.lora_bias import Shift
+from lora_jax.methods.parts import Part, Parts
 from lora_jax.methods.trainable_tokens import Rows, rows_of
 from lora_jax.paths import is_array, named_leaves
 
@@ -100,6 +102,9 @@ def _start(
     name = np.uint32(crc32(site.path.encode()))
     scale = _scale(config, site)
 
+    if part_columns.of_path(config.parts, site.path):
+        return _in_parts(key, config, entry, site)
+
     def weight() -> jax.Array:
         return jnp.asarray(_value(site.path, leaves, f"method={config.method!r} and init={config.init!r} read it"))
 
@@ -122,6 +127,34 @@ def _start(
         return METHODS.find(config.method).update.start(given)
     except ConfigError as error:
         raise ConfigError(f"{site.path}: {error}") from None
+
+
+def _in_parts(key: jax.Array, config: LoraConfig, entry: Entry, site: Site) -> Parts:
+    """Factors for parts of a fused kernel, each with an A, a rank and a scale of its own, in one pair."""
+    if entry.reads or entry.away:
+        raise ConfigError(
+            f"{site.path} is adapted in parts, and init={config.init!r} reads the whole of it: use another init, or "
+            "leave it out of parts"
+        )
+    parts, drawn, scales = [], [], []
+    for name, (start, stop, *axis) in part_columns.of_path(config.parts, site.path):
+        path = part_columns.path_of(site.path, name)
+        along = axis[0] if axis else site.out_axes[0]
+        rank, scale = config.ranks_for(path), config.scale_for(path)
+        if along not in site.out_axes or stop > site.shape[along]:
+            raise ConfigError(
+                f"parts: {name!r} has columns {start} to {stop} along axis {along}, and {site.path} of shape "
+                f"{site.shape} has its outputs along {site.out_axes}"
+            )
+        if isinstance(rank, tuple) or isinstance(scale, tuple):
+            raise ConfigError(f"{path}: a part has one rank and one alpha for all layers of a stack")
+        draw = partial(_draw, key, np.uint32(crc32(path.encode())), entry, replace(site, path=""))
+        drawn.append(draw(dtype=config.param_dtype, data={}, rank=rank))
+        scales.append(scale)
+        parts.append(Part(name, start, stop, along, rank, scale / scales[0]))
+    a, b = (jnp.concatenate(each, len(site.batch_axes)) for each in zip(*drawn, strict=True))
+    scale = jnp.full(site.batch_shape, scales[0], jnp.float32)
+    return Parts(a, b, scale, site, config.dropout, parts=tuple(parts))
 
 
 def _is_complex(site: Site) -> bool:

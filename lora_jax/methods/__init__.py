@@ -8,10 +8,11 @@ from lora_jax.methods.dora import Dora, Gained, precompute
 from lora_jax.methods.lora_bias import Shift
 from lora_jax.methods.lora_fa import FrozenA
 from lora_jax.methods.lora_xs import LoraXS
+from lora_jax.methods.parts import Parts
 from lora_jax.methods.trainable_tokens import Rows
 from lora_jax.methods.vera import Vera
 
 __all__ = [
-    "ALora", "AdaLora", "Dora", "FrozenA", "Gained", "LoraXS", "Rows", "Shift", "Vera", "invoked", "names",
+    "ALora", "AdaLora", "Dora", "FrozenA", "Gained", "LoraXS", "Parts", "Rows", "Shift", "Vera", "invoked", "names",
     "precompute", "register_method", "trim",
 ]  # fmt: skip

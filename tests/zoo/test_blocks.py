@@ -158,7 +158,7 @@ THROUGH = {
 ROWS = {
     **{name: Row(partial(layers, weight), ALL, HEAD_PATH, {"table": "embedding"}) for name, weight in THROUGH.items()},
     "gemma": Row(gemma, 11, ("embedder/input_embedding",), {"layer_0/gating_einsum": "dense"}),
-    "T5X": Row(t5x, 9, HEAD_PATH, {"table": "embedding"}, routed="^(?!rel_embedding)"),
+    "T5X": Row(t5x, 9, HEAD_PATH, {"table": "embedding"}),
     "stacked, then scanned": Row(stacked_then_scanned, ALL, HEAD_PATH),
     "gathered in shard_map": Row(gathered, ALL, HEAD_PATH, routed="(?!)"),
     "experts": Row(experts, 4, HEAD_PATH, {"up": "ragged"}, routed="head|router"),

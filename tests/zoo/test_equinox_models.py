@@ -80,7 +80,7 @@ def state_space(cls: str) -> Model:
 ROWS = {
     "Llama": Row(lambda: decoder("LlamaForCausalLM", False), 16, ("lm_head/weight",), {"model/embed_tokens/weight": "embedding"}),
     "Qwen 2, tied": Row(lambda: decoder("Qwen2ForCausalLM", True, attention_bias=True), 15, ("model/embed_tokens/weight",)),
-    "BERT": Row(encoder, 15, (), {"embeddings/position_embeddings/weight": "embedding"}, routed=r"^(?!.*(position|token_type))"),
+    "BERT": Row(encoder, 15, (), {"embeddings/position_embeddings/weight": "embedding"}),
     "ViT": Row(
         lambda: vision("vit", "VisionTransformer", 16, img_size=16, in_channels=3, dim=16, patch_size=8, num_heads=2, depths=[2], num_classes=3),
         10, ("head/weight",), {"patch_embed/proj/weight": "conv"}, VISION,
