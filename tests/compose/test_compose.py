@@ -419,7 +419,8 @@ def test_canonical(method: str, getkey: Callable[[], jax.Array]) -> None:
         adapter, lora.trainable(adapter),
     )  # fmt: skip
     found = lora.canonical(adapter)
-    assert_close(lora.adapt(fn)(params, found, x), lora.adapt(fn)(params, adapter, x), factor=2)
+    # The weights: a function of six products in a row magnifies the last bit of the factors.
+    assert_close(lora.merge(params, found), lora.merge(params, adapter))
     update = found["w"]
     near(jnp.einsum("lri,lsi->lrs", update.a, update.a), np.broadcast_to(np.eye(2), (3, 2, 2)), 1e-5)
     if isinstance(update, AdaLora):
