@@ -34,13 +34,17 @@ def checked(value: Given) -> Parts:
 
 
 def _columns(kernel: str, name: str, value: Any) -> Columns:
-    try:
-        numbers = tuple(operator.index(each) for each in value)
-    except TypeError:
-        numbers = ()
+    numbers = _indexes(value)
     if len(numbers) not in (2, 3) or not 0 <= numbers[0] < numbers[1]:
         raise _error(f"{{{kernel!r}: {{{name!r}: {value!r}}}}}")
     return numbers
+
+
+def _indexes(value: Any) -> Columns:
+    try:
+        return tuple(operator.index(each) for each in value)
+    except TypeError:
+        return ()
 
 
 def _error(value: Any) -> ConfigError:
@@ -50,7 +54,7 @@ def _error(value: Any) -> ConfigError:
     )
 
 
-def of_path(parts: Parts, path: str) -> tuple[tuple[str, Columns], ...]:
+def of_path(parts: Any, path: str) -> tuple[tuple[str, Columns], ...]:
     """The parts of a parameter; none if it is not taken apart."""
     return next((found for kernel, found in parts if name_hits(kernel, path)), ())
 
@@ -66,7 +70,7 @@ def path_of(path: str, name: str) -> str:
     return "/".join(filter(None, (module, name, leaf)))
 
 
-def expanded(parts: Parts, paths: Iterable[str]) -> list[str]:
+def expanded(parts: Any, paths: Iterable[str]) -> list[str]:
     """The paths of parameters, and for those that are taken apart those of their parts.
 
     Raises:

@@ -107,6 +107,12 @@ class AdapterBank(Printed):
         return max((held.rank for _, held in self.items()), default=0)
 
     @property
+    def broken(self) -> Array | None:
+        """`[slots - 1]`: which slots were given numbers that are not finite; None where nobody looked."""
+        flags = [held.broken for _, held in self.items() if held.broken is not None]
+        return jnp.isnan(jnp.stack(flags)).any(0) if flags else None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
@@ -208,14 +214,14 @@ def common_sites(adapters: Sequence[Adapter]) -> dict[str, Site]:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write(bank: AdapterBank, slot: Array, values: Mapping[str, tuple[Any, Any, Any]]) -> AdapterBank:
-    def written(held: Slots, new: tuple[Any, Any, Any]) -> Slots:
-        lead = len(held.site.batch_axes)
-        place = (*[slice(None)] * lead, jnp.where(slot < 0, held.count, slot))
-        a, b, gain = (
-            None if old is None else old.at[place].set(each.astype(old.dtype), mode="drop")
-            for old, each in zip((held.a, held.b, held.gain), new, strict=True)
+def _write(bank: AdapterBank, slot: Array, values: Mapping[str, tuple[Any, Any, Any, Any]]) -> AdapterBank:
+    def written(held: Slots, new: tuple[Any, Any, Any, Any]) -> Slots:
+        lead, where = len(held.site.batch_axes), jnp.where(slot < 0, held.count, slot)
+        places = [(*[slice(None)] * lead, where)] * 3 + [(where,)]
+        a, b, gain, broken = (
+            None if old is None else old.at[place].set(jnp.asarray(each).astype(old.dtype), mode="drop")
+            for old, each, place in zip((held.a, held.b, held.gain, held.broken), new, places, strict=True)
         )
-        return Slots(a, b, gain, held.site)
+        return Slots(a, b, gain, held.site, broken)
 
     return AdapterBank({path: written(held, values[path]) for path, held in bank.items()})

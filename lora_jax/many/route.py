@@ -166,7 +166,7 @@ class RoutedFunction:
         batch_axes = _follow(call, [axes for _, axes in arguments.labelled()], kwargs)
         _check_parameters(call, held)
 
-        routing = Routing.of(chosen, sizes, held.slots - 1, batch_axes, self.strategy)
+        routing = Routing.of(chosen, sizes, held.slots - 1, batch_axes, self.strategy, held.broken)
         keys = ctx.keys if any(rates.values()) else ()
         routed = RoutedContext(ctx.log, keys=keys, observe=ctx.observe, routing=routing)
         symbolic = _symbolic(routed, held, rates, ids.keys if isinstance(ids, Router) else {})

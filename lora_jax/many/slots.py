@@ -27,6 +27,8 @@ class Slots:
       b: `[*batch, slots, rank, *out]`, with every scale folded in.
       gain: `[*batch, slots, *out]` float32, what the base is multiplied by; None in a bank without gains.
       site: the parameter; static.
+      broken: `[slots]` float32, NaN for slots that were given numbers that are not finite, for which zeros are kept;
+        None where nobody looked.
 
     Example:
       >>> site = Site(path="w", shape=(4, 3), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
@@ -39,6 +41,7 @@ class Slots:
     b: Any
     gain: Any
     site: Site
+    broken: Any = None
 
     @property
     def count(self) -> int:
@@ -94,12 +97,16 @@ def empty(site: Site, slots: int, rank: int, gains: bool, dtype: Any) -> Slots:
     batch, into, out = site.batch_shape, site.sizes(site.in_axes), site.sizes(site.out_axes)
     gain = jnp.ones((*batch, slots - 1, *out), jnp.float32) if gains else None
     a, b = (jnp.zeros((*batch, slots - 1, rank, *sizes), dtype) for sizes in (into, out))
-    return Slots(a, b, gain, site)
+    return Slots(a, b, gain, site, jnp.zeros(slots - 1, jnp.float32))
 
 
 def stacked(site: Site, parts: Sequence[Factors | None], slots: int, rank: int) -> Slots:
     """The factors of several adapters in slots 1, 2, ..., padded with zeros."""
     gains = any(part is not None and part.gain is not None for part in parts)
+    sound = [part and finite(part) for part in parts]
+    parts = [each and each[0] for each in sound]
+    flags = [jnp.float32(0) if each is None else jnp.asarray(each[1]) for each in sound]
+    broken = jnp.stack([*flags, *[jnp.float32(0)] * (slots - 1 - len(parts))])
     dtype = promoted(*(part.a for part in parts if part is not None))
     blank, lead = empty(site, 2, rank, gains, dtype), len(site.batch_axes)
 
@@ -109,7 +116,24 @@ def stacked(site: Site, parts: Sequence[Factors | None], slots: int, rank: int) 
         padded = [grown(each, zero.shape) for each in given]
         return jnp.stack([*padded, *[zero] * (slots - 1 - len(parts))], axis)
 
-    return Slots(stack("a", lead), stack("b", lead), stack("gain", lead) if gains else None, site)
+    return Slots(stack("a", lead), stack("b", lead), stack("gain", lead) if gains else None, site, broken)
+
+
+def finite(found: Factors) -> tuple[Factors, Any]:
+    """Factors of which zeros stand for numbers that are not finite, and float32: NaN if there were any, else 0.
+
+    What can be seen to be finite stays as it is.
+    """
+    given = [found.a, found.b, found.gain]
+    if not any(is_traced(each) for each in given if each is not None):
+        return found, np.float32(0)  # It has been checked.
+    sound = [None if each is None else jnp.isfinite(each) for each in given]
+    a, b, gain = (
+        each if here is None else jnp.where(here, each, jnp.zeros((), each.dtype))
+        for each, here in zip(given, sound, strict=True)
+    )
+    whole = jnp.stack([here.all() for here in sound if here is not None]).all()
+    return Factors(a, b, gain, found.rank), jnp.where(whole, 0.0, jnp.nan).astype(jnp.float32)
 
 
 def grown(array: Any, shape: Sequence[int]) -> Any:
@@ -120,13 +144,13 @@ def grown(array: Any, shape: Sequence[int]) -> Any:
     return np.pad(array, pads) if isinstance(array, np.ndarray) else jnp.pad(array, pads)
 
 
-def padded(held: Slots, update: Update | None) -> tuple[Any, Any, Any]:
-    """What is written into a slot, in the shapes of the bank."""
+def padded(held: Slots, update: Update | None) -> tuple[Any, Any, Any, Any]:
+    """What is written into a slot, in the shapes of the bank: factors, gain, and whether they were finite."""
     site, lead = held.site, len(held.site.batch_axes)
     shapes = [(*each.shape[:lead], *each.shape[lead + 1 :]) for each in (held.a, held.b)]
     ones = None if held.gain is None else np.ones(held.gain.shape[:lead] + held.gain.shape[lead + 1 :], np.float32)
     if update is None:
-        return np.zeros(shapes[0], held.a.dtype), np.zeros(shapes[1], held.b.dtype), ones
+        return np.zeros(shapes[0], held.a.dtype), np.zeros(shapes[1], held.b.dtype), ones, np.float32(0)
     check_fits(held.site, update.site)
     found = _on_host(update) or factors(site.path, update)
     if found.gain is not None and held.gain is None:
@@ -139,7 +163,8 @@ def padded(held: Slots, update: Update | None) -> tuple[Any, Any, Any]:
     with np.errstate(over="ignore"):  # What overflows is refused below.
         a, b = (grown(each, shape).astype(held.a.dtype) for each, shape in zip((found.a, found.b), shapes, strict=True))
     check_finite(site.path, (a, b, found.gain))
-    return a, b, ones if found.gain is None else found.gain
+    whole, broken = finite(Factors(a, b, found.gain, found.rank))
+    return whole.a, whole.b, ones if whole.gain is None else whole.gain, broken
 
 
 def _on_host(update: Update) -> Factors | None:

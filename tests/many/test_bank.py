@@ -172,7 +172,7 @@ def test_refusals(bank: lora.AdapterBank) -> None:
 
 def test_it_prints_as_a_table_and_is_a_tree(bank: lora.AdapterBank) -> None:
     assert "embed" in repr(bank)
-    assert len(jax.tree.leaves(bank)) == 2 * len(bank) == 6
+    assert len(jax.tree.leaves(bank)) == 3 * len(bank) == 9  # factors, and whether they are sound
     assert bank.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(bank))
     assert (bank.slots, bank.rank, list(bank)) == (4, 3, ["embed", "head", "layers"])
 

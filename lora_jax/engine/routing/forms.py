@@ -17,7 +17,7 @@ from jax import lax
 from lora_jax.dtypes import promoted
 from lora_jax.engine import contract
 from lora_jax.engine.meshes import spread
-from lora_jax.engine.routing.isolation import broken, finite, isolated
+from lora_jax.engine.routing.isolation import finite, isolated
 from lora_jax.engine.routing.slots import Routing, chosen, gate, kept
 from lora_jax.engine.sizes import exceeds
 from lora_jax.engine.weight import RANK, SLOT, Labelled, flat_size
@@ -77,22 +77,28 @@ class Routed:
         form = self.form(x, first, second)
         if form == "blocks":
             return self.in_blocks(x, first, second)
-        if form == "rows":
-            own = chosen(first, self.choice), chosen(second, self.choice)
-            inner = contract.hidden(x, *own, self.out, self.precision, self.like)
-            return contract.mixed(inner, own[1], self.out, self.precision, self.like)
-        inner = contract.hidden(finite(x), finite(first), second, self.out, self.precision, self.like)
-        return self.masked(inner, first, second)
+        if form == "mask":
+            return self.masked(
+                contract.hidden(finite(x), first, second, self.out, self.precision, self.like), first, second
+            )
+        first, second = chosen(first, self.choice), chosen(second, self.choice)
+        return self.mixed(contract.hidden(x, first, second, self.out, self.precision, self.like), second)
 
     def masked(self, inner: Labelled, first: Labelled, second: Labelled) -> Any:
         """The second product of a term, of what each row has chosen among its first products with all slots."""
         by = gate(self.choice, self.routing.slots, inner.array.dtype)
         axes = inner.axes if SLOT in inner.axes else (*inner.axes, SLOT)
-        spoiled = Labelled(broken((first, second), by), by.axes).over(axes)
-        own = kept(inner.over(axes), finite(by).over(axes), self.routing.mixes)
-        own = Labelled(jnp.where(spoiled, jnp.nan, own).astype(inner.array.dtype), axes)
-        result = contract.mixed(own, finite(second), self.out, self.precision, self.like)
-        return isolated(Labelled(result, tuple(self.out)), by, (first, second)).array
+        own = Labelled(kept(inner.over(axes), finite(by).over(axes), self.routing.mixes), axes)
+        result = Labelled(self.mixed(own, second), tuple(self.out))
+        return isolated(result, by, (first, second)).array
+
+    def mixed(self, inner: Labelled, second: Labelled) -> Any:
+        """The second product of a term."""
+        return contract.mixed(inner, second, self.out, self.precision, self.like)
+
+    def marked(self, term: Any) -> Any:
+        """What a term adds, undefined in rows that a broken adapter is for."""
+        return self.routing.spoiled(Labelled(term, tuple(self.out)), self.choice).array
 
     def in_blocks(self, x: Labelled, first: Labelled, second: Labelled) -> Any:
         """The term, computed in blocks of rows that have the same slot."""

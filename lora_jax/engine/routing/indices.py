@@ -48,8 +48,7 @@ def constant(value: Any) -> Known | None:
 def known(eqn: Any, operands: Sequence[Known | None]) -> list[Known | None]:
     """What is known of an equation's results, given what is of its operands."""
     name, nothing = eqn.primitive.name, cast("list[Known | None]", [None] * len(eqn.outvars))
-    result = eqn.outvars[0].aval
-    if len(eqn.outvars) > 1 or not _followed(result):
+    if len(eqn.outvars) != 1 or not _followed(eqn.outvars[0].aval):
         return nothing
     if name == "iota" and not eqn.invars:
         return [constant(_run(eqn, []))]
@@ -66,7 +65,7 @@ def known(eqn: Any, operands: Sequence[Known | None]) -> list[Known | None]:
     if name in _MOVES:
         masks = [each.where.astype(each.values.dtype) for each in given]
         return [Known(values, _run(eqn, masks).astype(bool))]
-    return [Known(values, _all_known(name, given, result.shape))]
+    return [Known(values, _all_known(name, given, eqn.outvars[0].aval.shape))]
 
 
 def _all_known(name: str, given: Sequence[Known], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:

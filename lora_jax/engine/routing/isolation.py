@@ -1,7 +1,8 @@
 """Isolation: where all rows meet all slots in one product, what is not finite stays with the rows that chose it.
 
 Zero times a number that is not finite is not zero, so what a row has not chosen must be finite wherever the two meet:
-the factors of other slots in the forward pass, inputs and gradients of other rows in the backward pass.
+the factors of other slots in the forward pass, inputs and gradients of other rows in the backward pass. Factors are
+made finite as they are put into a bank, which remembers whose were not; rows and gradients are here.
 """
 
 from collections.abc import Sequence
@@ -18,17 +19,6 @@ from lora_jax.engine.weight import SLOT, Labelled
 def finite(value: Labelled) -> Labelled:
     """The array with zeros where it is not finite; no gradient goes there."""
     return replace(value, array=jnp.where(jnp.isfinite(value.array), value.array, jnp.zeros((), value.array.dtype)))
-
-
-def broken(factors: Sequence[Labelled], by: Labelled) -> Any:
-    """Where a row counts a slot that holds numbers that are not finite, or counts it by no number; axes as `by`'s."""
-    found = ~jnp.isfinite(by.array)
-    for factor in factors:
-        if SLOT in factor.axes:
-            away = [i for i, axis in enumerate(factor.axes) if axis not in by.axes]
-            where = Labelled(~jnp.isfinite(factor.array).all(away), tuple(factor.axes[i] for i in _other(factor, away)))
-            found = found | ((by.array != 0) & where.over(by.axes))
-    return found
 
 
 def isolated(result: Labelled, by: Labelled, factors: Sequence[Labelled]) -> Labelled:
@@ -68,10 +58,6 @@ def _same(value: Any) -> Any:
 
 def _reached(factors: Sequence[Labelled]) -> Any:
     """`[slots]`: a number on whose gradient all factors of a slot depend, and whose value nothing does."""
-    given = [finite(factor) for factor in factors if SLOT in factor.axes]
+    given = [factor for factor in factors if SLOT in factor.axes]
     parts = [each.ordered((SLOT, *(axis for axis in each.axes if axis != SLOT))).array for each in given]
     return sum(jnp.real(part).astype(jnp.float32).sum(range(1, part.ndim)) for part in parts)
-
-
-def _other(factor: Labelled, away: Sequence[int]) -> list[int]:
-    return [i for i in range(len(factor.axes)) if i not in away]

@@ -15,10 +15,10 @@ from jax import lax
 
 from lora_jax.engine import contract
 from lora_jax.engine.context import Context
-from lora_jax.engine.meshes import here, placed
+from lora_jax.engine.meshes import follow, here, placed
 from lora_jax.engine.routing.axes import Axis, labels, length, marked, plain
 from lora_jax.engine.routing.batch_axes import BatchAxes, Trail
-from lora_jax.engine.routing.isolation import broken, finite, isolated
+from lora_jax.engine.routing.isolation import finite, isolated
 from lora_jax.engine.routing.router import Router
 from lora_jax.engine.sizes import several
 from lora_jax.engine.weight import SLOT, Labelled, Weight
@@ -38,6 +38,7 @@ class Routing:
       slots: number of slots, that of the base not among them.
       batch_axes: what runs along the axes of the program's values.
       strategy: the form, or `auto` for the planner's choice.
+      broken: `[slots]`, which of them hold an adapter with numbers that are not finite; None if that is not known.
     """
 
     given: Any
@@ -45,15 +46,44 @@ class Routing:
     slots: int
     batch_axes: BatchAxes
     strategy: RouteStrategy
+    broken: Any = None
 
     @classmethod
     def of(
-        cls, given: Any, sizes: tuple[int, ...], slots: int, batch_axes: BatchAxes, strategy: RouteStrategy
+        cls,
+        given: Any,
+        sizes: tuple[int, ...],
+        slots: int,
+        batch_axes: BatchAxes,
+        strategy: RouteStrategy,
+        broken: Any = None,
     ) -> "Routing":
         """The routing of a call; one without any examples meets the base."""
         if 0 in sizes:
             given, sizes = jnp.full((1,) * len(sizes), slots), (1,) * len(sizes)
-        return cls(given, sizes, slots, batch_axes, strategy)
+        return cls(given, sizes, slots, batch_axes, strategy, broken)
+
+    def spoiled(self, value: Labelled, choice: Labelled) -> Labelled:
+        """What adapters add to rows, undefined for rows that a broken one is for, or that have undefined weights."""
+        if SLOT in choice.axes:
+            rows = tuple(axis for axis in choice.axes if axis != SLOT)
+            weights = choice.ordered((*rows, SLOT)).array
+            bad = ~jnp.isfinite(weights)
+            bad = (
+                bad
+                if self.broken is None
+                else bad | ((weights != 0) & jnp.broadcast_to(here(self.broken), weights.shape))
+            ).any(-1)
+        elif self.broken is None:
+            return value
+        else:
+            rows = choice.axes
+            bad = (
+                here(self.broken).at[choice.array].get(mode="fill", fill_value=False, out_sharding=placed(rows, choice))
+            )
+        undefined = follow(jnp.where(bad, jnp.nan, 0), rows, value)
+        array = value.array + Labelled(undefined, rows).over(value.axes).astype(value.array.dtype)
+        return replace(value, array=array)
 
     @property
     def mixes(self) -> bool:
@@ -170,11 +200,7 @@ def chosen(factor: Labelled, choice: Labelled, base: float = 0.0) -> Labelled:
 def _weighted(factor: Labelled, choice: Labelled) -> Labelled:
     """The sum over all slots with the weights of each row."""
     by, keep = choice.astype(factor.array.dtype), {*choice.axes, *factor.axes} - {SLOT}
-    total = contract.product(finite(by), finite(factor), keep, lax.Precision.HIGHEST, ())
-    rows = tuple(axis for axis in by.axes if axis != SLOT)
-    spoiled = Labelled(broken((factor,), by).any(by.axes.index(SLOT)), rows)
-    total = replace(total, array=jnp.where(spoiled.over(total.axes), jnp.nan, total.array))
-    return isolated(total, by, (factor,))
+    return isolated(contract.product(finite(by), factor, keep, lax.Precision.HIGHEST, ()), by, (factor,))
 
 
 def kept(inner: Any, by: Any, mixes: bool) -> Any:

@@ -16,7 +16,6 @@ from lora_jax.engine.lift import unroutable
 from lora_jax.engine.product import adapted_result, times
 from lora_jax.engine.routing.axes import Axis, length
 from lora_jax.engine.routing.forms import Routed
-from lora_jax.engine.routing.isolation import finite
 from lora_jax.engine.routing.router import Router, row_weights
 from lora_jax.engine.routing.slots import chosen, gate, own_gain, routing_of, split
 from lora_jax.engine.routing.versions import of_product, of_terms
@@ -71,7 +70,10 @@ def routed_product(
     _record_product(ctx, eqn, weight, product, read, pairs)
     with jax.named_scope("lora"):
         reads = inputs(ctx, weight, read)
-        terms = [product.term(each, first, second) for each, (first, second) in zip(reads, pairs, strict=True)]
+        terms = [
+            product.marked(product.term(each, first, second))
+            for each, (first, second) in zip(reads, pairs, strict=True)
+        ]
         return adapted_result(like, inner, None if before else gain, terms).reshape(y.shape)
 
 
@@ -108,8 +110,8 @@ def _record_product(
     ctx.record(weight, eqn, form, roles, kind="dense", flops=2 * tokens * rank * ends, nbytes=4 * tokens * rank)
 
 
-def of_images(ctx: Context, eqn: Any, kernel: Weight) -> tuple[Any, Labelled | None]:
-    """What each image of a convolution keeps of every slot, `[images, slots]`, and its gain, with axis `IMAGE`.
+def of_images(ctx: Context, eqn: Any, kernel: Weight) -> tuple[Any, Labelled, Labelled | None]:
+    """What each image of a convolution keeps of every slot, `[images, slots]`; its slots; its gain, with axis `IMAGE`.
 
     Raises:
       ParameterError: positions within an image have adapters of their own.
@@ -126,7 +128,7 @@ def of_images(ctx: Context, eqn: Any, kernel: Weight) -> tuple[Any, Labelled | N
         )
     keeps = gate(choice, routing.slots, jnp.float32).over((IMAGE, SLOT))
     gain = kernel.gain and own_gain(kernel.gain, choice)
-    return jnp.broadcast_to(keeps, (shape[batch], routing.slots)), gain
+    return jnp.broadcast_to(keeps, (shape[batch], routing.slots)), choice, gain
 
 
 def look_up(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[int], taken: Weight) -> Any:
@@ -144,7 +146,7 @@ def look_up(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[in
     if routing.same_for_all(axes):
         bases = jnp.broadcast_to(taken.base, (routing.slots + 1, *taken.base.shape))
         pairs = [(t.a, t.b) if {*rows} & {*t.a.axes} else (t.b, t.a) for t in taken.terms]
-        return of_terms(ctx, taken, taken.axes, bases, [(finite(first), first, second) for first, second in pairs])
+        return of_terms(ctx, taken, taken.axes, bases, [(first, second) for first, second in pairs])
     choice = routing.choice(table.path, axes, rows)
     product = Routed(routing, choice, taken.axes, jax.lax.Precision.HIGHEST, taken.base)
     wide = promoted(taken.base.dtype, jnp.float32)
@@ -156,10 +158,9 @@ def look_up(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[in
             own = replace(choice, array=choice.array < routing.slots).over(first.axes)
             first = replace(first, array=jnp.where(own, first.array, 0))
         if SLOT in second.axes and product.form(first, second, second) == "mask":
-            terms.append(product.masked(finite(first) if routing.mixes else first, first, second))
+            terms.append(product.marked(product.masked(first, first, second)))
         else:
-            second = chosen(second, choice)
-            terms.append(contract.mixed(first, second, product.out, product.precision, product.like))
+            terms.append(product.marked(product.mixed(first, chosen(second, choice))))
     gain = taken.gain and own_gain(taken.gain, choice)
     return adapted_result(taken.base, taken.axes, gain, terms)
 

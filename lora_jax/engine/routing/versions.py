@@ -18,7 +18,6 @@ from lora_jax.engine.lift import RULES, VERSIONED, unroutable
 from lora_jax.engine.product import adapted_result
 from lora_jax.engine.routing.axes import Axes, Axis, labels, plain
 from lora_jax.engine.routing.batch_axes import ALIGNED
-from lora_jax.engine.routing.isolation import finite
 from lora_jax.engine.routing.slots import chosen, routing_of
 from lora_jax.engine.weight import SLOT, Labelled, Versions, Weight
 
@@ -84,13 +83,12 @@ def of_product(ctx: Context, weight: Weight, x: Labelled, out: Sequence[int], ba
     pairs = [contract.ordered(term, x.axes, out) for term in weight.terms]
     names, precision, products = (SLOT, *out), jax.lax.Precision.HIGHEST, []
     for read, (first, second) in zip(inputs(ctx, weight, x), pairs, strict=True):
-        inner = contract.hidden(read, finite(first), finite(second), names, precision, bases)
-        products.append((inner, first, second))
+        products.append((contract.hidden(read, first, second, names, precision, bases), second))
     return of_terms(ctx, weight, out, bases, products)
 
 
 def of_terms(
-    ctx: Context, weight: Weight, out: Sequence[int], bases: Any, terms: Sequence[tuple[Labelled, Labelled, Labelled]]
+    ctx: Context, weight: Weight, out: Sequence[int], bases: Any, terms: Sequence[tuple[Labelled, Labelled]]
 ) -> Versions:
     """The versions of a value whose axes are `out`: the base's, and what each adapter adds.
 
@@ -99,25 +97,14 @@ def of_terms(
       weight: the weight that is used.
       out: ids of the value's axes.
       bases: the base's own results, `[slots + 1, ...]`, the base's version last.
-      terms: for each term what is between its factors, and the factors.
+      terms: for each term what is between its factors, and the second factor.
     """
-    names, precision = (SLOT, *out), jax.lax.Precision.HIGHEST
-    added = [
-        _spoiled(contract.mixed(inner, finite(second), names, precision, bases), (first, second))
-        for inner, first, second in terms
-    ]
+    names, routing = (SLOT, *out), routing_of(ctx)
+    added = [contract.mixed(inner, second, names, jax.lax.Precision.HIGHEST, bases) for inner, second in terms]
     found = adapted_result(bases[:-1], names, weight.gain, added)
-    refusal = routing_of(ctx).refusal(weight.path, ())
-    return Versions(jnp.concatenate([found, bases[-1:]]), weight.path, refusal)
-
-
-def _spoiled(result: Any, factors: Sequence[Labelled]) -> Any:
-    """The versions, undefined for adapters whose numbers are not finite."""
-    for factor in factors:
-        if SLOT in factor.axes:
-            sound = jnp.isfinite(factor.array).all([i for i, axis in enumerate(factor.axes) if axis != SLOT])
-            result = jnp.where(jnp.expand_dims(sound, range(1, result.ndim)), result, jnp.nan)
-    return result
+    if routing.broken is not None:
+        found = jnp.where(jnp.expand_dims(routing.broken, tuple(range(1, found.ndim))), jnp.nan, found)
+    return Versions(jnp.concatenate([found, bases[-1:]]), weight.path, routing.refusal(weight.path, ()))
 
 
 def _product(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Versions:

@@ -16,7 +16,7 @@ from lora_jax.engine.dropout import inputs
 from lora_jax.engine.hooks import observe_patches
 from lora_jax.engine.lift import dense, rule, simple
 from lora_jax.engine.product import adapted_result
-from lora_jax.engine.routing.isolation import broken, finite, isolated
+from lora_jax.engine.routing.isolation import finite, isolated
 from lora_jax.engine.routing.slots import kept, routing_of
 from lora_jax.engine.routing.uses import IMAGE, of_images
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Merged, Weight, flat_ids, flat_size, with_axis
@@ -37,8 +37,7 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
         return None
     x = dense(ctx, eqn, image, "the kernel is adapted too")
     (y,) = jaxprs.bind(eqn, [x, kernel.base])
-    keeps, gain = of_images(ctx, eqn, kernel) if kernel.routed else (None, kernel.gain)
-    mixes = kernel.routed and routing_of(ctx).mixes
+    keeps, choice, gain = of_images(ctx, eqn, kernel) if kernel.routed else (None, None, kernel.gain)
     positions, outputs = y.size // y.shape[numbers.out_spec[1]], y.shape[numbers.out_spec[1]]
     channels = sum(a.array.size // prod(a.size(axis) for axis in window) for a, _ in pairs)
     channels *= eqn.params["feature_group_count"]
@@ -50,7 +49,7 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     reads = inputs(ctx, kernel, Labelled(x, ()))
     with jax.named_scope("lora"):
         if kernel.routed:
-            terms = [_routed(eqn, read, pair, keeps, mixes) for pair, read in zip(pairs, reads, strict=True)]
+            terms = [_routed(ctx, eqn, read, pair, (keeps, choice)) for pair, read in zip(pairs, reads, strict=True)]
         else:
             terms = [
                 _thin_convolution(eqn, read.array, _flat(a, (), stack), _flat(b, (), stack))
@@ -61,15 +60,14 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
         return [adapted_result(y, axes, gain, terms)]
 
 
-def _routed(eqn: Any, x: Labelled, pair: tuple[Labelled, Labelled], keeps: Any, mixes: bool) -> Any:
-    """The thin convolutions of images that have adapters of their own."""
-    by, (a, b) = Labelled(keeps, (IMAGE, SLOT)), (_flat(finite(each), (SLOT,), ()) for each in pair)
-    result = _thin_convolution(eqn, finite(x).array, a, b, finite(by).array, mixes)
+def _routed(ctx: Context, eqn: Any, x: Labelled, pair: tuple[Labelled, Labelled], images: tuple[Any, Any]) -> Any:
+    """The thin convolutions of images that have adapters of their own: what each keeps of every slot, and its slots."""
+    routing, (keeps, choice) = routing_of(ctx), images
+    by, (a, b) = Labelled(keeps, (IMAGE, SLOT)), (_flat(each, (SLOT,), ()) for each in pair)
+    result = _thin_convolution(eqn, finite(x).array, a, b, finite(by).array, routing.mixes)
     batch = eqn.params["dimension_numbers"].out_spec[0]
-    spoiled = Labelled(broken(pair, by).any(1), (IMAGE,))
     axes = tuple(IMAGE if i == batch else i for i in range(result.ndim))
-    result = jnp.where(spoiled.over(axes), jnp.nan, result)
-    return isolated(Labelled(result, axes), by, pair).array
+    return routing.spoiled(isolated(Labelled(result, axes), by, pair), choice).array
 
 
 def _models(kernel: Weight, stack: Sequence[int]) -> int:
