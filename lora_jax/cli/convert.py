@@ -6,13 +6,13 @@ from pathlib import Path
 import jax
 import tyro
 
-from lora_jax.adapter.site import Sites
 from lora_jax.cli.parse import Verb
 from lora_jax.errors import MatchError
 from lora_jax.io import peft
 from lora_jax.io.inspect import detect, inspect
 from lora_jax.io.names.known import find_names
 from lora_jax.io.own import orbax
+from lora_jax.io.peft.load import load_like
 from lora_jax.report.terminal import Terminal
 from lora_jax.train.options import OptionError
 
@@ -23,7 +23,8 @@ class Convert(Verb):
 
     From lora_jax's own (Orbax) to PEFT, and from PEFT to lora_jax's own. PyTorch's names and layouts do not tell those
     of a JAX model, so the way back needs --like: any adapter of the same model, such as one saved right after
-    lora_jax.init, with every parameter that the PEFT adapter changes.
+    lora_jax.init, with every parameter that the PEFT adapter changes; of a DoRA adapter one with DoRA, as the file does
+    not tell the norms of the base.
     """
 
     paths: tyro.conf.Positional[tuple[Path, Path]]
@@ -93,5 +94,4 @@ class ConvertJob:
             recorded, like = orbax.load_base(options.like), orbax.load(options.like)
             known = [update.site for update in like.values()]
             shapes = recorded or {site.path: jax.ShapeDtypeStruct(site.shape, site.dtype) for site in known}
-            sites = Sites([site for site in known if site.kind != "full"], tuple(shapes))
-            orbax.save(out, peft.load(source, shapes, sites, options.names), params=recorded)
+            orbax.save(out, load_like(source, like, shapes, options.names), params=recorded)

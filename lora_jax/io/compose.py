@@ -4,7 +4,7 @@ PyTorch's modules become parameters of their own kind: an adapter by module name
 whole is a value there, DoRA's magnitudes too: their differences to the base are known only with it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -24,7 +24,7 @@ from lora_jax.io.hf.plan import PlacedAdapter
 from lora_jax.io.hf.tensors import Tensor
 from lora_jax.io.peft import config as peft_config
 from lora_jax.io.peft.config import LORA, peft_type_of
-from lora_jax.io.peft.files import TOKEN_ROWS, PeftFiles, full_tensors, token_indices, token_rows
+from lora_jax.io.peft.files import TOKEN_ROWS, PeftFiles, base_tables, full_tensors, token_indices, token_rows
 from lora_jax.io.peft.module import Module, ModuleKind
 from lora_jax.methods import Rows, Shift
 
@@ -69,10 +69,28 @@ def compose_files(
       (4, 1.0, 4)
     """
     _check_alike(files)
-    adapters = [_adapter(each, base or {}) for each in files]
+    tables = _untouched(files, base)
+    adapters = [_adapter(each, base or {}, tables) for each in files]
     params = None if base is None else _params(adapters, base)
     report = compose_report(adapters, weights, params=params, **settings)
-    return _files(report.adapter, files), report
+    return _files(report.adapter, files, tables), report
+
+
+def _untouched(files: Sequence[PeftFiles], base: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+    """Tables of the base that the files have as they are there: the composition has them too, and they add nothing.
+
+    Without a base they are those that are alike in all files, or in all that have factors beside them.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name in sorted({name for each in files for name in base_tables(each)}):
+        holders = [each for each in files if name in each.saved]
+        first = holders[0].saved[name] if base is None else base[name]
+        beside = all(name.rpartition(".")[0] in each.modules for each in holders)
+        if (base is not None or beside or len(holders) == len(files)) and all(
+            name in base_tables(each) and np.array_equal(each.saved[name], first) for each in holders
+        ):
+            found[name] = holders[0].saved[name]
+    return found
 
 
 def base_values(base: Checkpoint, adapters: Sequence[PeftFiles]) -> dict[str, np.ndarray]:
@@ -84,8 +102,9 @@ def base_values(base: Checkpoint, adapters: Sequence[PeftFiles]) -> dict[str, np
     found: dict[str, np.ndarray] = {}
     for files in adapters:
         placed = PlacedAdapter(base, files, 1.0)
-        changes = placed.changes()
-        for name in full_tensors(files.saved):
+        changes, untouched = placed.changes(), placed.untouched()
+        found |= {name: np.asarray(files.saved[name], np.float32) for name in untouched}
+        for name in full_tensors(files.saved).keys() - untouched:
             tensor = base.tensors.get(placed.place(name))
             if tensor is None:
                 raise CheckpointError(
@@ -110,7 +129,7 @@ def _params(adapters: Sequence[Adapter], base: Mapping[str, np.ndarray]) -> dict
     return {path: base.get(path, np.broadcast_to(np.float32(0), site.shape)) for path, site in sites.items()}
 
 
-def _adapter(files: PeftFiles, base: Mapping[str, np.ndarray]) -> Adapter:
+def _adapter(files: PeftFiles, base: Mapping[str, np.ndarray], untouched: Collection[str]) -> Adapter:
     updates: dict[str, Update] = {}
     dropout = float(files.config.get("lora_dropout") or 0.0)
     for name, module in files.modules.items():
@@ -127,7 +146,8 @@ def _adapter(files: PeftFiles, base: Mapping[str, np.ndarray]) -> Adapter:
         site = Site(path=name + TOKEN_ROWS, shape=shape, dtype="float32", kind="embedding", in_axes=(0,), out_axes=(1,))
         updates[site.path] = Rows(jnp.asarray(value), site, numbers)
     for name, value in full_tensors(files.saved).items():
-        updates[name] = _whole(files.where, name, value)
+        if name not in untouched:
+            updates[name] = _whole(files.where, name, value)
     return Adapter(updates)
 
 
@@ -153,7 +173,7 @@ def _whole(where: str, name: str, value: np.ndarray) -> Replace:
     return Replace(jnp.asarray(value), site)
 
 
-def _files(adapter: Adapter, sources: Sequence[PeftFiles]) -> PeftFiles:
+def _files(adapter: Adapter, sources: Sequence[PeftFiles], tables: Mapping[str, np.ndarray]) -> PeftFiles:
     arrays = {path: _array(update) for path, update in adapter.items() if not isinstance(update, LowRank)}
     modules: dict[str, Module] = {}
     kinds: dict[str, ModuleKind] = {name: module.kind for each in sources for name, module in each.modules.items()}
@@ -163,7 +183,7 @@ def _files(adapter: Adapter, sources: Sequence[PeftFiles]) -> PeftFiles:
             a, b = np.asarray(update.a), _laid_out(kind, np.asarray(update.b).T, update.a.ndim)
             modules[name] = Module(kind, a, b, arrays.pop(name + _MAGNITUDE, None), arrays.pop(name + _BIAS, None))
     rows = {path.removesuffix(TOKEN_ROWS): each.rows for path, each in adapter.items() if isinstance(each, Rows)}
-    return PeftFiles(_config(modules, rows, adapter, [each.config for each in sources]), modules, arrays)
+    return PeftFiles(_config(modules, rows, adapter, [each.config for each in sources]), modules, {**tables, **arrays})
 
 
 def _laid_out(kind: ModuleKind, b: np.ndarray, axes: int) -> np.ndarray:

@@ -78,10 +78,21 @@ class Dora(LowRank):
           dtype: of the magnitude; float64 beside a float64 weight, whose norms a narrower one would round.
         """
         base = squares(factors.site, weight)
-        known = {field.name: getattr(factors, field.name) for field in fields(factors)}
         size = jnp.sqrt(changed_squares(factors.site, weight, base, factors.pairs()))
         magnitude = size if size.dtype.itemsize > 4 else size.astype(dtype)
-        return cls(**known, magnitude=magnitude, base_squares=base, strength=jnp.ones_like(factors.scale))
+        return replace(cls.beside(factors, base), magnitude=magnitude)
+
+    @classmethod
+    def beside(cls, factors: LowRank, base_squares: Array) -> Self:
+        """The given factors with the magnitude that the weight's columns have without them.
+
+        Args:
+          factors: the low-rank part.
+          base_squares: `[*batch, *out]`, squared norms of the weight's columns.
+        """
+        known = {field.name: getattr(factors, field.name) for field in fields(LowRank)}
+        size = jnp.sqrt(base_squares)
+        return cls(**known, magnitude=size, base_squares=base_squares, strength=jnp.ones_like(factors.scale))
 
     def trains(self) -> Self:
         """True on both factors and the magnitude, False on the rest."""

@@ -141,6 +141,30 @@ def test_convert_from_an_adapter_without_a_recorded_base(adapter: lora.Adapter, 
     assert_same(lora.load(back, PARAMS | {"more": jnp.ones(3)}), adapter)
 
 
+def test_convert_brings_dora_back_with_its_norms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, peft, back, plain = (str(tmp_path / name) for name in ("orbax", "peft", "back", "plain"))
+    sites, config = lora.find_sites(mlp, PARAMS, jnp.ones((2, 5))), lora.LoraConfig(rank=2, method="dora")
+    adapter = lora.init(jax.random.key(0), config, PARAMS, sites)
+    lora.save(first, adapter, params=PARAMS)
+    lora.save(plain, random_adapter(sites), params=PARAMS)
+    assert main(["convert", first, peft]) == 0
+    assert main(["convert", peft, back, "--like", first]) == 0
+    assert_same(lora.load(back, PARAMS), adapter)
+    assert main(["convert", peft, str(tmp_path / "again"), "--like", plain]) == 2
+    assert "give a DoRA adapter of the same base as --like" in capsys.readouterr().err
+
+
+def test_convert_takes_the_table_beside_its_factors_for_the_bases(tmp_path: Path) -> None:
+    params = {"embed": {"embedding": jnp.ones((9, 4))}}
+    sites = lora.find_sites(lambda p, t: p["embed"]["embedding"][t], params, jnp.ones(3, int))
+    first, peft, back = (str(tmp_path / name) for name in ("orbax", "peft", "back"))
+    adapter = random_adapter(sites)
+    lora.save(first, adapter, params=params)
+    lora.peft.save(peft, adapter, sites=sites, params=params, save_embedding_layers=True)
+    assert main(["convert", peft, back, "--like", first]) == 0
+    assert_same(lora.load(back, params), adapter)
+
+
 @pytest.mark.parametrize("name", [*SAVED, "dora", "tokens"])
 def test_inspect_measures_what_pefts_files_do(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = inspect(GOLDEN / name)

@@ -277,3 +277,22 @@ def test_config_of_the_composition(folder: Path) -> None:
     for path, update in lora.peft.load("out", PARAMS, SITES).items():
         assert_close(update.delta(), desired[path].delta())
     assert len(load_file("out/adapter_model.safetensors")) == 4
+
+
+def test_tables_that_are_the_bases_are_kept_and_add_nothing(tmp_path: Path) -> None:
+    """PEFT writes the base's table beside its factors."""
+    table = np.arange(36, dtype=np.float32).reshape(9, 4)
+    ones = Module("embedding", np.ones((2, 9), np.float32), np.ones((4, 2), np.float32))
+    config = {"r": 2, "lora_alpha": 2, "target_modules": ["embed_tokens"]}
+    files = [PeftFiles(config, {"embed_tokens": ones}, {"embed_tokens.weight": table}) for _ in range(2)]
+    without = PeftFiles(config, {"embed_tokens": ones})
+    (tmp_path / "base").mkdir()
+    save_file({"embed_tokens.weight": table}, tmp_path / "base" / "model.safetensors")
+    for given in (files, [files[0], without]):
+        for base in (None, base_values(open_checkpoint(tmp_path / "base"), given)):
+            made, _ = compose_files(given, [0.5, 2], base)
+            assert_same(made.saved, {"embed_tokens.weight": table})
+            assert_close(made.delta("embed_tokens", (9, 4)), 2.5 * files[0].delta("embed_tokens", (9, 4)))
+    other = PeftFiles(config, {"embed_tokens": ones}, {"embed_tokens.weight": table + 1})
+    with pytest.raises(lora.LoraError, match=r"embed_tokens\.weight"):
+        compose_files([files[0], other], [0.5, 2])

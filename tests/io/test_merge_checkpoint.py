@@ -510,3 +510,80 @@ def test_out_inside_the_base_is_refused_through_links(small: tuple[Path, Path], 
     (tmp_path / "link").symlink_to(small[0])
     with pytest.raises(lora.CheckpointError, match="is inside the base"):
         merge_checkpoint(*small, tmp_path / "link" / "out")
+
+
+# Tables that the file has as they are, and vocabularies that training resized.
+
+TABLES = ("model.embed_tokens.weight", (9, 4)), ("lm_head.weight", (9, 4)), ("q.weight", (4, 4))
+UNTIED = {"vocab_size": 9, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_table_that_is_the_bases_changes_nothing(adapted: bool, dtype: str, tmp_path: Path) -> None:
+    base = state(*TABLES, dtype=np.dtype(jnp.bfloat16) if dtype == "bfloat16" else np.float32)
+    modules = {"model.embed_tokens": factors(4, 9, kind="embedding")} if adapted else {"q": factors(4, 4)}
+    tables = {"model.embed_tokens.weight": base["model.embed_tokens.weight"].astype(np.float32)}
+    write_base(tmp_path / "base", base, config=UNTIED)
+    plain = write_adapter(tmp_path / "plain", modules)
+    with_table = write_adapter(tmp_path / "table", modules, tables)
+    for name, adapter in (("a", plain), ("b", with_table)):
+        merge_checkpoint(tmp_path / "base", [adapter, adapter], tmp_path / name, weights=[0.5, 2])
+    assert_same(read_all(tmp_path / "b"), read_all(tmp_path / "a"))
+
+
+def test_a_table_of_another_base_takes_no_weight(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", state(*TABLES), config=UNTIED)
+    tables = {"model.embed_tokens.weight": np.ones((9, 4), np.float32)}
+    adapter = write_adapter(tmp_path / "lora", {"q": factors(4, 4)}, tables)
+    merge_checkpoint(base, adapter, tmp_path / "a")
+    assert_same(read_all(tmp_path / "a")["model.embed_tokens.weight"], tables["model.embed_tokens.weight"])
+    with pytest.raises(lora.CheckpointError, match="differs from the base's"):
+        merge_checkpoint(base, adapter, tmp_path / "b", weights=[2])
+
+
+@pytest.mark.parametrize("rows", [11, 8])
+@pytest.mark.parametrize("kind", ["saved", "beside factors", "tied", "nested config"])
+def test_a_vocabulary_that_training_resized(kind: str, rows: int, tmp_path: Path) -> None:
+    config: dict[str, Any] = UNTIED | ({"tie_word_embeddings": True} if kind == "tied" else {})
+    config = {"text_config": config} if kind == "nested config" else config
+    before = state(*TABLES)
+    if kind == "tied":
+        del before["lm_head.weight"]
+        config["architectures"] = ["XForCausalLM"]
+    base = write_base(tmp_path / "base", before, 2, config)
+    tables = state(*((name, (rows, 4)) for name, _ in TABLES[:2]))
+    if kind == "tied":
+        tables["lm_head.weight"] = tables["model.embed_tokens.weight"]
+    modules = {"q": factors(4, 4)}
+    if kind == "beside factors":
+        modules |= {"model.embed_tokens": factors(4, rows, kind="embedding"), "lm_head": factors(rows, 4)}
+    saved = {} if kind == "beside factors" else {"modules_to_save": ["embed_tokens", "lm_head"]}
+    adapter = write_adapter(tmp_path / "lora", modules, tables, **saved)
+    merged = merge_checkpoint(base, adapter, tmp_path / "out")
+    written, files = read_all(tmp_path / "out"), lora.peft.read_peft(adapter)
+    for name in before.keys() - {"q.weight"}:
+        module = name.removesuffix(".weight")
+        delta = files.delta(module, (rows, 4)) if kind == "beside factors" else np.float32(0)
+        assert_close(written[name], tables[name] + delta)
+    assert merged.nbytes == sum(value.nbytes for value in written.values())
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found == json.loads(json.dumps(config).replace('"vocab_size": 9', f'"vocab_size": {rows}'))
+
+
+def test_a_vocabulary_has_one_size(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", state(*TABLES, ("lm_head.bias", (9,))), config=UNTIED)
+    tables = state(("model.embed_tokens.weight", (11, 4)), ("lm_head.weight", (12, 4)))
+    cases = {
+        "while lm_head.bias and lm_head.weight would keep 9": {
+            "model.embed_tokens.weight": tables["model.embed_tokens.weight"]
+        },
+        "lm_head.weight: 12 rows, model.embed_tokens.weight: 11 rows": tables,
+        "while lm_head.bias would keep 9": dict.fromkeys(tables, tables["lm_head.weight"]),
+    }
+    for place, (message, saved) in enumerate(cases.items()):
+        adapter = write_adapter(
+            tmp_path / f"{place}", {"q": factors(4, 4)}, saved, modules_to_save=["embed_tokens", "head"]
+        )
+        with pytest.raises(lora.CheckpointError, match=message):
+            merge_checkpoint(base, adapter, tmp_path / "out")

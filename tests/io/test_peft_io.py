@@ -643,3 +643,49 @@ def test_every_layer_comes_back(case: Case, tmp_path: Path) -> None:
         assert_close(*merged)
     else:
         assert_same(loaded, adapter)
+
+
+# Modules that hold modules.
+
+
+def roberta_head(params: Params, x: jax.Array) -> jax.Array:
+    head = params["classifier"]
+    return jnp.tanh(x @ params["dense"]["kernel"] @ head["dense"]["kernel"]) @ head["out_proj"]["kernel"]
+
+
+HEAD = Model(
+    roberta_head,
+    nested(
+        {"dense/kernel": draw(4, 4), "classifier/dense/kernel": draw(4, 4), "classifier/out_proj/kernel": draw(4, 3)}
+    ),
+    draw(2, 4),
+    Names(literal=True),
+)
+
+
+def test_modules_that_hold_modules_are_saved_by_their_own_name(tmp_path: Path) -> None:
+    """As RoBERTa's classifier, which PEFT knows by that name only; factors of another `dense` are not inside it."""
+    whole = replaced(HEAD, "classifier/dense/kernel", "classifier/out_proj/kernel")
+    config = lora.LoraConfig(rank=2, targets=("dense",), exclude=("classifier/dense",))
+    factors = lora.init(jax.random.key(0), config, HEAD.params, HEAD.sites)
+    adapter = lora.Adapter({**whole, **factors})
+    lora.peft.save(tmp_path / "a", adapter, HEAD.names, sites=HEAD.sites, params=HEAD.params)
+    files = read_peft(tmp_path / "a")
+    assert (files.config["modules_to_save"], files.config["target_modules"]) == (["classifier"], ["dense"])
+    assert sorted(files.saved) == ["classifier.dense.weight", "classifier.out_proj.weight"]
+    assert_same(lora.peft.load(tmp_path / "a", HEAD.params, HEAD.sites, HEAD.names), adapter)
+    # One of them alone is not the classifier.
+    lora.peft.save(tmp_path / "b", adapter.without("classifier/dense/kernel"), HEAD.names, sites=HEAD.sites)
+    assert read_peft(tmp_path / "b").config["modules_to_save"] == ["classifier.out_proj"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "missing"), [((), "classifier"), (("classifier.dense.weight",), r"classifier\.out_proj")]
+)
+def test_what_a_saved_module_lacks_is_missing(kept: tuple[str, ...], missing: str, tmp_path: Path) -> None:
+    saved = {"classifier.dense.weight": draw(4, 4)}
+    config = {"r": 2, "target_modules": ["nothing"], "modules_to_save": ["classifier", "score"]}
+    modules = {"dense": Module("linear", draw(2, 4), draw(4, 2))}
+    write_peft(tmp_path / "a", PeftFiles(config, modules, {name: saved[name] for name in kept}))
+    with pytest.raises(lora.CheckpointError, match=rf"Missing, although its config names them: {missing}\."):
+        lora.peft.load(tmp_path / "a", HEAD.params, HEAD.sites, HEAD.names)

@@ -78,6 +78,10 @@ class Change:
         whole = self.value is not None and self.value.dtype.kind in "ib" and not self.rows and not self.parts
         return whole and tensor.dtype not in FLOATS
 
+    def shaped(self, tensor: Tensor) -> Tensor:
+        """The tensor with the shape of what replaces it."""
+        return tensor if self.value is None else tensor._replace(shape=self.value.shape)
+
     def check(self, tensor: Tensor) -> None:
         """Refuse a tensor that this change does not fit.
 
@@ -95,8 +99,21 @@ class Change:
         if wrong:
             raise CheckpointError(
                 f"{tensor.file}: {tensor.name} has shape {tensor.shape}, but the adapter was made for {wrong[0]}. It "
-                "belongs to another base, or the base's vocabulary was resized: then merge into the resized base."
+                "belongs to another base."
             )
+
+
+def holds(tensor: Tensor, value: np.ndarray) -> bool:
+    """Whether a tensor of the base has these numbers, once they are rounded to its dtype."""
+    if tensor.dtype not in FLOATS or tensor.shape != value.shape or not value.shape:
+        return False
+    rows, columns = _matrix(value.shape)
+    flat, wanted = tensor._replace(shape=(rows, columns)), value.reshape(rows, columns)
+    step = max(_BLOCK // max(columns, 1), 1)
+    blocks = ((start, min(start + step, rows)) for start in range(0, rows, step))
+    return all(
+        np.array_equal(flat.rows(*block), wanted[slice(*block)].astype(FLOATS[tensor.dtype])) for block in blocks
+    )
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -111,7 +128,9 @@ def bias_part(bias: np.ndarray, scale: float) -> Part:
 
 def changed(tensor: Tensor, change: Change, round_: Rounding) -> Item:
     """The tensor with the change, to be written; it is computed while it is written."""
-    return Item(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, _pieces(tensor, change, round_))
+    new = change.shaped(tensor)
+    nbytes = prod(new.shape) * FLOATS[new.dtype].itemsize
+    return Item(new.name, new.dtype, new.shape, nbytes, _pieces(new, change, round_))
 
 
 def _pieces(tensor: Tensor, change: Change, round_: Rounding) -> Iterator[Any]:

@@ -19,6 +19,7 @@ from lora_jax.io.hf.folder import CONFIG, INDEX, Checkpoint, Shard, dump, open_c
 from lora_jax.io.hf.plan import Plan, plan
 from lora_jax.io.hf.tensors import Item, Tensor, new_item, write_file
 from lora_jax.io.hf.ties import untied_config
+from lora_jax.io.hf.vocabulary import resized_config
 from lora_jax.io.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.read import read_peft
@@ -208,8 +209,13 @@ def _copy_others(source: Checkpoint, planned: Plan, beside: Path) -> None:
         target = beside / file
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.path / file, target)
+    config = source.config
     if planned.untied:
-        dump(beside / CONFIG, untied_config(source.config))
+        config = untied_config(config)
+    if planned.vocabulary is not None:
+        config = resized_config(config, planned.vocabulary)
+    if config is not source.config:
+        dump(beside / CONFIG, config)
 
 
 def _write(

@@ -8,12 +8,13 @@ from math import prod
 import numpy as np
 
 from lora_jax.errors import CheckpointError, listed, nearest
-from lora_jax.io.hf.changes import Change, Part, bias_part, merged_with
+from lora_jax.io.hf.changes import Change, Part, bias_part, holds, merged_with
 from lora_jax.io.hf.folder import Checkpoint
 from lora_jax.io.hf.tensors import Tensor
 from lora_jax.io.hf.ties import is_head, resolve_ties, tied_tables
+from lora_jax.io.hf.vocabulary import new_vocabulary
 from lora_jax.io.peft.config import setting
-from lora_jax.io.peft.files import PeftFiles, full_tensors, table_name, token_indices, token_rows
+from lora_jax.io.peft.files import PeftFiles, base_tables, full_tensors, table_name, token_indices, token_rows
 from lora_jax.io.peft.match import saves
 from lora_jax.io.peft.module import Module, matrices
 
@@ -37,12 +38,14 @@ class Plan:
       copies: new tensors that start as one of the base's: its name and the change, by new name.
       untied: whether the config must say that tables are no longer tied.
       added: new tensors, trained whole, that the base does not have.
+      vocabulary: the new number of tokens, where training changed it.
     """
 
     changes: Mapping[str, Change]
     copies: Mapping[str, tuple[str, Change]]
     untied: bool
     added: Mapping[str, np.ndarray] = field(default_factory=dict)
+    vocabulary: int | None = None
 
 
 def plan(base: Checkpoint, adapters: Sequence[tuple[PeftFiles, float]], untie: bool) -> Plan:
@@ -65,11 +68,12 @@ def plan(base: Checkpoint, adapters: Sequence[tuple[PeftFiles, float]], untie: b
     known = {*tensors, *(tied[:2] if tied else ())}
     added = {name: change.value for name, change in found.items() if name not in known and change.value is not None}
     planned = Plan(*resolve_ties(base, {name: change for name, change in found.items() if name not in added}, untie))
-    for name, change in planned.changes.items():
-        change.check(tensors[name])
-    for source, change in planned.copies.values():
-        change.check(tensors[source])
-    return replace(planned, added=added)
+    placed = {name: (tensors[name], change) for name, change in planned.changes.items()}
+    placed |= {name: (tensors[source], change) for name, (source, change) in planned.copies.items()}
+    vocabulary = new_vocabulary(base, placed)
+    for name, (tensor, change) in placed.items():
+        change.check(change.shaped(tensor) if vocabulary and name in vocabulary.tables else tensor)
+    return replace(planned, added=added, vocabulary=vocabulary.size if vocabulary else None)
 
 
 class PlacedAdapter:
@@ -87,23 +91,32 @@ class PlacedAdapter:
 
     def changes(self) -> dict[str, Change]:
         """Changes by tensor."""
-        found = {self.place(name): self._saved(name, value) for name, value in full_tensors(self.files.saved).items()}
-        found |= {
-            self.place(f"{name}.weight"): self._rows(name, rows) for name, rows in token_rows(self.files.saved).items()
-        }
+        untouched = self.untouched()
+        found = {
+            self.place(name): self._saved(name, value)
+            for name, value in full_tensors(self.files.saved).items() if name not in untouched
+        }  # fmt: skip
+        for name, rows in token_rows(self.files.saved).items():
+            table = self.place(f"{name}.weight")
+            found[table] = self._rows(name, rows, found.get(table, Change(shared=True)))
         for name, (entry, module) in self._modules().items():
             tensor = self.tensor(name)
-            change = self._low_rank(name, entry, module, tensor)
-            before = found.get(tensor.name)
-            if before is not None and before.rows:
+            before = found.get(tensor.name, Change())
+            change = self._low_rank(name, entry, module, before.shaped(tensor))
+            if before.rows:
                 raise CheckpointError(f"{self.files.where}: {name} has both factors and trained rows; merge it in PEFT")
-            found[tensor.name] = change if before is None else replace(change, value=before.value, shared=before.shared)
+            found[tensor.name] = replace(change, value=before.value, shared=before.shared)
             if module.b_bias is not None:
                 bias = self._bias(name)
                 scale = self.weight * self.files.scale(entry)
                 before = found.get(bias, Change())
                 found[bias] = replace(before, parts=(*before.parts, bias_part(module.b_bias, scale)))
         return found
+
+    def untouched(self) -> set[str]:
+        """Tables that the file has (save_embedding_layers, or beside their factors) as they are in the base."""
+        tables = base_tables(self.files).items()
+        return {name for name, value in tables if holds(self.tensor(name), value)}
 
     def _modules(self) -> dict[str, tuple[str, Module]]:
         """Entry and module of the file by the full name of the weight."""
@@ -185,20 +198,21 @@ class PlacedAdapter:
     def _saved(self, name: str, value: np.ndarray) -> Change:
         if self.weight != 1:
             raise CheckpointError(
-                f"{self.files.where}: {name} is stored whole and replaces the base's: this adapter's weight must be 1"
+                f"{self.files.where}: {name} is stored whole, differs from the base's and replaces it: this "
+                "adapter's weight must be 1"
             )
         return Change(value=value, shared=not saves(self.files.config.get("modules_to_save"), name))
 
-    def _rows(self, name: str, rows: np.ndarray) -> Change:
+    def _rows(self, name: str, rows: np.ndarray, before: Change) -> Change:
         if self.weight != 1:
             raise CheckpointError(f"{self.files.where}: {name} has trained rows: this adapter's weight must be 1")
         numbers = token_indices(self.files.where, self.files.config, name, rows)
-        size = self.tensor(f"{name}.weight").shape[0]
+        size = before.shaped(self.tensor(f"{name}.weight")).shape[0]
         if max(numbers) >= size:
             raise CheckpointError(
                 f"{self.files.where}: trainable_token_indices of {name} leave its table of {size} rows"
             )
-        return Change(rows=tuple(zip(numbers, rows, strict=True)), shared=True)
+        return replace(before, rows=tuple(zip(numbers, rows, strict=True)))
 
 
 def _renaming(base: Checkpoint, files: PeftFiles) -> Callable[[str], str]:

@@ -139,6 +139,11 @@ def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return new
 
 
+def is_table(name: str) -> bool:
+    """Whether a tensor is a look-up table by its name."""
+    return _TABLES.fullmatch(name) is not None
+
+
 def is_head(name: str) -> bool:
     """Whether a tensor is an output head by its name."""
     return _HEADS.fullmatch(name) is not None

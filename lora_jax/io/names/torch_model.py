@@ -34,11 +34,15 @@ class TorchModel:
     tensors: Mapping[str, str]
     unnamed: Mapping[str, MatchError] = field(default_factory=dict)
 
+    def owners(self) -> set[str]:
+        """Every module that holds parameters of its own."""
+        stacked = {*self.parameters()}
+        return {*self.modules} - stacked | {name.rpartition(".")[0] for name in (*self.tensors, *stacked)}
+
     def known(self) -> set[str]:
         """Every module, those that contain others included."""
-        owners = {name.rpartition(".")[0] for name in (*self.tensors, *self.parameters())}
-        names = {*self.modules} - {*self.parameters()} | owners
-        return {".".join(parts[:end]) for parts in (n.split(".") for n in names) for end in range(1, len(parts) + 1)}
+        names = (name.split(".") for name in self.owners())
+        return {".".join(parts[:end]) for parts in names for end in range(1, len(parts) + 1)}
 
     def parameters(self) -> list[str]:
         """Names of stacked parameters."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapter.site import Site, full_site
-from lora_jax.adapter.updates import LowRank
+from lora_jax.adapter.updates import LowRank, Update
 from lora_jax.errors import CheckpointError, ParameterError
 from lora_jax.io.names import layouts
 from lora_jax.io.names.layouts import ModuleVector, ParameterVector
@@ -20,6 +20,8 @@ from lora_jax.io.peft.module import Module, ModuleKind
 from lora_jax.methods import AdaLora, Dora, Shift, Vera
 from lora_jax.methods.dora import squares
 from lora_jax.paths import bias_beside
+
+EMPTY: Mapping[str, Update] = {}
 
 
 class ModulePart(NamedTuple):
@@ -33,10 +35,15 @@ class ModulePart(NamedTuple):
 
 
 class FactorsReader:
-    """From the modules of one file to updates: with the base's parameters, the file's dropout, and VeRA's seed."""
+    """From the modules of one file to updates: with the base's parameters, the file's dropout, and VeRA's seed.
 
-    def __init__(self, where: str, leaves: Mapping[str, Any], dropout: float, seed: int):
-        self.where, self.leaves, self.dropout, self.seed = where, leaves, dropout, seed
+    Where the parameters are abstract, DoRA's norms are another adapter's for the same base, by path.
+    """
+
+    def __init__(
+        self, where: str, leaves: Mapping[str, Any], dropout: float, seed: int, like: Mapping[str, Update] = EMPTY
+    ):
+        self.where, self.leaves, self.dropout, self.seed, self.like = where, leaves, dropout, seed, like
 
     def part(self, name: str, place: Place, module: Module, scale: float) -> ModulePart | None:
         """What a module holds for a parameter; None if that is nothing but zeros."""
@@ -98,12 +105,17 @@ class FactorsReader:
     def _dora(self, factors: LowRank, shares: Sequence[ModuleVector]) -> Dora:
         """Columns that the file says nothing about keep the length they have."""
         leaf, site = self.leaves[factors.site.path], factors.site
-        if isinstance(leaf, jax.ShapeDtypeStruct):
+        known = self.like.get(site.path)
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            update = Dora.around(factors, jnp.asarray(leaf))
+        elif isinstance(known, Dora):
+            update = Dora.beside(factors, known.base_squares)
+        else:
             raise CheckpointError(
                 f"{self.where} has DoRA magnitudes for {site.path!r}, whose effect depends on the base's value, "
-                "and abstract parameters have none: pass arrays."
+                "and abstract parameters have none: pass arrays. For lora-jax convert, give a DoRA adapter of the same "
+                "base as --like, which has its norms."
             )
-        update = Dora.around(factors, jnp.asarray(leaf))
         magnitude = np.array(update.magnitude)
         layouts.fill_vector(
             magnitude, site, [ModuleVector(to, value * np.float32(to.part.gain)) for to, value in shares]

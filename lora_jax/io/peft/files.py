@@ -13,7 +13,7 @@ import numpy as np
 from lora_jax.errors import CheckpointError
 from lora_jax.io.peft import config as peft_config
 from lora_jax.io.peft.config import mask_of
-from lora_jax.io.peft.match import targets
+from lora_jax.io.peft.match import saves, targets
 from lora_jax.io.peft.module import Module, delta
 
 # Layers that `save_embedding_layers` writes although no config names them.
@@ -159,6 +159,20 @@ def token_rows(saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def full_tensors(saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors that are there in full: all but trained rows."""
     return {name: value for name, value in saved.items() if not _TOKENS.search(name)}
+
+
+def base_tables(files: PeftFiles) -> dict[str, np.ndarray]:
+    """The whole tensors that the config does not train: the base's own tables, unless another base is meant.
+
+    PEFT writes them beside the factors of a table, and where a vocabulary was resized.
+
+    >>> tables = {"wte.weight": np.ones((9, 4)), "head.weight": np.ones((9, 4)), "up.bias": np.ones(3)}
+    >>> list(base_tables(PeftFiles({"modules_to_save": ["head"]}, {}, tables)))
+    ['wte.weight']
+    """
+    trained = files.config.get("modules_to_save")
+    whole = full_tensors(files.saved).items()
+    return {name: value for name, value in whole if not name.endswith(".bias") and not saves(trained, name)}
 
 
 def table_name(name: str) -> str:

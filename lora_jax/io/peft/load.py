@@ -11,13 +11,14 @@ import numpy as np
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import check_parameters
 from lora_jax.adapter.site import Sites
+from lora_jax.adapter.updates import Update
 from lora_jax.errors import CheckpointError, listed, nearest
 from lora_jax.io.names import layouts
 from lora_jax.io.names.known import find_names
 from lora_jax.io.names.names import Names
 from lora_jax.io.names.torch_model import Place, TorchModel, is_tied, torch_model
 from lora_jax.io.peft.config import peft_type_of
-from lora_jax.io.peft.factors import FactorsReader, ModulePart
+from lora_jax.io.peft.factors import EMPTY, FactorsReader, ModulePart
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.match import saves, targets
 from lora_jax.io.peft.module import Module
@@ -128,15 +129,45 @@ def load(
     return adapter
 
 
+def load_like(
+    path: str | PathLike[str], like: Adapter, shapes: Mapping[str, Any], names: Names | str | None = None
+) -> Adapter:
+    """Read an adapter that PyTorch PEFT wrote for the base of another adapter, without that base.
+
+    Args:
+      path: as for `load`.
+      like: an adapter with an update for every parameter that the file changes, DoRA's where that has magnitudes.
+      shapes: shapes and dtypes of the base's parameters by path.
+      names: as for `load`.
+
+    Raises:
+      CheckpointError: as for `load`.
+      MatchError: likewise.
+    """
+    sites = Sites([update.site for update in like.values() if update.site.kind != "full"], tuple(shapes))
+    reader = _Reader(read_peft(path), shapes, sites, find_names(names), like)
+    adapter, unmatched = reader.adapter()
+    if any(unmatched) or not adapter:
+        raise CheckpointError(reader.complaint(unmatched))
+    return adapter
+
+
 class _Reader:
     """One adapter on its way into one model."""
 
-    def __init__(self, files: PeftFiles, leaves: Mapping[str, Any], sites: Sites, names: Names):
+    def __init__(
+        self,
+        files: PeftFiles,
+        leaves: Mapping[str, Any],
+        sites: Sites,
+        names: Names,
+        like: Mapping[str, Update] = EMPTY,
+    ):
         self.files, self.leaves, self.sites, self.names = files, leaves, sites, names
         self.torch_model: TorchModel = torch_model(names, sites)
         config = files.config
         dropout, seed = config.get(peft_type_of(config).dropout) or 0.0, config.get("projection_prng_key") or 0
-        self.factors = FactorsReader(files.where, leaves, float(dropout), seed)
+        self.factors = FactorsReader(files.where, leaves, float(dropout), seed, like)
         self.unexpected: list[str] = []
         self.mismatched: list[str] = []
 
@@ -244,11 +275,12 @@ class _Reader:
         """Modules that the config adapts or saves, and that the file does not have."""
         config = self.files.config
         saved = {name.rpartition(".")[0] for name in self.files.saved}
-        absent = [
-            entry for entry in config.get("modules_to_save") or ()
-            if not any(name.endswith(entry) for name in saved)
-            and any(name.endswith(entry) for name in self.torch_model.known())
-        ]  # fmt: skip
+        absent: list[str] = []
+        for entry in config.get("modules_to_save") or ():
+            # A module may hold others, as RoBERTa's classifier does: all of them are saved.
+            inside = sorted(owner for owner in self.torch_model.owners() if saves([entry], f"{owner}.weight"))
+            lacking = [owner for owner in inside if owner not in saved]
+            absent += [entry] if lacking and lacking == inside else lacking
         # What layers_to_transform leaves out is left out on purpose.
         if config.get("layers_to_transform") is None:
             absent += [

@@ -120,6 +120,9 @@ class FullTensorReader:
     def _changed(self, name: str, path: str, value: np.ndarray) -> bool:
         leaf = self.leaves[path]
         if isinstance(leaf, jax.ShapeDtypeStruct):
+            if name.rpartition(".")[0] in self.files.modules:
+                # PEFT writes the base's own table beside its factors, and leaves it as it is.
+                return False
             raise CheckpointError(
                 f"{self.files.where}: {name} is a whole table of the base (save_embedding_layers), and abstract "
                 "parameters do not tell whether it changed: pass arrays."
@@ -202,12 +205,13 @@ class FullTensorWriter:
         transposed = layouts.is_transposed(site, self.names.fan_in_fan_out)
         return layouts.weight_to_torch(site, value, transposed=transposed)
 
-    def config(self, torch_model: TorchModel, adapted: Collection[str]) -> tuple[list[str], str]:
+    def config(self, torch_model: TorchModel, adapted: Collection[str], *, complete: bool) -> tuple[list[str], str]:
         """`modules_to_save` and `bias` that make PEFT load the tensors; modules are completed from the base.
 
         Args:
           torch_model: every name of the model.
           adapted: modules that have factors.
+          complete: whether those names are all that the model has.
         """
         owners: dict[str, set[str]] = {}
         for name in full_tensors(self.saved):
@@ -216,10 +220,15 @@ class FullTensorWriter:
         biases = {owner for owner, leaves in owners.items() if leaves == {"bias"}}
         # With ensure_weight_tying PEFT adds the head of a saved table by itself.
         heads = {self.names.tied.get(owner) for owner in owners} if self.ties else set()
-        modules = sorted(owners.keys() - biases - heads)
-        for owner in modules:
+        whole = sorted(owners.keys() - biases - heads)
+        for owner in whole:
             self._complete(owner)
-            _check_alone(owner, (torch_model.known() | {*adapted} | {*modules}) - heads)
+        modules = _joined(whole, torch_model.owners() - heads | {*adapted}) if complete else whole
+        for owner in modules:
+            others = (torch_model.known() | {*adapted} | {*whole}) - heads
+            # Nothing but what is saved too is inside a module that stands for several.
+            inside = set() if owner in whole else {name for name in others if name.startswith(f"{owner}.")}
+            _check_alone(owner, others - inside)
         return modules, "none" if not biases else "lora_only" if biases <= {*adapted} else "all"
 
     def _complete(self, owner: str) -> None:
@@ -275,6 +284,25 @@ def untied(site: Site, module: str) -> CheckpointError:
         f"{site.path!r} is look-up table and output head at once, and PEFT would apply the update to the look-up only. "
         f"If PyTorch's model ties them too, name its head: Names(tied={{{module!r}: 'lm_head'}}); or do not adapt it."
     )
+
+
+def _joined(modules: Collection[str], known: Collection[str]) -> list[str]:
+    """Modules that are trained in full, by the name of the one around several of which nothing else is known.
+
+    >>> _joined(["head.dense", "head.out", "norm"], ["head.dense", "head.out", "norm", "layer.q"])
+    ['head', 'norm']
+    """
+    inside: dict[str, set[str]] = {}
+    for name in known:
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            inside.setdefault(".".join(parts[:end]), set()).add(name)
+    parents = {
+        parent for parent, held in inside.items() if len(held) > 1 and parent not in known and held <= {*modules}
+    }
+    outer = [parent for parent in parents if not any(parent.startswith(f"{other}.") for other in parents)]
+    alone = [name for name in modules if not any(name.startswith(f"{parent}.") for parent in outer)]
+    return sorted([*outer, *alone])
 
 
 def _check_alone(owner: str, others: set[Any]) -> None:

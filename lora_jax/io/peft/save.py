@@ -20,7 +20,7 @@ from lora_jax.io.names.torch_model import is_tied, torch_model
 from lora_jax.io.peft.config import ADALORA, LORA, VERA, PeftType
 from lora_jax.io.peft.factors import FactorsWriter, ScaledModule, Source
 from lora_jax.io.peft.files import PeftFiles
-from lora_jax.io.peft.match import shortest, targets
+from lora_jax.io.peft.match import saves, shortest, targets
 from lora_jax.io.peft.module import Module
 from lora_jax.io.peft.modules_to_save import FullTensorWriter, untied
 from lora_jax.io.peft.peft_type import (
@@ -214,7 +214,7 @@ class _Writer:
 
     def _config(self, plain: set[str], parameters: list[str]) -> dict[str, Any]:
         """What a config says beside ranks and scales."""
-        modules_to_save, bias = self.full.config(self.torch_model, plain)
+        modules_to_save, bias = self.full.config(self.torch_model, plain, complete=self.complete)
         common = {
             "peft_type": self.peft_type.name,
             "target_modules": self._wanted(plain, modules_to_save),
@@ -265,7 +265,7 @@ class _Writer:
         """`target_modules` that hit the adapted modules and nothing else that is known."""
         others = self.torch_model.known() - plain
         # Nothing inside a saved module is ever targeted.
-        others = {name for name in others if not any(name.endswith(entry) for entry in modules_to_save)}
+        others = {name for name in others if not saves(modules_to_save, f"{name}.weight")}
         chosen = shortest(plain, others) if self.complete else sorted(plain)
         if any(targets(chosen, other) for other in others):
             return "|".join(re.escape(name) for name in sorted(plain))
