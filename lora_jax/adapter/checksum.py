@@ -92,11 +92,14 @@ def _all_frozen(updates: Mapping[str, Update]) -> list[Any]:
     return [leaf for update in updates.values() for leaf, _ in _frozen(update)]
 
 
-def _sums(frozen: list[list[tuple[Any, int]]]) -> jax.Array:
+def _sums(frozen: list[list[tuple[Any, int]]]) -> jax.Array | np.ndarray:
     lanes = next(leaf.shape[: leaf.ndim - own] for each in frozen for leaf, own in each)
     sums = [sum([_squares(*one) for one in each], np.float32(0)) for each in frozen]
     stacked = np if all(isinstance(each, (np.ndarray, np.generic)) for each in sums) else jnp
-    return jnp.asarray(stacked.stack([stacked.broadcast_to(each, lanes) for each in sums], -1))
+    found = stacked.stack([stacked.broadcast_to(each, lanes) for each in sums], -1)
+    # An adapter of NumPy's arrays has nothing of JAX's: no device is needed to hold it.
+    on_host = all(isinstance(leaf, np.ndarray) for each in frozen for leaf, _ in each)
+    return found if on_host else jnp.asarray(found)
 
 
 def _squares(leaf: Any, own: int) -> Any:

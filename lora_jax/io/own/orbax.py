@@ -1,8 +1,7 @@
 """`lora_jax.save` and `load`: adapter checkpoints through Orbax, with enough to know what they belong to.
 
 The directory is an ordinary Orbax checkpoint: a tree `{path: {field: array}}`, and under `lora_jax` in its custom
-metadata everything that is no array. Orbax writes to a temporary directory and renames it at the end, so a save
-that was cut short never loads.
+metadata everything that is no array. It appears at its path whole: a save that is cut short leaves what was there.
 
 An `Adapter` is a plain pytree too: to resume training exactly, save it together with the optimizer's state through
 `ocp.training.Checkpointer` or `CheckpointManager`, with the freshly made state as the abstract tree to restore into.
@@ -10,7 +9,8 @@ An `Adapter` is a plain pytree too: to resume training exactly, save it together
 
 from collections.abc import Callable
 from os import PathLike, fspath
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,13 @@ from lora_jax.adapter.sharding import checksum_place
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError, LoraError
 from lora_jax.io.own import manifest
+from lora_jax.io.own.write import guarded as _guarded_writing
+from lora_jax.io.own.write import plain_name, write
 from lora_jax.paths import named_leaves
+from lora_jax.publish import place, steady
 
 _KEY = "lora_jax"
+_Result = TypeVar("_Result")
 _BROKEN = (ValueError, TypeError, LookupError, AttributeError, OSError, RuntimeError)
 
 
@@ -47,16 +51,18 @@ def save(
     checkpoint says by itself what it holds.
 
     Args:
-      path: the directory to create; anything `epath` understands, such as `gs://bucket/adapter`.
+      path: the directory to create, or a link to it; on remote storage anything that `epath` understands, such as
+        `gs://bucket/adapter`.
       adapter: what to save.
       config: the config it was made with, to be read back by `load_config`.
       params: the base's parameters (arrays or `jax.ShapeDtypeStruct`). Paths, shapes and dtypes of all of them are
         recorded, and checked when the adapter is loaded for a base. Without it, those of adapted parameters are.
-      overwrite: replace an adapter that is there already. The old one is deleted first. Anything else found at
-        `path` is never deleted.
+      overwrite: replace an adapter that is there already, in one step: at every moment the old one or the new one is
+        there. Anything else found at `path`, or in it, is never deleted. Not on remote storage, which has no such step.
 
     Raises:
-      CheckpointError: `path` exists, or the adapter is empty.
+      CheckpointError: `path` exists, it cannot be written, what was written does not read back, or the adapter is
+        empty.
       ParameterError: the adapter does not fit `params`.
 
     Example:
@@ -74,12 +80,14 @@ def save(
         raise CheckpointError(f"Nothing to save at {where}: the adapter is empty")
     if params is not None:
         check_parameters(adapter, named_leaves(params)[0])
-    if where.exists():
-        _check_replaceable(where, overwrite)
     warn_if_moved([adapter])
     arrays = {name: {field: _array(leaf) for field, leaf in manifest.arrays(adapter[name]).items()} for name in adapter}
     notes: Any = {_KEY: manifest.describe(adapter, config, params)}
-    ocp.save(where, arrays, overwrite=overwrite, custom_metadata=notes)
+    if _is_remote(path):
+        _check_new(where)
+        _guarded_writing(where, lambda: ocp.save(where, arrays, custom_metadata=notes))
+    else:
+        write(place(path), arrays, notes, replace=_check_replaceable if overwrite else None)
 
 
 def load(
@@ -118,14 +126,17 @@ def load(
       ...     print("w is float32[4,7], not float32[4,3]" in str(error))
       True
     """
-    where = _resolve(path)
-    notes, stored = _read(where)
-    abstract = _guarded(where, _abstract, notes, stored)
-    _guarded(where, manifest.check_base, str(where), notes, params)
-    _check_dtypes(where, abstract)
+    return _steadily(path, lambda where, shown: _load(where, shown, params, sharding))
+
+
+def _load(where: Any, shown: str, params: Any, sharding: Any) -> Adapter:
+    notes, stored = _read(where, shown)
+    abstract = _guarded(shown, _abstract, notes, stored)
+    _guarded(shown, manifest.check_base, shown, notes, params)
+    _check_dtypes(shown, abstract)
     places = sharding(abstract) if callable(sharding) and not isinstance(sharding, Sharding) else sharding
     target = _target(abstract, places)
-    arrays = _guarded(where, ocp.load, where, {name: manifest.arrays(target[name]) for name in target})
+    arrays = _guarded(shown, ocp.load, where, {name: manifest.arrays(target[name]) for name in target})
     if places is None:
         return manifest.assemble(notes, jax.tree.map(jnp.asarray, arrays))
     adapter = manifest.assemble(notes, arrays)
@@ -153,9 +164,8 @@ def load_config(path: str | PathLike[str]) -> LoraConfig | None:
       >>> load_config(folder) == config
       True
     """
-    where = _resolve(path)
-    fields = _read(where)[0]["config"]
-    return None if fields is None else _guarded(where, lambda: LoraConfig(**fields))
+    fields = _notes(path)["config"]
+    return None if fields is None else _guarded(fspath(path), lambda: LoraConfig(**fields))
 
 
 def load_base(path: str | PathLike[str]) -> dict[str, jax.ShapeDtypeStruct] | None:
@@ -170,20 +180,45 @@ def load_base(path: str | PathLike[str]) -> dict[str, jax.ShapeDtypeStruct] | No
     Raises:
       CheckpointError: there is no adapter at `path`, or it is damaged.
     """
-    where = _resolve(path)
-    return _guarded(where, manifest.base_shapes, _read(where)[0])
+    return _guarded(fspath(path), manifest.base_shapes, _notes(path))
+
+
+def _notes(path: str | PathLike[str]) -> dict[str, Any]:
+    return _steadily(path, lambda where, shown: _read(where, shown)[0])
+
+
+def _is_remote(path: str | PathLike[str]) -> bool:
+    return "://" in fspath(path)
 
 
 def _resolve(path: str | PathLike[str]) -> Any:
     where = ocp.path.Path(fspath(path))
-    return where if "://" in fspath(path) else where.expanduser().absolute()
+    return where if _is_remote(path) else where.expanduser().absolute()
 
 
-def _check_replaceable(where: Any, overwrite: bool) -> None:
-    if not overwrite:
-        raise CheckpointError(f"{where} exists already. Choose another path, or pass overwrite=True to replace it.")
+def _steadily(path: str | PathLike[str], read: Callable[[Any, str], _Result]) -> _Result:
+    """Read what is at a path, again if another adapter takes its place meanwhile."""
+    where = _resolve(path)
+    if _is_remote(path):
+        return read(where, str(where))
+
+    def under_a_plain_name() -> _Result:
+        with plain_name(Path(where)) as plain:
+            return read(ocp.path.Path(plain), str(where))
+
+    return steady(Path(where), under_a_plain_name)
+
+
+def _check_new(where: Any) -> None:
+    if where.exists():
+        raise CheckpointError(
+            f"{where} exists already, and nothing is replaced on remote storage: choose another path."
+        )
+
+
+def _check_replaceable(where: Path) -> None:
     try:
-        _read(where)
+        _notes(where)
     except CheckpointError as error:
         raise CheckpointError(
             f"{where} exists and is no adapter that could be replaced, so it is left alone. Choose another path, or "
@@ -195,17 +230,17 @@ def _array(leaf: Any) -> jax.Array | np.ndarray:
     return leaf if isinstance(leaf, (jax.Array, np.ndarray)) else jnp.asarray(leaf)
 
 
-def _read(where: Any) -> tuple[dict[str, Any], Any]:
+def _read(where: Any, shown: str) -> tuple[dict[str, Any], Any]:
     """The metadata, checked, and the abstract arrays as they are stored."""
     if not where.exists():
-        raise CheckpointError(f"There is nothing at {where}. Check the path; lora_jax.save creates such a directory.")
-    found = _guarded(where, ocp.metadata, where)
+        raise CheckpointError(f"There is nothing at {shown}. Check the path; lora_jax.save creates such a directory.")
+    found = _guarded(shown, ocp.metadata, where)
     notes: Any = (found.custom_metadata or {}).get(_KEY)
-    manifest.check_format(str(where), notes)
+    manifest.check_format(shown, notes)
     return notes, found.metadata
 
 
-def _guarded(where: Any, function: Callable[..., Any], *args: Any) -> Any:
+def _guarded(where: str, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except LoraError:
@@ -222,7 +257,7 @@ def _abstract(notes: Any, stored: Any) -> Adapter:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), manifest.assemble(notes, stored))
 
 
-def _check_dtypes(where: Any, abstract: Adapter) -> None:
+def _check_dtypes(where: str, abstract: Adapter) -> None:
     for leaf in jax.tree.leaves(abstract):
         if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
             raise CheckpointError(

@@ -16,6 +16,7 @@ from lora_jax.io.peft.files import EMBEDDINGS, PeftFiles
 from lora_jax.io.peft.keys import WEIGHTS, parse, unparse
 from lora_jax.io.peft.match import saves, targets
 from lora_jax.io.peft.module import Module, ModuleKind
+from lora_jax.publish import steady
 
 _MAX_RANK = 1 << 16
 _DTYPES = {"F16", "BF16", "F32", "F64"}
@@ -48,7 +49,12 @@ def read_peft(path: str | PathLike[str], subfolder: str | None = None) -> PeftFi
       >>> read_peft(folder).modules["q"].a.shape
       (2, 4)
     """
-    weights, config_path = _locate(Path(path).expanduser(), subfolder)
+    weights, _ = _locate(Path(path).expanduser(), subfolder)
+    return steady(weights.parent, lambda: _read(Path(path).expanduser(), subfolder))
+
+
+def _read(path: Path, subfolder: str | None) -> PeftFiles:
+    weights, config_path = _locate(path, subfolder)
     config = read_config(config_path)
     if config is not None:
         peft_config.check(str(config_path), config)

@@ -1,26 +1,28 @@
 """Writing a PEFT adapter to disk, `adapter_model.safetensors` and `adapter_config.json`, whole or not at all."""
 
+import errno
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from lora_jax.errors import CheckpointError
 from lora_jax.io.peft.config import CONFIG
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.keys import PREFIX, WEIGHTS, unparse
+from lora_jax.publish import place, publish
 
 
 def write_peft(path: str | PathLike[str], files: PeftFiles, *, overwrite: bool = False) -> None:
     """Write a PEFT adapter directory: `adapter_config.json` and `adapter_model.safetensors`.
 
-    Both are written beside `path` and renamed at the end, so that a write cut short leaves nothing under that name.
+    Both are written beside `path`, read back, and take their place together, so that a write that is cut short changes
+    nothing, and a reader never gets one of each.
 
     Args:
       path: the directory to create.
@@ -40,31 +42,27 @@ def write_peft(path: str | PathLike[str], files: PeftFiles, *, overwrite: bool =
       >>> sorted(os.listdir(folder))
       ['adapter_config.json', 'adapter_model.safetensors']
     """
-    where = Path(path).expanduser().absolute()
+    where = place(path)
     if not files.modules and not files.saved:
         raise CheckpointError(f"Nothing to write to {where}: the adapter is empty")
-    if where.exists() or where.is_symlink():
-        _check_replaceable(where, overwrite)
-    arrays = _tensors(files)
-    text = _config(files)
+    arrays, text = _tensors(files), _config(files)
+    publish(where, lambda folder: _write(folder, arrays, text), replace=_check_replaceable if overwrite else None)
+
+
+def _write(folder: Path, arrays: dict[str, np.ndarray], text: str) -> None:
     try:
-        _write(where, arrays, text)
-    except OSError as error:
-        raise CheckpointError(f"{where} cannot be written: {error}") from None
+        save_file(arrays, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+        found = load_file(folder / WEIGHTS)
+    except SafetensorError as error:  # An error of the disk too.
+        raise OSError(f"{WEIGHTS}: {error}") from None
+    same = found.keys() == arrays.keys() and all(_alike(found[key], array) for key, array in arrays.items())
+    if not same or (folder / CONFIG).read_text(encoding="utf-8") != text:
+        raise OSError(errno.EIO, "what was written reads back as something else")
 
 
-def _write(where: Path, arrays: dict[str, np.ndarray], text: str) -> None:
-    where.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=where.parent, prefix=f".{where.name}-") as folder:
-        beside = Path(folder) / "adapter"
-        beside.mkdir()
-        save_file(arrays, beside / WEIGHTS, metadata={"format": "pt"})
-        (beside / CONFIG).write_text(text)
-        if where.exists():
-            for name in (WEIGHTS, CONFIG):
-                os.replace(beside / name, where / name)
-        else:
-            os.replace(beside, where)
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and one.tobytes() == other.tobytes()
 
 
 def _tensors(files: PeftFiles) -> dict[str, np.ndarray]:
@@ -100,9 +98,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _check_replaceable(where: Path, overwrite: bool) -> None:
-    if not overwrite:
-        raise CheckpointError(f"{where} exists already. Choose another path, or pass overwrite=True to replace it.")
+def _check_replaceable(where: Path) -> None:
     if not (where / CONFIG).is_file() and not (where / WEIGHTS).is_file():
         raise CheckpointError(f"{where} exists and is no PEFT adapter, so it is left alone. Choose another path.")
     for name in (WEIGHTS, CONFIG):

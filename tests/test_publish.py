@@ -1,0 +1,108 @@
+"""Directories appear whole, or what was there stays: replacing, failing, left-overs, links, writers side by side."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers import random_adapter
+
+import lora_jax as lora
+from lora_jax.adapter.site import Site
+from lora_jax.errors import CheckpointError
+from lora_jax.publish import place, publish, steady
+
+DENSE = Site(path="w", shape=(4, 3), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
+
+
+def writes(text: str):
+    return lambda folder: (folder / "ours").write_text(text)
+
+
+def anything(where: Path) -> None:
+    """May be replaced."""
+
+
+def test_what_is_there_is_replaced_in_one_step_and_the_rest_of_it_kept(tmp_path: Path) -> None:
+    where = tmp_path / "a"
+    publish(where, writes("old"))
+    (where / "README").write_text("mine")
+    (where / "best").mkdir()
+    (where / "best" / "ours").write_text("another")
+    publish(where, writes("new"), replace=anything)
+    found = {str(path.relative_to(where)): path.read_text() for path in where.rglob("*") if path.is_file()}
+    assert found == {"ours": "new", "README": "mine", "best/ours": "another"}
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_nothing_is_replaced_without_leave(tmp_path: Path) -> None:
+    publish(tmp_path / "a", writes("old"))
+    with pytest.raises(CheckpointError, match="exists already"):
+        publish(tmp_path / "a", writes("new"))
+    assert (tmp_path / "a" / "ours").read_text() == "old"
+
+
+def test_a_failure_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    def fails(folder: Path) -> None:
+        (folder / "ours").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    publish(tmp_path / "a", writes("old"))
+    with pytest.raises(CheckpointError, match=r"No space left on device\. What was there before is untouched"):
+        publish(tmp_path / "a", fails, replace=anything)
+    assert (tmp_path / "a" / "ours").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    kept: list[Path] = []
+    publish(tmp_path / "a", lambda folder: kept.append(folder.parent))
+    kept[0].mkdir()
+    (kept[0] / "new").mkdir()
+    (kept[0] / "new" / "half").write_text("")
+    publish(tmp_path / "a", writes("new"), replace=anything)
+    assert os.listdir(tmp_path) == ["a"]
+    assert os.listdir(tmp_path / "a") == ["ours"]
+
+
+def test_writers_of_one_path_take_turns(tmp_path: Path) -> None:
+    where = tmp_path / "a"
+    publish(where, writes("0"))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: publish(where, writes(str(i)), replace=anything), range(40)))
+    assert (where / "ours").read_text().isdigit()
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_links(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(CheckpointError, match="where nothing is"):
+        place(tmp_path / "link")
+    (tmp_path / "real").mkdir()
+    assert place(tmp_path / "link") == tmp_path / "real"
+
+
+def test_names_that_are_too_long_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        lora.save(tmp_path / ("x" * 300), random_adapter([DENSE]))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["lr[0.1]", "a\\b", "x" * 250, "a.orbax-checkpoint-tmp"])
+def test_unusual_names_of_our_own_format_come_back(name: str, tmp_path: Path) -> None:
+    adapter = random_adapter([DENSE])
+    lora.save(tmp_path / name, adapter)
+    assert bool((lora.load(tmp_path / name)["w"].a == adapter["w"].a).all())
+
+
+def test_a_reader_starts_again_if_another_directory_takes_the_place(tmp_path: Path) -> None:
+    publish(tmp_path / "a", writes("old"))
+    seen: list[str] = []
+
+    def read() -> str:
+        seen.append((tmp_path / "a" / "ours").read_text())
+        if len(seen) == 1:
+            publish(tmp_path / "a", writes("new"), replace=anything)
+        return seen[-1]
+
+    assert steady(tmp_path / "a", read) == "new"
