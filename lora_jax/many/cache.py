@@ -1,16 +1,23 @@
 """AdapterCache: which adapters of a larger collection are in a bank, by name, on the host's side."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, get_args
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from threading import RLock
+from typing import Literal, NamedTuple, Self, get_args
 
 import numpy as np
 
 from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.origin import Identity, changed
 from lora_jax.errors import ConfigError, ParameterError, listed
 from lora_jax.many.bank import AdapterBank
+from lora_jax.many.prefetch import Prefetched, loaded
 
 Policy = Literal["lru", "fifo"]
+
+
+class _Entry(NamedTuple):
+    slot: int
+    origin: Mapping[str, Identity]
 
 
 class AdapterCache:
@@ -19,9 +26,16 @@ class AdapterCache:
     A batch asks with `ids`; what is missing is loaded, in place of what the policy gives up. The arrays keep their
     shapes, so that nothing is compiled for any of it.
 
+    An adapter whose files were written again since `load` read them with `lora.load` or `lora.peft.load` is loaded
+    again by the next batch that names it. What comes from elsewhere is loaded again after `evict`.
+
+    Threads may share a cache: every method takes its one lock. Loading writes into the arrays of `bank`, so a thread
+    holds the lock, `with cache:`, from `ids` to the call that gets the bank.
+
     Args:
       bank: where adapters go; its slots are the cache's from now on, and it is not to be used elsewhere.
-      load: gives the adapter of a name: `lora.load`, a look-up in a dictionary, or what you like. May run in a thread.
+      load: gives the adapter of a name: `lora.load`, a look-up in a dictionary, or what you like. Once `prefetch` is
+        used, it may run in two threads at once.
       policy: what is given up for a new adapter: `"lru"`, the one that no batch asked for the longest, or `"fifo"`, the
         one that came first.
       pinned: names that stay once they are there.
@@ -56,14 +70,23 @@ class AdapterCache:
         self._check_room(self.pinned)
         self.hits = self.misses = 0
         self._load = load
-        self._slots: dict[str, int] = {}  # By name, what is given up first in front.
-        self._coming: dict[str, Future[Adapter]] = {}
-        self._thread = ThreadPoolExecutor(1, "lora-prefetch")
+        self._lock = RLock()
+        self._entries: dict[str, _Entry] = {}  # By name, what is given up first in front.
+        self._prefetched = Prefetched(load, bank.slots - 1)
+
+    def __enter__(self) -> Self:
+        """Keep other threads out, so that nothing changes between `ids` and the use of `bank`."""
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Let other threads in again."""
+        self._lock.release()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Adapters that are in the bank, what is given up first in front."""
-        return tuple(self._slots)
+        return tuple(self._entries)
 
     def ids(self, names: Sequence[str | None]) -> np.ndarray:
         """Slots for the examples of a batch, with every adapter that they need in `bank`.
@@ -79,50 +102,60 @@ class AdapterCache:
           ParameterError: a name has no adapter.
         """
         wanted = list(dict.fromkeys(name for name in names if name is not None))
-        self._check_room({*wanted, *(name for name in self.pinned if name in self._slots)})
-        for name in wanted:
-            if name in self._slots:
-                self.hits += 1
-                if self.policy == "lru":
-                    self._slots[name] = self._slots.pop(name)
-        for name in wanted:
-            if name not in self._slots:
+        with self._lock:
+            self._check_room({*wanted, *(name for name in self.pinned if name in self._entries)})
+            missing = [name for name in wanted if not self._current(name)]
+            self.hits += len(wanted) - len(missing)
+            if self.policy == "lru":
+                self._entries |= {name: self._entries.pop(name) for name in wanted if name in self._entries}
+            for name in missing:
                 self.misses += 1
                 self._put(name, keep=wanted)
-        return np.asarray([0 if name is None else self._slots[name] for name in names], np.int32)
+            return np.asarray([0 if name is None else self._entries[name].slot for name in names], np.int32)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Begin to load adapters that a batch will ask for, in a thread; they enter the bank when one does."""
-        for name in names:
-            if name not in self._slots and name not in self._coming:
-                self._coming[name] = self._thread.submit(self._found, name)
+        """Begin to load adapters that a batch will ask for, in a thread; they enter the bank when one does.
+
+        Never waits. At most as many are kept waiting as the bank has slots beside the base: names beyond that are left
+        out, and what waits the longest without a batch that asks for it makes room.
+        """
+        self._prefetched.ask(name for name in names if not self._current(name))
 
     def evict(self, name: str) -> None:
-        """Empty the slot of an adapter, pinned or not.
+        """Empty the slot of an adapter, pinned or not, and forget what was prefetched under its name.
 
         Raises:
-          ParameterError: it is not in the bank.
+          ParameterError: it is not in the bank, and not on its way there.
         """
-        if name not in self._slots:
-            raise ParameterError(f"{name!r} is not in the bank, which has {listed(self.names) or 'none'}")
-        self.bank = self.bank.evict(self._slots.pop(name))
+        with self._lock:
+            coming, entry = self._prefetched.drop(name), self._entries.get(name)
+            if entry is not None:
+                self.bank = self.bank.evict(entry.slot)
+                del self._entries[name]
+            elif not coming:
+                raise ParameterError(f"{name!r} is not in the bank, which has {listed(self.names) or 'none'}")
+
+    def _current(self, name: str) -> bool:
+        entry = self._entries.get(name)
+        return entry is not None and not changed(entry.origin)
 
     def _put(self, name: str, keep: Collection[str]) -> None:
-        coming = self._coming.pop(name, None)
-        adapter = self._found(name) if coming is None else coming.result()
-        free = set(range(1, self.bank.slots)) - {*self._slots.values()}
-        given_up = None if free else next(each for each in self._slots if each not in self.pinned and each not in keep)
-        slot = min(free) if given_up is None else self._slots[given_up]
-        self.bank = self.bank.put(slot, adapter)
+        adapter = self._prefetched.take(name) or loaded(self._load, name)
+        slot, given_up = self._room(name, keep)
+        self.bank = self.bank.put(slot, adapter.adapter)
         if given_up is not None:
-            del self._slots[given_up]
-        self._slots[name] = slot
+            del self._entries[given_up]
+        self._entries[name] = _Entry(slot, adapter.origin)
 
-    def _found(self, name: str) -> Adapter:
-        adapter = self._load(name)
-        if adapter is None:
-            raise ParameterError(f"There is no adapter {name!r}")
-        return adapter
+    def _room(self, name: str, keep: Collection[str]) -> tuple[int, str | None]:
+        """A slot for an adapter, and the name of what is there now."""
+        if name in self._entries:
+            return self._entries[name].slot, name
+        free = set(range(1, self.bank.slots)) - {entry.slot for entry in self._entries.values()}
+        if free:
+            return min(free), None
+        given_up = next(each for each in self._entries if each not in self.pinned and each not in keep)
+        return self._entries[given_up].slot, given_up
 
     def _check_room(self, names: Collection[str]) -> None:
         room = self.bank.slots - 1

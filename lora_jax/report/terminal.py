@@ -67,9 +67,13 @@ class Terminal:
             print("\n".join([f"{escaped(title)}:", *lines]), flush=True)
 
     def result(self, values: Mapping[str, Any]) -> None:
-        """Print what `--json` prints."""
+        """Print what `--json` prints; what no terminal shows is spelled out, C1 control bytes included."""
         if self.as_json:
-            print(json.dumps(plain_value(values), indent=1, ensure_ascii=False), flush=True)
+            text = json.dumps(plain_value(values), indent=1, ensure_ascii=False)
+            print(
+                "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text),
+                flush=True,
+            )
 
 
 class Progress:

@@ -428,3 +428,11 @@ def test_a_bar_on_terminals_only(
     assert ("\x1b[" in shown.getvalue()) == bar and "\x1b[2J" not in shown.getvalue()
     assert "reading [b]" in shown.getvalue()
     assert bar or "reading [b]: step 2/2" in shown.getvalue()
+
+
+def test_json_keeps_control_bytes_from_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\x1b[2J\x9b31m\x7f\u202e\U000e0001 Grüße 🎉\n"
+    Terminal(as_json=True).result({"sample": text})
+    said = capsys.readouterr().out
+    assert json.loads(said) == {"sample": text} and "Grüße 🎉" in said
+    assert all(each.isprintable() or each == "\n" for each in said)

@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import check_parameters
 from lora_jax.adapter.checksum import warn_if_moved
+from lora_jax.adapter.origin import note
 from lora_jax.adapter.sharding import checksum_place
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError, LoraError
@@ -130,6 +131,7 @@ def load(
 
 
 def _load(where: Any, shown: str, params: Any, sharding: Any) -> Adapter:
+    note(shown)
     notes, stored = _read(where, shown)
     abstract = _guarded(shown, _abstract, notes, stored)
     _guarded(shown, manifest.check_base, shown, notes, params)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lora_jax.adapter.origin import note
 from lora_jax.errors import CheckpointError, listed
 from lora_jax.io.peft import config as peft_config
 from lora_jax.io.peft.config import ADALORA, CONFIG, LORA, PeftType, peft_type_of, read_config
@@ -55,6 +56,8 @@ def read_peft(path: str | PathLike[str], subfolder: str | None = None) -> PeftFi
 
 def _read(path: Path, subfolder: str | None) -> PeftFiles:
     weights, config_path = _locate(path, subfolder)
+    for each in (config_path, weights):
+        note(each)
     config = read_config(config_path)
     if config is not None:
         peft_config.check(str(config_path), config)
