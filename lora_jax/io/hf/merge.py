@@ -1,7 +1,6 @@
 """Merging PEFT adapters into a Hugging Face checkpoint, tensor by tensor."""
 
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -24,6 +23,7 @@ from lora_jax.io.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.read import read_peft
 from lora_jax.merge import round_stochastically
+from lora_jax.publish import publish
 
 _SPARE = 64 << 20
 
@@ -113,13 +113,12 @@ def merge_checkpoint(
     shards = _items(source, planned, _rounding(rounding, seed))
     total = sum(item.nbytes for _, items in shards for item in items)
     _check_space(where.parent, total)
-    where.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=where.parent, prefix=f".{where.name}-") as folder:
-        beside = Path(folder) / "model"
-        beside.mkdir()
+
+    def write(beside: Path) -> None:
         _copy_others(source, planned, beside)
         _write(source, shards, beside, total, progress)
-        beside.rename(where)
+
+    publish(where, write)
     added = (*planned.copies, *planned.added)
     changes = tuple(sorted(name for name, change in planned.changes.items() if not change.empty))
     return Merged(where, changes, added, sum(len(items) for _, items in shards), total, source.left_out)
