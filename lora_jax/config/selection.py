@@ -77,8 +77,9 @@ def select(config: LoraConfig, sites: Sites, state: Collection[str] = ()) -> Sel
             f"Nothing is left to adapt: all {len(layered)} targeted parameters ({_some(layered)}) are taken out again "
             f"by exclude={config.exclude!r} or train={config.train!r}. {_NEXT}"
         )
+    modules = expanded(config.parts, chosen)
     for field in ("rank_pattern", "alpha_pattern"):
-        check_patterns(field, pairs(getattr(config, field)), expanded(config.parts, chosen))
+        check_patterns(field, pairs(getattr(config, field)), modules)
     train |= _biases(config, chosen, sites)
     return Selection(
         sites=tuple(sites[path] for path in chosen),

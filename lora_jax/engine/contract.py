@@ -8,7 +8,8 @@ when A is stored `(in, rank)`; so tokens are flattened and factors keep their ra
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -17,6 +18,33 @@ from lora_jax.dtypes import promoted
 from lora_jax.engine.meshes import placed, spread
 from lora_jax.engine.sizes import exceeds
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Term, flat_size, with_axis
+
+
+class Contraction(NamedTuple):
+    """The axes of a product of a weight and an activation, by their ids.
+
+    Attributes:
+      names: of the activation's axes; those that are its own have negative ids.
+      contracted: those that are summed over.
+      left: those of the weight that are left over.
+      out: those of the result, in order.
+    """
+
+    names: list[Any]
+    contracted: set[Any]
+    left: list[Any]
+    out: tuple[Any, ...]
+
+
+def contraction(dimension_numbers: Any, side: int, axes: Sequence[Any], rank: int) -> Contraction:
+    """The axes of a `dot_general`, of which operand `side` is a weight with these axes, and the other of this rank."""
+    sums, batches = dimension_numbers
+    ours, theirs = ((*sums[each], *batches[each]) for each in (side, 1 - side))
+    free, paired = count(SLOT - 1, -1), dict(zip(theirs, ours, strict=True))
+    names = [axes[paired[i]] if i in paired else next(free) for i in range(rank)]
+    contracted, batch = {axes[i] for i in sums[side]}, [axes[i] for i in batches[side]]
+    mine, its = ([axis for axis in each if axis not in contracted and axis not in batch] for each in (axes, names))
+    return Contraction(names, contracted, mine, (*batch, *mine, *its) if side == 0 else (*batch, *its, *mine))
 
 
 def hidden(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
 from itertools import count
+from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,14 @@ class Declaration:
     fn: Callable[..., Any]
     letters: Letters
 
+    @cache  # noqa: B019  # Declarations stay for good.
+    def program(self, shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> str | None:
+        """The function's program, as text, for operands of these shapes and dtypes; None if it does not take them."""
+        try:
+            return _shown(jax.make_jaxpr(self.fn)(*(jax.ShapeDtypeStruct(*each) for each in shapes)))
+        except (TypeError, ValueError):
+            return None
+
     def expanded(self, ranks: tuple[int, ...]) -> Letters | None:
         """The letters with others in place of the ellipses; None if the ranks are not these."""
         more = [rank - len(text.replace("...", "")) for rank, text in zip(ranks, self.letters, strict=True)]
@@ -45,9 +54,7 @@ class Declaration:
             return None
         if len(wanted) > 1 or min(wanted, default=0) < 0:
             return None
-        free = iter(
-            [letter for letter in map(chr, range(ord("A"), ord("Z") + 1)) if letter not in "".join(self.letters)]
-        )
+        free = iter([letter for letter in ascii_uppercase if letter not in "".join(self.letters)])
         axes = "".join(next(free) for _ in range(min(wanted, default=0)))
         return Letters(*(text.replace("...", axes) for text in self.letters))
 
@@ -104,11 +111,8 @@ def declared(eqn: Any) -> Letters | None:
     if found is None or len(eqn.outvars) != 1 or len(eqn.invars) < 2:
         return None
     letters = found.expanded(tuple(len(atom.aval.shape) for atom in (*eqn.invars[:2], *eqn.outvars)))
-    shapes = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars]
-    try:
-        return letters if _shown(jax.make_jaxpr(found.fn)(*shapes)) == _shown(eqn.params["jaxpr"]) else None
-    except (TypeError, ValueError):
-        return None  # The function does not take these shapes: the equation is one of many calls at once.
+    shapes = tuple((atom.aval.shape, atom.aval.dtype) for atom in eqn.invars)
+    return letters if found.program(shapes) == _shown(eqn.params["jaxpr"]) else None
 
 
 def operation(eqn: Any) -> str:

@@ -43,11 +43,6 @@ def program(sub: Any) -> Program:
     return Program(getattr(sub, "jaxpr", sub), getattr(sub, "consts", ()))
 
 
-def function(of: Program) -> Callable[..., list[Any]]:
-    """A program as a function of its inputs."""
-    return jec.jaxpr_as_fun(_closed(of.jaxpr, of.consts))
-
-
 def is_literal(atom: Any) -> bool:
     """Whether an operand is written out in the equation."""
     return isinstance(atom, jec.Literal)

@@ -99,11 +99,10 @@ def _start(
             f"{site.path} is {site.dtype}: init={config.init!r} with method={config.method!r} is for real parameters. "
             'Use method="lora" and init="default", "gaussian" or "orthogonal", or leave it out of the targets'
         )
-    name = np.uint32(crc32(site.path.encode()))
-    scale = _scale(config, site)
-
     if part_columns.of_path(config.parts, site.path):
         return _in_parts(key, config, entry, site)
+    name = np.uint32(crc32(site.path.encode()))
+    scale = _scale(config, site)
 
     def weight() -> jax.Array:
         return jnp.asarray(_value(site.path, leaves, f"method={config.method!r} and init={config.init!r} read it"))

@@ -26,7 +26,7 @@ from lora_jax.engine.routing.axes import (
     plain,
     reshaped,
 )
-from lora_jax.engine.routing.indices import constant, counted, known
+from lora_jax.engine.routing.indices import Indices, counted
 
 Trail: TypeAlias = tuple[int, ...]
 Rule: TypeAlias = Callable[[Any, list[Axes]], list[Axes]]
@@ -69,21 +69,19 @@ class BatchAxes:
     def follow(self, program: Program, inputs: Sequence[Axes], trail: Trail = ()) -> list[Axes]:
         """Walk through a program, given the axes of its inputs; returns those of its outputs."""
         env = dict(zip(program.jaxpr.invars, inputs, strict=True))
-        numbers = {var: constant(value) for var, value in zip(program.jaxpr.constvars, program.consts, strict=True)}
+        indices = Indices(program)
 
         def read(atom: Any) -> Axes:
             return unlabelled(atom) if jaxprs.is_literal(atom) or atom not in env else env[atom]
 
         for position, eqn in enumerate(program.jaxpr.eqns):
             operands = [read(atom) for atom in eqn.invars]
-            given = [constant(atom.val) if jaxprs.is_literal(atom) else numbers.get(atom) for atom in eqn.invars]
-            numbers.update(zip(eqn.outvars, known(eqn, given), strict=True))
             here = (*trail, position)
             self.operands.pop(here, None)
-            if eqn.primitive.name in ("gather", *_SCATTERS):
-                self.counted[here] = counted(given[1])
             if any(map(marked, operands)):
                 self.operands[here] = operands
+                if eqn.primitive.name in _INDEXED:
+                    self.counted[here] = counted(indices.of(eqn.invars[1]))
                 env.update(zip(eqn.outvars, self.results(eqn, operands, here), strict=True))
         return [read(atom) for atom in program.jaxpr.outvars]
 

@@ -7,7 +7,7 @@ one column counts examples and another is data is known in the first.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_jax.adapter.factors import is_traced
 from lora_jax.engine import jaxprs
+from lora_jax.engine.jaxprs import Program
 from lora_jax.engine.meshes import mesh_of
 
 _LARGEST = 1 << 20
@@ -45,17 +46,45 @@ def constant(value: Any) -> Known | None:
     return Known(np.asarray(value), np.ones(np.shape(value), bool))
 
 
-def known(eqn: Any, operands: Sequence[Known | None]) -> list[Known | None]:
-    """What is known of an equation's results, given what is of its operands."""
-    name, nothing = eqn.primitive.name, cast("list[Known | None]", [None] * len(eqn.outvars))
-    if len(eqn.outvars) != 1 or not _followed(eqn.outvars[0].aval):
-        return nothing
-    if name == "iota" and not eqn.invars:
-        return [constant(_run(eqn, []))]
-    if name not in _MOVES | _ELEMENTWISE or not any(each is not None and each.where.any() for each in operands):
-        return nothing
-    if not all(_followed(atom.aval) for atom in eqn.invars):
-        return nothing
+class Indices:
+    """What is known of the integers of a program, computed where it is asked for."""
+
+    def __init__(self, program: Program):
+        names = zip(program.jaxpr.constvars, program.consts, strict=True)
+        self._found: dict[Any, Known | None] = {var: constant(value) for var, value in names}
+        self._makers = {eqn.outvars[0]: (i, eqn) for i, eqn in enumerate(program.jaxpr.eqns) if _is_followed(eqn)}
+
+    def of(self, atom: Any) -> Known | None:
+        """What is known of a value."""
+        needed, stack = {}, [atom]
+        while stack:
+            each = stack.pop()
+            if not jaxprs.is_literal(each) and each in self._makers and each not in self._found:
+                place, eqn = self._makers[each]
+                if place not in needed:
+                    needed[place] = eqn
+                    stack += eqn.invars
+        for _, eqn in sorted(needed.items()):
+            self._found[eqn.outvars[0]] = _known(eqn, [self._read(operand) for operand in eqn.invars])
+        return self._read(atom)
+
+    def _read(self, atom: Any) -> Known | None:
+        return constant(atom.val) if jaxprs.is_literal(atom) else self._found.get(atom)
+
+
+def _is_followed(eqn: Any) -> bool:
+    if len(eqn.outvars) != 1 or not all(_followed(atom.aval) for atom in (*eqn.invars, *eqn.outvars)):
+        return False
+    return eqn.primitive.name in _MOVES | _ELEMENTWISE or (eqn.primitive.name == "iota" and not eqn.invars)
+
+
+def _known(eqn: Any, operands: Sequence[Known | None]) -> Known | None:
+    """What is known of an equation's result, given what is of its operands."""
+    name = eqn.primitive.name
+    if name == "iota":
+        return constant(_run(eqn, []))
+    if not any(each is not None and each.where.any() for each in operands):
+        return None
     shapes = [atom.aval for atom in eqn.invars]
     given = [
         Known(np.zeros(aval.shape, aval.dtype), np.zeros(aval.shape, bool)) if each is None else each
@@ -64,8 +93,8 @@ def known(eqn: Any, operands: Sequence[Known | None]) -> list[Known | None]:
     values = _run(eqn, [each.values for each in given])
     if name in _MOVES:
         masks = [each.where.astype(each.values.dtype) for each in given]
-        return [Known(values, _run(eqn, masks).astype(bool))]
-    return [Known(values, _all_known(name, given, eqn.outvars[0].aval.shape))]
+        return Known(values, _run(eqn, masks).astype(bool))
+    return Known(values, _all_known(name, given, eqn.outvars[0].aval.shape))
 
 
 def _all_known(name: str, given: Sequence[Known], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:

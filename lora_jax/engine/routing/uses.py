@@ -15,11 +15,11 @@ from lora_jax.engine.dropout import inputs
 from lora_jax.engine.lift import unroutable
 from lora_jax.engine.product import adapted_result, times
 from lora_jax.engine.routing.axes import Axis, length
-from lora_jax.engine.routing.forms import Routed
+from lora_jax.engine.routing.forms import Form, Routed
 from lora_jax.engine.routing.router import Router, row_weights
 from lora_jax.engine.routing.slots import chosen, gate, own_gain, routing_of, split
 from lora_jax.engine.routing.versions import of_product, of_terms
-from lora_jax.engine.weight import RANK, SLOT, Labelled, Versions, Weight, flat_size
+from lora_jax.engine.weight import SLOT, Labelled, Term, Versions, Weight, flat_size
 from lora_jax.errors import ParameterError
 
 IMAGE = SLOT - 1
@@ -67,7 +67,7 @@ def routed_product(
     like = y.reshape([sizes[name] for name in inner]) if new else y
     product = Routed(routing, choice, inner, eqn.params.get("precision"), like)
     pairs = [contract.ordered(term, read.axes, inner) for term in weight.terms]
-    _record_product(ctx, eqn, weight, product, read, pairs)
+    _record_product(ctx, eqn, weight, product.form(read, *pairs[0]), read, product.out)
     with jax.named_scope("lora"):
         reads = inputs(ctx, weight, read)
         terms = [
@@ -81,29 +81,19 @@ def _same_for_all(
     ctx: Context, eqn: Any, x: Labelled, weight: Weight, out: Sequence[int], dot: Callable[[Any, Any], Any]
 ) -> Versions:
     """The product of what is no example's own, with each adapter."""
-    routing = routing_of(ctx)
-    into = [axis for axis in weight.axes if axis in x.axes and axis not in out]
-    left = [axis for axis in weight.axes if axis not in x.axes]
-    rank = sum(term.rank for term in weight.terms) * routing.slots
-    tokens = flat_size(x, [axis for axis in x.axes if axis not in weight.axes])
-    lengths = dict(zip(weight.axes, weight.base.shape, strict=True))
-    flops = 2 * tokens * rank * (prod(lengths[axis] for axis in into) + prod(lengths[axis] for axis in left))
-    roles = ctx.roles(weight, into=into, out=left)
-    ctx.record(weight, eqn, "mask", roles, kind="dense", flops=flops, nbytes=4 * tokens * rank)
+    slots = routing_of(ctx).slots
+    _record_product(ctx, eqn, weight, "mask", x, out)
     with jax.named_scope("lora"):
         y = dot(x.array, weight.base)
-        return of_product(ctx, weight, x, out, jnp.broadcast_to(y, (routing.slots + 1, *y.shape)))
+        return of_product(ctx, weight, x, out, jnp.broadcast_to(y, (slots + 1, *y.shape)))
 
 
-def _record_product(
-    ctx: Context, eqn: Any, weight: Weight, product: Routed, x: Labelled, pairs: Sequence[tuple[Labelled, Labelled]]
-) -> None:
+def _record_product(ctx: Context, eqn: Any, weight: Weight, form: Form, x: Labelled, out: Sequence[int]) -> None:
     """Log the form, and what it adds to one forward evaluation."""
-    form, slots = product.form(x, *pairs[0]), product.routing.slots
-    into = [axis for axis in weight.axes if axis in x.axes and axis not in product.out]
+    into = [axis for axis in weight.axes if axis in x.axes and axis not in out]
     left = [axis for axis in weight.axes if axis not in x.axes]
-    tokens = prod(n for axis, n in zip(x.axes, x.array.shape, strict=True) if axis not in weight.axes)
-    rank = sum(first.size(RANK) for first, _ in pairs) * (slots if form == "mask" else 1)
+    tokens = flat_size(x, [axis for axis in x.axes if axis not in weight.axes])
+    rank = sum(term.rank for term in weight.terms) * (routing_of(ctx).slots if form == "mask" else 1)
     lengths = dict(zip(weight.axes, weight.base.shape, strict=True))
     ends = prod(lengths[axis] for axis in into) + prod(lengths[axis] for axis in left)
     roles = ctx.roles(weight, into=into, out=left)
@@ -145,15 +135,13 @@ def look_up(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[in
     routing = routing_of(ctx)
     if routing.same_for_all(axes):
         bases = jnp.broadcast_to(taken.base, (routing.slots + 1, *taken.base.shape))
-        pairs = [(t.a, t.b) if {*rows} & {*t.a.axes} else (t.b, t.a) for t in taken.terms]
-        return of_terms(ctx, taken, taken.axes, bases, [(first, second) for first, second in pairs])
+        return of_terms(ctx, taken, taken.axes, bases, [_by_row(term, rows) for term in taken.terms])
     choice = routing.choice(table.path, axes, rows)
     product = Routed(routing, choice, taken.axes, jax.lax.Precision.HIGHEST, taken.base)
     wide = promoted(taken.base.dtype, jnp.float32)
     terms = []
     for term in taken.terms:
-        first, second = (term.a, term.b) if {*rows} & {*term.a.axes} else (term.b, term.a)
-        first, second = first.astype(wide), second.astype(wide)
+        first, second = (factor.astype(wide) for factor in _by_row(term, rows))
         if not routing.mixes:  # The base's rows looked up some slot too.
             own = replace(choice, array=choice.array < routing.slots).over(first.axes)
             first = replace(first, array=jnp.where(own, first.array, 0))
@@ -163,6 +151,11 @@ def look_up(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[in
             terms.append(product.marked(product.mixed(first, chosen(second, choice))))
     gain = taken.gain and own_gain(taken.gain, choice)
     return adapted_result(taken.base, taken.axes, gain, terms)
+
+
+def _by_row(term: Term, rows: Sequence[int]) -> tuple[Labelled, Labelled]:
+    """The factors of a term, that which was looked up first."""
+    return (term.a, term.b) if {*rows} & {*term.a.axes} else (term.b, term.a)
 
 
 def slot_of_rows(ctx: Context, table: Weight, axes: Sequence[Axis], rows: Sequence[int]) -> Any | None:

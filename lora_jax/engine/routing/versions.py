@@ -38,8 +38,8 @@ def versions(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         return _each(eqn, operands)
     after = routing.batch_axes.results(eqn, axes, ctx.trail)
     if name in _LOOPS:
-        first = len(operands) - len(eqn.outvars) if name == "while" else jaxprs.loop(eqn).consts
-        carried = dict(enumerate(after[: len(eqn.outvars) if name == "while" else jaxprs.loop(eqn).carries], first))
+        first, count = _carries(eqn)
+        carried = dict(enumerate(after[:count], first))
         given = [own(ctx, each, carried[i]) if i in carried else each for i, each in enumerate(operands)]
         return RULES[name](ctx, eqn, given) or []
     if weights:
@@ -51,6 +51,14 @@ def versions(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 VERSIONED.append(versions)
+
+
+def _carries(eqn: Any) -> tuple[int, int]:
+    """Where among the operands of a loop those begin that it carries, and how many they are."""
+    if eqn.primitive.name == "while":
+        return len(eqn.invars) - len(eqn.outvars), len(eqn.outvars)
+    loop = jaxprs.loop(eqn)
+    return loop.consts, loop.carries
 
 
 def own(ctx: Context, value: Any, axes: Axes) -> Any:
@@ -115,14 +123,8 @@ def _product(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Versions:
         raise unroutable(weight.path, f"{eqn.primitive.name} with what {value.path} gives for each adapter")
     side = 0 if operands[0] is weight else 1
     (bases,) = _each(eqn, [operand.base if operand is weight else operand for operand in operands])
-    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
-    ours, theirs = ((*lc, *lb), (*rc, *rb)) if side == 0 else ((*rc, *rb), (*lc, *lb))
-    paired = dict(zip(theirs, ours, strict=True))
-    names = [weight.axes[paired[i]] if i in paired else SLOT - 1 - i for i in range(value.array.ndim - 1)]
-    batch = [weight.axes[i] for i in (lb, rb)[side]]
-    gone = {weight.axes[i] for i in (*(lc, rc)[side], *(lb, rb)[side])}
-    rest = [[axis for axis in axes if axis not in gone] for axes in (weight.axes, names)]
-    out = (*batch, *rest[side], *rest[1 - side])
+    rank = value.array.ndim - 1
+    names, _, _, out = contract.contraction(eqn.params["dimension_numbers"], side, weight.axes, rank)
     return of_product(ctx, weight, Labelled(value.array[:-1], (SLOT, *names)), out, bases.array)
 
 

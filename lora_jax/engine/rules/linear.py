@@ -12,7 +12,7 @@ from jax import lax
 from lora_jax.dtypes import promoted
 from lora_jax.engine import jaxprs, planner
 from lora_jax.engine.context import Context
-from lora_jax.engine.contract import split_factors
+from lora_jax.engine.contract import contraction, split_factors
 from lora_jax.engine.declared import declared
 from lora_jax.engine.dropout import drops, inputs, masks
 from lora_jax.engine.hooks import observe, observe_groups
@@ -34,15 +34,7 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     other: Any = lhs if side else rhs
     if weight.adapted and unreduced(eqn.params["out_sharding"]):
         return None  # Two products in a row cannot share one sum over devices.
-    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
-    ours, theirs = ((*lc, *lb), (*rc, *rb)) if side == 0 else ((*rc, *rb), (*lc, *lb))
-    free, paired = count(SLOT - 1, -1), dict(zip(theirs, ours, strict=True))
-    names = [weight.axes[paired[i]] if i in paired else next(free) for i in range(other.ndim)]
-    contracted = {weight.axes[i] for i in (lc, rc)[side]}
-    batch = [weight.axes[i] for i in (lb, rb)[side]]
-    remains = [[i for i in axes if i not in contracted and i not in batch] for axes in (weight.axes, names)]
-    out, left = (*batch, *remains[side], *remains[1 - side]), remains[0]
-
+    names, contracted, left, out = contraction(eqn.params["dimension_numbers"], side, weight.axes, other.ndim)
     given, merged_out, is_merged, shapes = weight, out, weight.merged, (other.shape, weight.base.shape)
     given_dtype = other.dtype
 
@@ -56,7 +48,7 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     x = Labelled(_inexact(other, weight.base.dtype), tuple(names))
     if weight.merged:
         x, weight = Labelled(x.array.reshape(split_sizes(names, other.shape)), flat_ids(names)), weight.split()
-        contracted, out, left = set(flat_ids(contracted)), flat_ids(out), list(flat_ids(remains[0]))
+        contracted, out, left = set(flat_ids(contracted)), flat_ids(out), list(flat_ids(left))
     found = _product(ctx, eqn, 1 - side, x, weight, (contracted, left, out), dot)
     if found is not None and not weight.routed and not weight.adapted:
         return jaxprs.bind(eqn, [given.base if operand is given else operand for operand in (lhs, rhs)])
@@ -84,10 +76,10 @@ def declared_product(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[An
     out = tuple(ids[letter] for letter in letters.out)
     contracted = {ids[letter] for letter in letters.x if letter in letters.kernel and letter not in letters.out}
     left = [ids[letter] for letter in letters.kernel if letter not in letters.x]
-    others, program = given[2:], jaxprs.program(eqn.params["jaxpr"])
+    dtype, others = given[0].dtype, given[2:]
 
     def dot(x: Any, w: Any) -> Any:
-        return jax.jit(jaxprs.function(program))(x.astype(given[0].dtype), w, *others)[0]
+        return jaxprs.bind(eqn, [x.astype(dtype), w, *others])[0]
 
     if ctx.strategy == "auto":  # A kernel of one's own is there so that something large is not formed.
         ctx = replace(ctx, strategy="factored")
