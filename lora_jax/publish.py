@@ -27,7 +27,7 @@ _EXCHANGE = 2
 """`RENAME_EXCHANGE` of Linux's renameat2."""
 _HERE = -100
 """`AT_FDCWD`: paths are relative to the working directory."""
-_NEW, _OLD = "new", "old"
+_NEW, _OLD, _GONE = "new", "old", "gone"
 _TRIES = 100
 
 _Result = TypeVar("_Result")
@@ -48,7 +48,7 @@ def place(path: str | os.PathLike[str]) -> Path:
         where.exists()
         return where.resolve() if where.is_symlink() else where
     except OSError as error:
-        raise _unwritable(where, error) from None
+        raise unwritable(where, error) from None
 
 
 def publish(where: Path, write: Callable[[Path], None], *, replace: Callable[[Path], None] | None = None) -> None:
@@ -76,7 +76,39 @@ def publish(where: Path, write: Callable[[Path], None], *, replace: Callable[[Pa
             _flush(new)
             _put(new, where)
     except OSError as error:
-        raise _unwritable(where, error) from None
+        raise unwritable(where, error) from None
+
+
+def publish_file(where: Path, content: bytes) -> None:
+    """Make a file, at once and whole; what was there is replaced.
+
+    Raises:
+      CheckpointError: the disk is full, read-only or broken.
+    """
+    try:
+        with _beside(where) as folder:
+            new = folder / _NEW
+            new.write_bytes(content)
+            flush(new)
+            os.replace(new, where)
+    except OSError as error:
+        raise unwritable(where, error) from None
+
+
+def discard(where: Path) -> None:
+    """Remove a file or a directory, at once and whole, and what killed writers of it have left.
+
+    It is moved aside first: what a killed removal leaves is nothing that could be taken for the whole.
+
+    Raises:
+      CheckpointError: it cannot be moved.
+    """
+    try:
+        if os.path.lexists(where) or partial(where).exists():
+            with _beside(where) as folder, suppress(FileNotFoundError):
+                os.rename(where, folder / _GONE)
+    except OSError as error:
+        raise unwritable(where, error) from None
 
 
 def steady(folder: Path, read: Callable[[], _Result]) -> _Result:
@@ -103,7 +135,8 @@ def _identity(folder: Path) -> tuple[int, int, int] | None:
     return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
-def _unwritable(where: Path, error: OSError) -> CheckpointError:
+def unwritable(where: Path, error: OSError) -> CheckpointError:
+    """What to raise where the system refuses to write."""
     return CheckpointError(
         f"{where} cannot be written: {error.strerror or error}. What was there before is untouched; check the space, "
         "the rights and the length of the name, or choose another path."
@@ -118,10 +151,15 @@ def _check(where: Path, replace: Callable[[Path], None] | None) -> None:
     replace(where)
 
 
+def partial(where: Path) -> Path:
+    """Where what is to be at a path is made, and where a killed writer leaves it."""
+    return where.parent / f".{where.name[:60]}.{sha256(os.fsencode(where.name)).hexdigest()[:8]}.partial"
+
+
 @contextmanager
 def _beside(where: Path) -> Iterator[Path]:
     """An empty directory beside the path that nobody else uses; what an earlier one holds is dealt with first."""
-    folder = where.parent / f".{where.name[:60]}.{sha256(os.fsencode(where.name)).hexdigest()[:8]}.partial"
+    folder = partial(where)
     with _locked(folder):
         _recover(folder, where)
         try:
@@ -143,7 +181,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             if fcntl is not None:
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            if _same(handle, folder):
+            if same(handle, folder):
                 yield
                 return
         finally:
@@ -151,10 +189,10 @@ def _locked(folder: Path) -> Iterator[None]:
         time.sleep(0.001)
 
 
-def _same(handle: int, folder: Path) -> bool:
-    """Whether the directory that was locked is still the one at its path."""
+def same(handle: int, path: Path) -> bool:
+    """Whether the file or directory that was locked is still the one at its path."""
     with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(handle), os.stat(folder))
+        return os.path.samestat(os.fstat(handle), os.stat(path))
     return False
 
 
@@ -191,10 +229,11 @@ def _flush(folder: Path) -> None:
     for parent, _, names in os.walk(folder, topdown=False):
         for path in [*(os.path.join(parent, name) for name in names), parent]:
             if not os.path.islink(path) and (os.path.isdir(path) or os.path.isfile(path)):
-                _flush_one(path)
+                flush(path)
 
 
-def _flush_one(path: str | Path) -> None:
+def flush(path: str | Path) -> None:
+    """Have the disk write a file, or the names in a directory."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -218,7 +257,7 @@ def _put(new: Path, where: Path) -> None:
             os.rename(aside, where)
             raise
     with suppress(OSError):  # It is there: that is as sure as this system makes it.
-        _flush_one(where.parent)
+        flush(where.parent)
 
 
 def _exchanged(one: Path, other: Path) -> bool:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from helpers import random_adapter
+from killed import killed_at
 
 import lora_jax as lora
 from lora_jax.adapter.site import Site
 from lora_jax.errors import CheckpointError
-from lora_jax.publish import place, publish, steady
+from lora_jax.publish import discard, place, publish, publish_file, steady
 
 DENSE = Site(path="w", shape=(4, 3), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
 
@@ -106,3 +107,47 @@ def test_a_reader_starts_again_if_another_directory_takes_the_place(tmp_path: Pa
         return seen[-1]
 
     assert steady(tmp_path / "a", read) == "new"
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
+    where = tmp_path / "a.json"
+    ends = []
+    for moment in range(100):
+        publish_file(where, b"old")
+        died = killed_at(moment, lambda: publish_file(where, b"newer"))
+        ends.append(where.read_bytes())
+        if not died:
+            break
+    assert ends == sorted(ends, key=len) and set(ends) == {b"old", b"newer"}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_what_is_discarded_is_gone_at_once(kind: str, tmp_path: Path) -> None:
+    where = tmp_path / "a"
+    for moment in range(100):
+        if kind == "directory":
+            publish(where, lambda folder: [(folder / name).write_text("") for name in "xyz"] and None)
+        else:
+            publish_file(where, b"")
+        died = killed_at(moment, lambda: discard(where))
+        assert not where.exists() or kind == "file" or sorted(os.listdir(where)) == ["x", "y", "z"]
+        discard(where)
+        assert os.listdir(tmp_path) == []
+        if not died:
+            break
+    assert moment > 2
+
+
+def test_discarding_nothing_changes_nothing(tmp_path: Path) -> None:
+    before = tmp_path.stat().st_mtime_ns
+    discard(tmp_path / "a")
+    assert tmp_path.stat().st_mtime_ns == before
+
+
+def test_a_link_that_is_discarded_leaves_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_text("")
+    (tmp_path / "link").symlink_to("real")
+    discard(tmp_path / "link")
+    assert os.listdir(tmp_path) == ["real"] and os.listdir(tmp_path / "real") == ["file"]

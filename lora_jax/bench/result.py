@@ -1,13 +1,13 @@
 """What a benchmark found: its rows, as tables, JSON, a picture, and files."""
 
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_jax.publish import place, publish
 from lora_jax.report.report import Report
 from lora_jax.report.tables import Tables, scaled
 
@@ -133,16 +133,16 @@ class Benchmark(Report):
         """Write `bench.json`, `bench.md` and `bench.png` into a new directory, which appears when it is complete.
 
         Needs matplotlib: `pip install "lora_jax[cli]"`.
+
+        Raises:
+          CheckpointError: something is there already, or the disk is full, read-only or broken.
         """
-        where = Path(path).absolute()
-        where.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=where.parent, prefix=f".{where.name}-") as folder:
-            beside = Path(folder) / "bench"
-            beside.mkdir()
-            (beside / "bench.json").write_text(self.json())
-            (beside / "bench.md").write_text(self.report().markdown() + "\n")
-            draw(self.rows, self.settings, self.machine).savefig(beside / "bench.png")
-            os.rename(beside, where)
+        publish(place(path), self._write)
+
+    def _write(self, folder: Path) -> None:
+        (folder / "bench.json").write_text(self.json(), encoding="utf-8")
+        (folder / "bench.md").write_text(self.report().markdown() + "\n", encoding="utf-8")
+        draw(self.rows, self.settings, self.machine).savefig(folder / "bench.png")
 
 
 def _cells(row: Row) -> list[str]:

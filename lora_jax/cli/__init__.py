@@ -28,6 +28,7 @@ from types import FrameType
 
 from lora_jax.errors import LoraError
 from lora_jax.report.tables import escaped
+from lora_jax.train.stop import Interrupted
 
 DONE, FAILED, REFUSED = 0, 1, 2
 _ABOUT_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -67,7 +68,7 @@ def _run(args: Sequence[str]) -> int:
             hint = f"to continue: {_program()} {job.resume}" if job.resume else hint
             job.run()
     except KeyboardInterrupt as stop:
-        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
         return _fail(f"{str(stop) or 'stopped'}; {hint}", 128 + number)
     except BrokenPipeError:
         raise
@@ -93,13 +94,11 @@ def _program() -> str:
     return "python -m lora_jax" if Path(sys.argv[0]).name == "__main__.py" else "lora-jax"
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came: a verb ends as with Ctrl-C, and cleans up what it began."""
-
-
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Raise `Terminated` where SIGTERM comes; the former handler is put back at the end.
+    """Raise `Interrupted` where SIGTERM comes; the former handler is put back at the end.
+
+    So a verb ends as with Ctrl-C, and cleans up what it began.
 
     Only the main thread may set handlers; elsewhere nothing changes.
     """
@@ -116,4 +115,4 @@ def _terminable() -> Iterator[None]:
 def _stop(number: int, frame: FrameType | None) -> None:
     # A second one must not cut the cleaning up short.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated
+    raise Interrupted(number=number)

@@ -32,7 +32,7 @@ class Finetune(Verb):
     resume: bool = False
     """Continue the run in --out, with its options."""
     overwrite: bool = False
-    """Replace the run in --out."""
+    """Replace the run in --out; only what a run wrote is removed."""
     model: Size = "small"
     """Size of the base model."""
     pretrain_steps: int = 300
@@ -85,6 +85,7 @@ class Finetune(Verb):
             ),
             folder,
             resumed=saved is not None,
+            overwrite=self.overwrite,
             resume=f"finetune --out {shlex.quote(str(self.out))} --resume",
             terminal=Terminal(self.json),
         )

@@ -12,9 +12,10 @@ import optax
 import lora_jax as lora
 from lora_jax.report.terminal import Progress
 from lora_jax.train.data import Bytes, Corpus, batch, windows
-from lora_jax.train.loop import State, load_state, train
+from lora_jax.train.loop import train
 from lora_jax.train.metrics import Metrics, cross_entropy, evaluate
 from lora_jax.train.options import TrainingOptions
+from lora_jax.train.state import State, load_state, save_state
 
 EVALUATED = 64
 """Held-out sequences per evaluation."""
@@ -33,6 +34,7 @@ def finetune(
     directory: Path,
     metrics_path: Path,
     report: Callable[[int], Progress],
+    say: Callable[[str], None] = print,
 ) -> lora.Adapter:
     """Train an adapter; the base is only read.
 
@@ -46,19 +48,20 @@ def finetune(
       directory: where states are written; a state found there is continued.
       metrics_path: where metrics are written; the record at step 0 is the base.
       report: makes a reporter, given the step to start at.
+      say: is told what a person should know about states that are found.
 
     Returns:
       The trained adapter.
 
     Raises:
-      Interrupted: Ctrl-C was pressed; the state is on disk.
+      Interrupted: Ctrl-C was pressed or SIGTERM came; the state is on disk.
       TrainingError: a loss is not finite.
     """
     start: Any = adapter
     tx = lora.optimizer(options.optimizer, start)
     rates = np.asarray(jax.vmap(options.rate)(np.arange(options.steps)))
     held_out = windows(corpus.held_out, options.seq_len, EVALUATED)
-    state = load_state(directory, State(start, tx.init(start)))
+    state = load_state(directory, State(start, tx.init(start)), say)
     metrics = Metrics(metrics_path, state.step)
 
     @jax.jit
@@ -77,6 +80,10 @@ def finetune(
         loss = evaluate(partial(adapted, base, adapter), held_out)
         metrics.write(done, {"eval/loss": loss.nats, "eval/bits_per_byte": loss.bits})
 
+    def save(state: State) -> None:
+        metrics.flush()  # First: a state on disk says that everything up to its step is there.
+        save_state(directory, state)
+
     if state.step == 0:
         evaluated(0, adapter)
     return train(
@@ -85,7 +92,7 @@ def finetune(
         lambda index: batch(corpus.train, options.seed, index, options.batch_size, options.seq_len),
         key,
         options.schedule,
-        directory,
+        save,
         report(state.step),
         record,
         evaluated,

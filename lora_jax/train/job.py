@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lora
+from lora_jax.errors import LoraError
 from lora_jax.models import Transformer, TransformerConfig, generate
 from lora_jax.report.terminal import Progress, Terminal
 from lora_jax.train.data import Bytes, Corpus, windows
@@ -20,6 +21,7 @@ from lora_jax.train.loop import TrainingError
 from lora_jax.train.metrics import evaluate, losses_table, plot_loss
 from lora_jax.train.options import TrainingOptions
 from lora_jax.train.pretrain import Recipe, cache_path, load_cached, pretrain, store
+from lora_jax.train.stop import deferred
 
 _PROMPT, _SAMPLE, _TEMPERATURE = 48, 200, 0.7
 _TOLERANCE = 1e-4
@@ -55,6 +57,7 @@ class FinetuneJob:
       plan: what to do.
       folder: where to.
       resumed: whether `folder` holds the beginning of this run.
+      overwrite: whether it may hold another run, which is replaced.
       resume: the arguments that continue it.
       terminal: where it tells what happens.
 
@@ -62,9 +65,9 @@ class FinetuneJob:
       MatchError: the adapter's config selects nothing.
     """
 
-    def __init__(self, plan: Plan, folder: Folder, *, resumed: bool, resume: str, terminal: Terminal):
+    def __init__(self, plan: Plan, folder: Folder, *, resumed: bool, overwrite: bool, resume: str, terminal: Terminal):
         self.resume = resume
-        self._plan, self._folder, self._resumed = plan, folder, resumed
+        self._plan, self._folder, self._resumed, self._overwrite = plan, folder, resumed, overwrite
         self._terminal = terminal
         self._result: dict[str, Any] = {"out": folder.path}
         self._model = Transformer(plan.shape)
@@ -80,25 +83,33 @@ class FinetuneJob:
         """Do it all, and say what happens.
 
         Raises:
-          Interrupted: Ctrl-C was pressed; the state is on disk.
+          FolderError: another run is going on in the folder, or has changed it since it was checked.
+          Interrupted: Ctrl-C was pressed or SIGTERM came; the state is on disk.
           TrainingError: a loss is not finite, or the merged model is not the adapted one.
         """
         began = time.monotonic()
-        if self._resumed and self._folder.finished:
-            self._terminal.say(f"The run in {self._folder.path} is finished: nothing is left to do.")
-            self._terminal.result(self._result)
-            return
+        with self._folder.claimed(resume=self._resumed, overwrite=self._overwrite):
+            if self._resumed and self._folder.finished:
+                self._folder.finish()
+                self._terminal.say(f"The run in {self._folder.path} is finished: nothing is left to do.")
+            else:
+                self._run()
+                self._result["seconds"] = time.monotonic() - began
+                self._terminal.say(f"Done in {self._result['seconds']:.0f} s.")
+        self._terminal.result(self._result)
+
+    def _run(self) -> None:
         if not self._resumed:
-            self._folder.start(self._plan.record)
+            with deferred():
+                self._folder.start(self._plan.record)
         base = self._base()
         adapter = self._finetune(base)
         self._compare(base, adapter)
-        self._save(base, adapter)
+        with deferred():
+            self._save(base, adapter)
         self._sample(base, self._verify(base))
-        self._folder.finish()
-        seconds = time.monotonic() - began
-        self._terminal.say(f"Done in {seconds:.0f} s.")
-        self._terminal.result({**self._result, "seconds": seconds})
+        with deferred():
+            self._folder.finish()
 
     def _base(self) -> Any:
         plan, say = self._plan, self._terminal.say
@@ -109,12 +120,12 @@ class FinetuneJob:
             say(f"Pre-trained on {plan.source.name} by an earlier run; read from {path}")
             return cached
         say(f"Pre-training on {plan.source.name}: {plan.source.train.size:,} bytes")
-        report = partial(Progress, "pre-training", plan.recipe.steps)
-        base = pretrain(self._model, self._sites, plan.source, plan.recipe, self._folder.state / "pretrain", report)
+        report, states = partial(Progress, "pre-training", plan.recipe.steps), self._folder.state / "pretrain"
+        base = pretrain(self._model, self._sites, plan.source, plan.recipe, states, report, say)
         try:
             store(path, base)
             say(f"Kept for the next run in {path}")
-        except OSError as error:
+        except LoraError as error:
             say(f"Not kept for the next run: {error}")
         return base
 
@@ -136,6 +147,7 @@ class FinetuneJob:
             folder.state / "finetune",
             folder.metrics,
             partial(Progress, "fine-tuning", plan.training.steps),
+            self._terminal.say,
         )
 
     def _compare(self, base: Any, adapter: lora.Adapter) -> None:

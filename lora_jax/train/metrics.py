@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lora_jax.errors import CheckpointError
+from lora_jax.publish import flush, publish_file, unwritable
 from lora_jax.report.tables import Table
 from lora_jax.train.data import Bytes
 
@@ -89,20 +92,52 @@ class Metrics:
     def __init__(self, path: Path, step: int = 0):
         self._path = path
         kept = [record for record in read_metrics(path) if step and record["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(map(_line, kept)))
-        partial.replace(path)
+        publish_file(path, "".join(map(_line, kept)).encode())
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append a record."""
-        with self._path.open("a") as file:
-            file.write(_line({"step": step, **values}))
+        """Append a record.
+
+        Raises:
+          CheckpointError: the disk is full, read-only or broken.
+        """
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_line({"step": step, **values}))
+        except OSError as error:
+            raise unwritable(self._path, error) from None
+
+    def flush(self) -> None:
+        """Have the disk write all records.
+
+        Raises:
+          CheckpointError: it cannot.
+        """
+        try:
+            flush(self._path)
+        except OSError as error:
+            raise unwritable(self._path, error) from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics file; a last line that was cut short is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """All records of a metrics file; a last line that was cut short is left out.
+
+    Raises:
+      CheckpointError: a line is no record.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [_record(path, number, line) for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
+
+
+def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise CheckpointError(
+            f"{path}, line {number}, is no record of a run's losses: remove the line to go on without it"
+        )
+    return record
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -113,7 +148,7 @@ def plot_loss(metrics: Path, image: Path, title: str) -> None:
     """Draw training and held-out loss over steps, and the base model's held-out loss as a line.
 
     Args:
-      metrics: the JSON lines of a run; its record at step 0 is the base model.
+      metrics: the JSON lines of a run; its record at step 0 is the base model. What is missing is not drawn.
       image: the PNG to write.
       title: what was trained on what.
     """
@@ -127,10 +162,16 @@ def plot_loss(metrics: Path, image: Path, title: str) -> None:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="adapted, training batch")
-    axes.plot(*zip(*held_out, strict=True), color="tab:blue", marker="o", markersize=4, label="adapted, held out")
-    axes.axhline(held_out[0][1], color="tab:gray", linestyle="--", label=f"base, held out ({held_out[0][1]:.3f})")
+    if train:
+        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="adapted, training batch")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="tab:blue", marker="o", markersize=4, label="adapted, held out")
+    for base in (loss for step, loss in held_out if step == 0):
+        axes.axhline(base, color="tab:gray", linestyle="--", label=f"base, held out ({base:.3f})")
     axes.set(title=title, xlabel="step", ylabel="loss (nats per byte)")
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(image)
+    if train or held_out:
+        axes.legend()
+    drawn = BytesIO()
+    figure.savefig(drawn)
+    publish_file(image, drawn.getvalue())

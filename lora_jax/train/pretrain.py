@@ -2,13 +2,11 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import jax
@@ -17,13 +15,15 @@ import numpy as np
 import optax
 
 from lora_jax.adapter.site import Sites
+from lora_jax.errors import CheckpointError
 from lora_jax.models import Transformer, transformer
 from lora_jax.paths import named_leaves, rebuild
 from lora_jax.report.terminal import Progress
 from lora_jax.train.data import Corpus, batch
-from lora_jax.train.loop import Schedule, State, load_state, read_arrays, train, write_arrays
+from lora_jax.train.loop import Schedule, train
 from lora_jax.train.metrics import cross_entropy
 from lora_jax.train.options import warmup_cosine
+from lora_jax.train.state import State, load_state, read_arrays, save_state, write_arrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def load_cached(path: Path, like: Any) -> Any | None:
     """The parameters cached at `path`, or None if there are none that fit `like`."""
     try:
         return read_arrays(path, like) if path.exists() else None
-    except (ValueError, TypeError, LookupError, OSError, RuntimeError):
+    except CheckpointError:
         return None
 
 
@@ -70,16 +70,9 @@ def store(path: Path, variables: Any) -> None:
     """Cache parameters; another process that did the same at once does no harm.
 
     Raises:
-      OSError: the cache folder cannot be written to.
+      CheckpointError: the cache folder cannot be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_folder = Path(mkdtemp(dir=path.parent, prefix="partial-"))
-    try:
-        write_arrays(partial_folder / "base", variables)
-        shutil.rmtree(path, ignore_errors=True)
-        (partial_folder / "base").rename(path)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+    write_arrays(path, variables)
 
 
 def pretrain(
@@ -89,6 +82,7 @@ def pretrain(
     recipe: Recipe,
     directory: Path,
     report: Callable[[int], Progress],
+    say: Callable[[str], None] = print,
 ) -> Any:
     """Train a model from scratch.
 
@@ -99,12 +93,13 @@ def pretrain(
       recipe: how.
       directory: where states are written; a state found there is continued.
       report: makes a reporter, given the step to start at.
+      say: is told what a person should know about states that are found.
 
     Returns:
       The variables.
 
     Raises:
-      Interrupted: Ctrl-C was pressed; the state is on disk.
+      Interrupted: Ctrl-C was pressed or SIGTERM came; the state is on disk.
       TrainingError: the loss is not finite.
     """
     tx = _optimizer(recipe, sites)
@@ -120,10 +115,10 @@ def pretrain(
 
     key = jax.random.key(recipe.seed)
     variables = jax.jit(model.init)(key, jnp.zeros((1, recipe.seq_len), jnp.uint8))
-    state = load_state(directory, State(variables, tx.init(variables)))
+    state = load_state(directory, State(variables, tx.init(variables)), say)
     batches = partial(_batch, corpus, recipe)
     schedule = Schedule(steps=recipe.steps, checkpoint_every=recipe.steps, eval_every=recipe.steps)
-    return train(state, step, batches, key, schedule, directory, report(state.step)).weights
+    return train(state, step, batches, key, schedule, partial(save_state, directory), report(state.step)).weights
 
 
 def _batch(corpus: Corpus, recipe: Recipe, step: int) -> np.ndarray:

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +22,15 @@ from helpers import assert_same
 import lora_jax as lora
 from lora_jax.cli import main
 from lora_jax.cli.finetune import Finetune
+from lora_jax.errors import CheckpointError
 from lora_jax.models import Transformer, TransformerConfig
 from lora_jax.report.terminal import Progress
 from lora_jax.train import data, pretrain
-from lora_jax.train.folder import Folder, FolderError
 from lora_jax.train.job import FinetuneJob
-from lora_jax.train.loop import Schedule, State, TrainingError, load_state, train
-from lora_jax.train.metrics import Metrics, cross_entropy, evaluate, read_metrics
+from lora_jax.train.loop import Schedule, TrainingError, train
+from lora_jax.train.metrics import Metrics, cross_entropy, evaluate, plot_loss, read_metrics
 from lora_jax.train.options import AdapterOptions, TrainingOptions, flag, warmup_cosine
-
-TINY = "finetune --model tiny --seq-len 32 --batch-size 4 --pretrain-steps 8 --steps 6 --eval-every 3 --dropout 0.1"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the tests of this file keep their caches and runs."""
-    path = tmp_path_factory.mktemp("finetune")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORA_JAX_CACHE", str(path / "cache"))
-        yield path
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
-    """The output of a run that nothing disturbed."""
-    assert main([*TINY.split(), "--out", str(folder / "whole")]) == 0
-    return folder / "whole"
+from lora_jax.train.state import State, load_state, save_state
 
 
 def interrupt(title: str, step: int) -> Callable[..., None]:
@@ -80,7 +64,12 @@ def test_the_whole_job(whole: Path):
 
 
 def test_what_it_says_and_that_the_base_is_read_from_the_cache(
-    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: list[str],
+    folder: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     def never(*args: Any) -> None:
         raise AssertionError("pre-trained again")
@@ -88,9 +77,7 @@ def test_what_it_says_and_that_the_base_is_read_from_the_cache(
     monkeypatch.setattr("lora_jax.train.job.pretrain", never)
     text = tmp_path / "wörter.txt"
     text.write_text("Grüße aus Köln! [bold]no markup[/bold]\n" * 20)
-    assert (
-        main([*TINY.split(), "--data", str(text), "--targets", "query", "value", "--out", str(tmp_path / "out")]) == 0
-    )
+    assert main([*tiny, "--data", str(text), "--targets", "query", "value", "--out", str(tmp_path / "out")]) == 0
     said, complaints = capsys.readouterr()
     assert "fine-tuning: step 6/6" in complaints
     for part in (
@@ -106,21 +93,21 @@ def test_what_it_says_and_that_the_base_is_read_from_the_cache(
 
 
 def test_ctrl_c_in_either_stage_and_resume_give_the_undisturbed_run_bit_for_bit(
-    folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: list[str], folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("LORA_JAX_CACHE", str(folder / "other cache"))
     out = folder / "with a space"
     resume = ["finetune", "--out", str(out), "--resume"]
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "update", interrupt("pre-training", 5))
-        assert main([*TINY.split(), "--out", str(out)]) == 130
+        assert main([*tiny, "--out", str(out)]) == 130
     assert shlex.join(resume) in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "update", interrupt("fine-tuning", 4))
         assert main(resume) == 130
     assert not (out / "adapter").exists()
     capsys.readouterr()
-    assert main([*TINY.split(), "--out", str(out)]) == 2
+    assert main([*tiny, "--out", str(out)]) == 2
     assert "--resume to continue" in capsys.readouterr().err
     assert main([*resume, "--steps", "7"]) == 2
     assert "leave out --steps" in capsys.readouterr().err
@@ -128,8 +115,10 @@ def test_ctrl_c_in_either_stage_and_resume_give_the_undisturbed_run_bit_for_bit(
     assert_equal_runs(out, whole)
 
 
-def test_json_is_all_that_is_printed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TINY.split(), "--json", "--out", str(tmp_path / "out")]) == 0
+def test_json_is_all_that_is_printed(
+    tiny: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*tiny, "--json", "--out", str(tmp_path / "out")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["out"] == str(tmp_path / "out")
     assert found["adapter"]["trainable"] == sum(row["trainable"] for row in found["adapter"]["rows"])
@@ -138,9 +127,9 @@ def test_json_is_all_that_is_printed(folder: Path, tmp_path: Path, capsys: pytes
     assert "json" not in json.loads((tmp_path / "out" / "config.json").read_text())["options"]
 
 
-def test_a_finished_run_is_left_alone(whole: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_finished_run_is_left_alone(tiny: list[str], whole: Path, capsys: pytest.CaptureFixture[str]):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    assert main([*TINY.split(), "--out", str(whole)]) == 2
+    assert main([*tiny, "--out", str(whole)]) == 2
     assert "finished run" in capsys.readouterr().err
     assert main(["finetune", "--out", str(whole), "--resume"]) == 0
     assert "nothing is left to do" in capsys.readouterr().out
@@ -148,11 +137,11 @@ def test_a_finished_run_is_left_alone(whole: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.full
-def test_a_real_ctrl_c(folder: Path, whole: Path):
+def test_a_real_ctrl_c(tiny: list[str], folder: Path, whole: Path):
     out = folder / "process"
     cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
     environment = os.environ | cached | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "lora_jax", *TINY.split(), "--steps", "100000", "--out", str(out)]
+    command = [sys.executable, "-m", "lora_jax", *tiny, "--steps", "100000", "--out", str(out)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and len(read_metrics(out / "metrics.jsonl")) < 5:
         time.sleep(0.1)
@@ -226,27 +215,6 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]):
         assert flag(option) in shown
 
 
-def test_a_replaced_run_loses_its_own_files_only(tmp_path: Path):
-    folder = Folder(tmp_path)
-    folder.adapter.mkdir()
-    folder.metrics.write_text("old")
-    with pytest.raises(FolderError, match=r"holds adapter, metrics.jsonl: choose another --out, or --overwrite"):
-        folder.check(resume=False, overwrite=False)
-    folder.check(resume=False, overwrite=True)
-    (tmp_path / "notes.txt").write_text("mine")
-    folder.start({"options": {}})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
-
-
-@pytest.mark.parametrize(("config", "complaint"), [("{", "is damaged"), ('{"options": {}}', "another version")])
-def test_a_config_that_cannot_be_resumed_is_refused(
-    config: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    (tmp_path / "config.json").write_text(config)
-    assert main(["finetune", "--resume", "--out", str(tmp_path)]) == 2
-    assert complaint in capsys.readouterr().err
-
-
 def run_loop(tmp_path: Path, losses: list[float], **options: Any) -> list[tuple[str, int]]:
     """Train on given losses; the weights count the steps."""
     happened = []
@@ -257,7 +225,7 @@ def run_loop(tmp_path: Path, losses: list[float], **options: Any) -> list[tuple[
         lambda index: np.asarray(index),
         jax.random.key(0),
         schedule,
-        tmp_path / "state",
+        partial(save_state, tmp_path / "state"),
         Progress("loop", schedule.steps),
         record=lambda done, loss: happened.append(("step", done)),
         evaluate=lambda done, weights: happened.append(("evaluation", done)),
@@ -345,6 +313,32 @@ def test_metrics_forget_what_a_resumed_run_will_do_again(tmp_path: Path):
     assert read_metrics(path) == [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 0.5}]
     Metrics(path)
     assert read_metrics(path) == []
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "{}", '{"step": "1"}', "[" * 100_000])
+def test_a_line_that_is_no_record_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + "\n")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2, is no record of a run"):
+        Metrics(path, step=2)
+
+
+@pytest.mark.parametrize("records", [[], [{"step": 4, "train/loss": 2.0}], [{"step": 5, "eval/loss": 1.0}]])
+def test_metrics_that_are_missing_are_not_drawn(records: list[dict[str, float]], tmp_path: Path) -> None:
+    if records:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "title")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be written: No such file"):
+        metrics.flush()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be written: Is a directory"):
+        metrics.write(1, {})
 
 
 def test_the_learning_rate_rises_and_decays_however_short_the_run():

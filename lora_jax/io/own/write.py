@@ -43,7 +43,7 @@ def write(
     """
     save = lambda to: guarded(where, lambda: ocp.save(str(to), arrays, custom_metadata=dict(notes)))  # noqa: E731
     if jax.process_count() == 1:
-        publish(where, lambda folder: _from_elsewhere(folder, save), replace=replace)
+        publish(where, lambda folder: from_elsewhere(folder, save), replace=replace)
     else:
         _together(where, save, replace)
 
@@ -59,7 +59,7 @@ def guarded(where: Any, run: Callable[[], Any]) -> Any:
         raise CheckpointError(f"{where} cannot be written: {type(error).__name__}: {reason}") from error
 
 
-def _from_elsewhere(folder: Path, save: Callable[[Path], None]) -> None:
+def from_elsewhere(folder: Path, save: Callable[[Path], None]) -> None:
     """Have a checkpoint written to the temporary directory, copy it, and compare the copy."""
     with tempfile.TemporaryDirectory(prefix="lora_jax-") as spare:
         made = Path(spare) / "adapter"

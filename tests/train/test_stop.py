@@ -1,0 +1,185 @@
+"""Runs that are stopped by Ctrl-C, SIGTERM or death, at any place: what goes on from there is the undisturbed run."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from helpers import assert_same
+from killed import Killed
+
+import lora_jax as lora
+from lora_jax.cli import main
+from lora_jax.report.terminal import Progress
+from lora_jax.train import job
+from lora_jax.train.metrics import plot_loss, read_metrics
+from lora_jax.train.state import save_state
+from lora_jax.train.stop import Interrupted, deferred
+
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+def signalled(*numbers: int, error: Exception | None = None) -> None:
+    """A piece of work into which signals come, and that may fail."""
+    with deferred() as stop:
+        stop.message = "all is saved"
+        for number in numbers:
+            signal.raise_signal(number)
+        if error:
+            raise error
+
+
+@SIGNALS
+def test_a_signal_waits_for_the_end(number: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="all is saved") as raised:
+        signalled(number)
+    assert raised.value.number == number and signal.getsignal(number) == before
+
+
+def test_a_second_sigterm_waits_too_and_the_first_counts() -> None:
+    with pytest.raises(Interrupted) as raised:
+        signalled(signal.SIGTERM, signal.SIGTERM)
+    assert raised.value.number == signal.SIGTERM
+
+
+@SIGNALS
+def test_ctrl_c_acts_at_once_where_another_signal_waits(number: int) -> None:
+    with pytest.raises(KeyboardInterrupt) as raised:
+        signalled(number, signal.SIGINT)
+    assert not isinstance(raised.value, Interrupted)
+
+
+def test_an_error_is_not_hidden_by_a_signal() -> None:
+    with pytest.raises(ValueError, match="real"):
+        signalled(signal.SIGTERM, error=ValueError("real"))
+
+
+def test_in_other_threads_signals_are_left_alone() -> None:
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def run() -> None:
+        with deferred() as stop:
+            seen.append((stop.number, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [(None, before)]
+
+
+def after(usual: Callable[..., Any], happens: Callable[[], None], wanted: Callable[..., bool]) -> Callable[..., Any]:
+    """A function after which, at some of its calls, something happens."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        result = usual(*args, **options)
+        if wanted(*args, **options):
+            happens()
+        return result
+
+    return call
+
+
+def progress(title: str, step: int) -> tuple[str, Callable[..., Any], Callable[..., bool]]:
+    """After a step."""
+    return (
+        "lora_jax.report.terminal.Progress.update",
+        Progress.update,
+        lambda self, done, now: (self._title, done) == (title, step),
+    )
+
+
+def saving(step: int) -> tuple[str, Callable[..., Any], Callable[..., bool]]:
+    """In the saving of a state, at its end."""
+    return "lora_jax.train.finetune.save_state", save_state, lambda directory, state: state.step == step
+
+
+PLACES = {
+    "pre-training": progress("pre-training", 5),
+    "a step": progress("fine-tuning", 5),
+    "the last step": progress("fine-tuning", 6),
+    "a save": saving(4),
+    "the last save": saving(6),
+    "the plot": ("lora_jax.train.job.plot_loss", plot_loss, lambda *args: True),
+    "the comparison": ("lora_jax.train.job.FinetuneJob._verify", job.FinetuneJob._verify, lambda *args: True),
+    "the end": ("lora_jax.train.folder.Folder.finish", job.Folder.finish, lambda *args: True),
+}
+"""Where something happens: the name of a function, the function, and at which calls."""
+
+
+def die() -> None:
+    raise Killed
+
+
+def terminate() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+SOON = {"die": ("a step", "the plot"), "terminate": ("pre-training", "a save", "the last save", "the plot", "the end")}
+CASES = [
+    pytest.param(place, happens, marks=() if place in SOON[happens.__name__] else pytest.mark.full)
+    for place in PLACES
+    for happens in (die, terminate)
+]
+
+
+def stopped(args: list[str], place: str, happens: Callable[[], None]) -> int | None:
+    """The exit code of a run to which something happens; None if it dies."""
+    name, usual, wanted = PLACES[place]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(name, after(usual, happens, wanted))
+        try:
+            return main(args)
+        except Killed:
+            return None
+
+
+@pytest.mark.parametrize(("place", "happens"), CASES)
+def test_a_run_that_is_stopped_and_resumed_is_the_undisturbed_one(
+    happens: Callable[[], None],
+    place: str,
+    tiny: list[str],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if place == "pre-training":
+        monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    code = stopped([*tiny, "--checkpoint-every", "2", "--out", str(out)], place, happens)
+    assert code == (None if happens is die else 143)
+    if happens is terminate:
+        assert f"finetune --out {out} --resume" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["finetune", "--out", str(out), "--resume"]) == 0
+    assert_same(lora.load(out / "adapter"), lora.load(whole / "adapter"))
+    assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert sorted(os.listdir(out)) == sorted(os.listdir(whole))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_real_signal(number: int, tiny: list[str], folder: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
+    command = [sys.executable, "-m", "lora_jax", *tiny, "--checkpoint-every", "1", "--steps", "40", "--out", str(out)]
+    process = subprocess.Popen(
+        command, env=os.environ | cached, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and len(read_metrics(out / "metrics.jsonl")) < 5:
+        time.sleep(0.02)
+    assert main(["finetune", "--out", str(out), "--overwrite"]) == 2
+    process.send_signal(number)
+    said, complaints = process.communicate(timeout=300)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 143), said + complaints
+    assert main(["finetune", "--out", str(out), "--resume"]) == 0
+    assert main([*tiny, "--steps", "40", "--out", str(tmp_path / "undisturbed")]) == 0
+    assert (out / "metrics.jsonl").read_text() == (tmp_path / "undisturbed" / "metrics.jsonl").read_text()
+    assert_same(lora.load(out / "adapter"), lora.load(tmp_path / "undisturbed" / "adapter"))
