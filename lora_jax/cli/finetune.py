@@ -15,6 +15,7 @@ from lora_jax.train.folder import Folder
 from lora_jax.train.job import FinetuneJob, Plan
 from lora_jax.train.options import AdapterOptions, OptionError, TrainingOptions, flag, require
 from lora_jax.train.pretrain import Recipe
+from lora_jax.train.saved import converted_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +50,11 @@ class Finetune(Verb):
         if not self.resume:
             return None
         try:
-            options = folder.read_config()["options"]
-            options["data"] = options["data"] and Path(options["data"])
-            options["adapter"]["targets"] = tuple(options["adapter"]["targets"])
-            options["adapter"] = AdapterOptions(**options["adapter"])
-            options["training"] = TrainingOptions(**options["training"])
-            return replace(self, **options)
-        except (KeyError, TypeError) as error:
-            raise OptionError(f"{folder.config} was written by another version of lora_jax: {error!r}") from error
+            return replace(self, **converted_fields(folder.read_config()["options"], Finetune))
+        except TypeError as error:
+            raise OptionError(
+                f"{folder.config} holds options that this version of lora_jax does not know: {error}"
+            ) from error
 
     def prepare(self, saved: "Finetune | None") -> FinetuneJob:
         """Check the options and read the texts; nothing is written.

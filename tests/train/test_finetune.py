@@ -215,6 +215,27 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]):
         assert flag(option) in shown
 
 
+SPOILT = {
+    "model": ("huge", "model: 'huge' is no"),
+    "data": (5, "data: 5 is no Path"),
+    "remat": (1, "remat: 1 is no bool"),
+    "more": (1, "there is no option more"),
+    "training": ({"steps": "3"}, "training: steps: '3' is no int"),
+    "adapter": ({"targets": [5]}, "adapter: targets: 5 is no str"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_options_of_a_config_that_mean_nothing_are_named(
+    name: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((whole / "config.json").read_text())
+    config["options"][name], complaint = SPOILT[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["finetune", "--resume", "--out", str(tmp_path)]) == 2
+    assert complaint in capsys.readouterr().err
+
+
 def run_loop(tmp_path: Path, losses: list[float], **options: Any) -> list[tuple[str, int]]:
     """Train on given losses; the weights count the steps."""
     happened = []

@@ -164,14 +164,21 @@ def test_a_run_that_is_stopped_and_resumed_is_the_undisturbed_one(
     assert sorted(os.listdir(out)) == sorted(os.listdir(whole))
 
 
+SAME = {
+    "JAX_COMPILATION_CACHE_DIR": str(jax.config.values["jax_compilation_cache_dir"] or ""),
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": str(jax.config.values["jax_disable_most_optimizations"]),
+    "JAX_NUM_CPU_DEVICES": str(jax.config.values["jax_num_cpu_devices"]),
+}
+"""What makes another process compile the same programs as this one."""
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_real_signal(number: int, tiny: list[str], folder: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
     command = [sys.executable, "-m", "lora_jax", *tiny, "--checkpoint-every", "1", "--steps", "40", "--out", str(out)]
     process = subprocess.Popen(
-        command, env=os.environ | cached, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=os.environ | SAME, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     while process.poll() is None and len(read_metrics(out / "metrics.jsonl")) < 5:
         time.sleep(0.02)
