@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from lora_jax import regex as safe
 from lora_jax.errors import ParameterError
 
 ALL_LINEAR = "all-linear"
@@ -159,7 +160,7 @@ def regex_hits(regex: str, path: str) -> bool:
     >>> regex_hits(r".*\\.(query|value)", "params/layers_0/attn/query/kernel")
     True
     """
-    return any(re.fullmatch(regex, form) for form in spellings(path))
+    return any(safe.fullmatch(regex, form) for form in spellings(path))
 
 
 def hits(wanted: str | Collection[str], path: str) -> bool:
@@ -209,7 +210,7 @@ def pattern_hits(key: str, path: str) -> bool:
       >>> pattern_hits("query", "layers_0/query/kernel"), pattern_hits("layers.1.query", "layers/11/query/kernel")
       (True, False)
     """
-    return any(re.fullmatch(rf"(.*[./])?({key})", form) for form in spellings(path))
+    return any(safe.fullmatch(rf"(.*[./])?({key})", form) for form in spellings(path))
 
 
 def lookup(patterns: Iterable[tuple[str, Any]], path: str) -> tuple[str, Any] | None:

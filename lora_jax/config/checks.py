@@ -2,12 +2,12 @@
 
 import math
 import operator
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
+from lora_jax import regex
 from lora_jax.errors import ConfigError
 from lora_jax.paths import ALL_LINEAR, components
 
@@ -125,9 +125,9 @@ def wanted(field: str, value: Any) -> str | tuple[str, ...]:
 
 def _regex(field: str, value: Any) -> str:
     try:
-        re.compile(value)
-    except (re.error, TypeError) as error:
-        raise ConfigError(f"{field}: {value!r} is not a regular expression: {error}") from None
+        regex.check(value)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{field}: {error}") from None
     return value
 
 

@@ -25,6 +25,7 @@ from lora_jax.report.report import Report
 from lora_jax.report.tables import Table, times
 
 Format = Literal["peft", "orbax"]
+_MOST_PARAMETERS = 4
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,10 @@ def _rank_and_scale(files: PeftFiles, name: str, module: Module) -> tuple[int, i
         return len(module.a), 1, files.alpha(name), files.scale(name)
     owner = name.replace(".base_layer", "")
     levels = [each for each in files.modules if each.replace(".base_layer", "") == owner]
+    names = _parameters(files, owner)
+    # A module has a few parameters; a file that says otherwise has more orders than could ever be tried.
     possible = set()
-    for given in permutations(_parameters(files, owner), len(levels)):
+    for given in permutations(names, len(levels)) if len(names) <= _MOST_PARAMETERS else ():
         ranks = [rank_of(files.config, each) or len(module.a) for each in given]
         rows = [len(files.modules[level].a) for level in levels]
         # All parameters of a module have as many experts, and the rows of A are their number times the rank.
@@ -240,7 +243,8 @@ def _rank_and_scale(files: PeftFiles, name: str, module: Module) -> tuple[int, i
 def _parameters(files: PeftFiles, owner: str) -> list[str]:
     """Full names of a module's adapted parameters; the config may have the ends of them only."""
     wanted = [name.rpartition(".") for name in files.config.get("target_parameters") or ()]
-    return [f"{owner}.{leaf}" for module, _, leaf in wanted if not module or f".{owner}".endswith(f".{module}")]
+    found = [f"{owner}.{leaf}" for module, _, leaf in wanted if not module or f".{owner}".endswith(f".{module}")]
+    return list(dict.fromkeys(found))
 
 
 def _peft_factors(files: PeftFiles) -> tuple[Adapter, dict[str, str]]:

@@ -2,13 +2,13 @@
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_jax.errors import CheckpointError
+from lora_jax import regex
+from lora_jax.errors import CheckpointError, ConfigError
 from lora_jax.io.peft.keys import Form
 from lora_jax.io.peft.match import exact_key, in_pattern
 
@@ -275,18 +275,19 @@ def check_types(where: str, config: Mapping[str, Any], *, masks: bool = False) -
       masks: whether `rank_pattern` has lists of booleans and not ranks, as AdaLoRA has.
 
     Raises:
-      CheckpointError: a field has another type, is out of range, or is no regex where one belongs.
+      CheckpointError: a field has another type, is out of range, or is no regular expression (of the supported ones)
+        where one belongs.
     """
     for field, (needs, holds) in _FIELDS.items():
         value = config.get(field)
         if value is not None and not holds(value):
             raise CheckpointError(f"{where}: {field}={_shown(value)} must be {needs}")
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(value := config.get(field), str):
+            _check_regex(f"{where}: {field}", value)
     for field, (needs, holds) in (_PATTERNS | ({"rank_pattern": _MASK} if masks else {})).items():
         for key, value in (config.get(field) or {}).items():
-            if not _is_regex(f"({key})"):
-                raise CheckpointError(
-                    f"{where}: {field}: {_shown(key)} is no regular expression, or one that may take for ever"
-                )
+            _check_regex(f"{where}: {field}", key)
             if not holds(value):
                 raise CheckpointError(f"{where}: {field}[{_shown(key)}]={_shown(value)} must be {needs}")
 
@@ -306,37 +307,11 @@ def _is_number(value: Any) -> bool:
     return number and -_FLOAT32_MAX < value < _FLOAT32_MAX and math.isfinite(value)
 
 
-def _is_regex(text: str) -> bool:
+def _check_regex(where: str, text: str) -> None:
     try:
-        re.compile(text)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return not _explodes(text)
-
-
-_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|.", re.DOTALL)
-
-
-def _explodes(text: str) -> bool:
-    """Whether a repetition repeats a group that repeats or branches: such a match may take exponential time.
-
-    >>> _explodes("(a+)+$"), _explodes("(a|a)*"), _explodes(r"(.*\\.)?layers\\.[0-9]+\\.(q|k)_proj")
-    (True, True, False)
-    """
-    groups, closed = [False], False
-    for token in _TOKEN.findall(text):
-        repeats = token in ("*", "+") or (token[0] == "{" and token[-1] == "}")
-        if closed and repeats:
-            return True
-        closed = False
-        if token == "(":
-            groups.append(False)
-        elif token == ")" and len(groups) > 1:
-            closed = groups.pop()
-            groups[-1] |= closed
-        elif repeats or token == "|":
-            groups[-1] = True
-    return False
+        regex.check(text)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
 
 
 def _are_names(value: Any) -> bool:
@@ -352,7 +327,7 @@ def _are_tokens(value: Any) -> bool:
 
 
 def _are_targets(value: Any) -> bool:
-    return _are_names(value) or (isinstance(value, str) and _is_regex(value))
+    return _are_names(value) or isinstance(value, str)
 
 
 def _is_a(*types: type) -> Callable[[Any], bool]:
@@ -363,7 +338,7 @@ _RANK = "a positive integer", _is_rank
 _MASK = "a list of true and false", _is_mask
 _NUMBER = "a finite number", _is_number
 _NAMES = "a list of names", _are_names
-_TARGETS = "a list of names, or one regular expression that cannot take for ever", _are_targets
+_TARGETS = "a list of names, or one regular expression", _are_targets
 _BOOL = "true or false", _is_a(bool)
 
 _PROBABILITY = "a probability below 1", lambda value: _is_number(value) and 0 <= value < 1

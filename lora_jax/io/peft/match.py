@@ -4,6 +4,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from lora_jax import regex
+
 
 def targets(wanted: str | Collection[str] | None, module: str) -> bool:
     """Whether PEFT's `target_modules` hits a module: one regex for the whole name, or names that end it.
@@ -17,7 +19,7 @@ def targets(wanted: str | Collection[str] | None, module: str) -> bool:
       (True, False, True)
     """
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
+        return regex.fullmatch(wanted, module)
     return any(module == name or module.endswith(f".{name}") for name in wanted or ())
 
 
@@ -44,7 +46,7 @@ def in_pattern(patterns: Mapping[str, Any] | None, module: str) -> Any:
       >>> in_pattern({"q_proj": 4, "layers.0.q_proj": 2}, "layers.0.q_proj"), in_pattern({"q": 4}, "seq")
       (4, None)
     """
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), None)
+    return next((value for key, value in (patterns or {}).items() if regex.fullmatch(rf"(.*\.)?({key})", module)), None)
 
 
 def exact_key(module: str) -> str:
