@@ -1,6 +1,7 @@
 """Adapters on disk: bit for bit, self-describing, and refused when damaged or when they belong elsewhere."""
 
 import json
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError, ParameterError
 from lora_jax.init import initialisers
 from lora_jax.io.own.orbax import load, load_config, save
+from lora_jax.merge import merge
 from lora_jax.optim.frozen import combine, optimizer, partition
 
 DENSE = Site(path="params/mlp/kernel", shape=(16, 8), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
@@ -165,7 +167,7 @@ def test_nnx_and_dict_bases_are_alike(tmp_path: Path) -> None:
     model = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
     site = Site(path="kernel", shape=(16, 8), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
     save(tmp_path / "adapter", random_adapter([site]), params=nnx.state(model))
-    load(tmp_path / "adapter", {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)})
+    load(tmp_path / "adapter", {"kernel": model.kernel[...], "bias": np.zeros(8, np.float32)})
 
 
 def test_wrong_base_is_refused_by_name(tmp_path: Path) -> None:
@@ -193,6 +195,57 @@ def test_adapted_parameters_are_checked_even_without_a_fingerprint(saved: Path) 
     wrong["params"]["layers"]["w"] = jnp.zeros((3, 8, 2, 4), jnp.float32)
     with pytest.raises(CheckpointError, match=r"params/layers/w is float32\[3,8,2,4\], not bfloat16\[3,8,2,4\]"):
         load(saved, wrong)
+
+
+def test_other_values_are_refused_by_name(tmp_path: Path) -> None:
+    save(tmp_path / "adapter", make(), params=base())
+    other = base()
+    other["params"]["layers"]["w"] = other["params"]["layers"]["w"] + 0.01
+    with pytest.raises(CheckpointError, match=r"differ at 1 of 3 parameters: params/layers/w\. .* base=\"any\""):
+        load(tmp_path / "adapter", other)
+    assert_bits(load(tmp_path / "adapter", other, base="any"), make())
+    with pytest.raises(CheckpointError, match='must be "same"'):
+        load(tmp_path / "adapter", other, base="all")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_that_holds_the_adapter_already(tmp_path: Path, dtype: str) -> None:
+    site = Site(path="w", shape=(16, 8), dtype=dtype, kind="dense", in_axes=(0,), out_axes=(1,))
+    adapter = random_adapter([site])
+    params = {"w": jax.random.normal(jax.random.key(5), (16, 8), dtype), "bias": jnp.ones(3)}
+    save(tmp_path / "adapter", adapter, params=params)
+    merged = merge(params, adapter)
+    with pytest.raises(CheckpointError, match="is merged into these parameters already"):
+        load(tmp_path / "adapter", merged)
+    with pytest.raises(CheckpointError, match="another base of the same shapes"):
+        load(tmp_path / "adapter", merged | {"bias": jnp.zeros(3)})
+
+
+def test_a_base_whose_values_were_not_known(tmp_path: Path) -> None:
+    save(tmp_path / "adapter", make(), params=jax.eval_shape(base))
+    assert_bits(load(tmp_path / "adapter", base()), make())
+
+
+def test_a_checkpoint_from_before_shapes_and_values_were_recorded(tmp_path: Path) -> None:
+    save(tmp_path / "adapter", make(), params=base())
+
+    def forget(metadata: Any) -> None:
+        del metadata["lora_jax"]["arrays"], metadata["lora_jax"]["base"]["values"]
+
+    edit(tmp_path / "adapter", forget)
+    assert_bits(load(tmp_path / "adapter", base()), make())
+
+
+def test_loading_keeps_nothing(saved: Path) -> None:
+    """Orbax keeps what it reads of metadata: 200 kB for every call."""
+    load(saved)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(5):
+        load(saved)
+    kept = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert kept / 5 < 20_000
 
 
 def test_long_lists_of_differences_are_cut(tmp_path: Path) -> None:
@@ -271,7 +324,7 @@ def test_checkpoint_of_something_else(tmp_path: Path) -> None:
 def test_garbled_metadata(saved: Path, keep: float) -> None:
     file = saved / "_CHECKPOINT_METADATA"
     file.write_text(file.read_text()[: int(keep * file.stat().st_size)])
-    refused(saved, "without the metadata of an adapter")
+    refused(saved, "cannot be read as an adapter")
 
 
 def test_unfinished_checkpoint(saved: Path) -> None:

@@ -2,14 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
-from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from json import dumps
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.registry import METHODS
@@ -17,24 +14,32 @@ from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import Update
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError
-from lora_jax.paths import is_array, named_leaves
+from lora_jax.io.own.base import describe_base, spell, unspelled
 
 FORMAT = 1
 """Version of what `describe` returns; to be raised whenever an older lora_jax could not read the new one."""
 
-_SHOWN = 5
-
 
 def describe(adapter: Adapter, config: LoraConfig | None, params: Any) -> dict[str, Any]:
     """Everything about an adapter that is no array."""
-    base = None if params is None else _fingerprint(params)
     return {
         "format": FORMAT,
         "version": _version(),
         "config": None if config is None else asdict(config),
         "updates": {path: {"type": _type(path, update), **_statics(update)} for path, update in adapter.items()},
-        "base": None if base is None else {"sha256": _digest(base), "parameters": base},
+        "arrays": {
+            path: {field: spell(leaf) for field, leaf in arrays(update).items()} for path, update in adapter.items()
+        },
+        "base": describe_base(params),
     }
+
+
+def stored(notes: Mapping[str, Any]) -> dict[str, dict[str, jax.ShapeDtypeStruct]] | None:
+    """Shapes and dtypes of every update's arrays by field; None where a checkpoint is older than this record."""
+    found = notes.get("arrays")
+    if found is None:
+        return None
+    return {path: {field: unspelled(text) for field, text in fields.items()} for path, fields in found.items()}
 
 
 def assemble(notes: Mapping[str, Any], leaves: Mapping[str, Mapping[str, Any]]) -> Adapter:
@@ -64,65 +69,6 @@ def check_format(where: str, notes: Any) -> None:
             f"{where} has format {notes['format']!r}, written by lora_jax {notes.get('version')}; this is lora_jax "
             f"{_version()}, which reads format {FORMAT}. Install the version that wrote it, or a newer one."
         )
-
-
-def check_base(where: str, notes: Mapping[str, Any], params: Any) -> None:
-    """Refuse a base other than the one recorded; None is never refused.
-
-    Raises:
-      CheckpointError: a parameter is missing, new, or has another shape or dtype.
-    """
-    if params is None:
-        return
-    given = _fingerprint(params)
-    base = notes["base"]
-    if base is not None and base["sha256"] == _digest(given):
-        return
-    expected = base["parameters"] if base is not None else _adapted(notes)
-    known = set(expected) | (set(given) if base is not None else set())
-    different = [path for path in sorted(known) if expected.get(path) != given.get(path)]
-    if different:
-        shown = "; ".join(_difference(path, expected.get(path), given.get(path)) for path in different[:_SHOWN])
-        more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
-        raise CheckpointError(
-            f"{where} belongs to another base: {len(different)} of {len(known)} parameters differ: {shown}{more}.\n"
-            "Load it with the parameters it was trained on, or leave params out to load it without this check."
-        )
-
-
-def base_shapes(notes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct] | None:
-    """The base's parameters by path, or None if they were not recorded."""
-    base = notes["base"]
-    return None if base is None else {path: _unspelled(text) for path, text in base["parameters"].items()}
-
-
-def _difference(path: str, expected: str | None, given: str | None) -> str:
-    if given is None:
-        return f"{path} ({expected}) is missing"
-    return f"{path} ({given}) is new" if expected is None else f"{path} is {given}, not {expected}"
-
-
-def _adapted(notes: Mapping[str, Any]) -> dict[str, str]:
-    sites = {path: entry["site"] for path, entry in notes["updates"].items()}
-    return {path: _spell(site["shape"], site["dtype"]) for path, site in sites.items()}
-
-
-def _fingerprint(params: Any) -> dict[str, str]:
-    leaves, _ = named_leaves(params)
-    return {path: _spell(leaf.shape, leaf.dtype) for path, leaf in sorted(leaves.items()) if is_array(leaf)}
-
-
-def _spell(shape: Any, dtype: Any) -> str:
-    return f"{dtype}[{','.join(map(str, shape))}]"
-
-
-def _unspelled(text: str) -> jax.ShapeDtypeStruct:
-    dtype, _, sizes = text.removesuffix("]").partition("[")
-    return jax.ShapeDtypeStruct(tuple(int(size) for size in sizes.split(",") if size), jnp.dtype(dtype))
-
-
-def _digest(base: Mapping[str, str]) -> str:
-    return sha256(dumps(base, sort_keys=True).encode()).hexdigest()
 
 
 def _statics(update: Update) -> dict[str, Any]:

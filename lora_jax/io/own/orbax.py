@@ -7,10 +7,11 @@ An `Adapter` is a plain pytree too: to resume training exactly, save it together
 `ocp.training.Checkpointer` or `CheckpointManager`, with the freshly made state as the abstract tree to restore into.
 """
 
+import json
 from collections.abc import Callable
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +27,15 @@ from lora_jax.adapter.sharding import checksum_place
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError, LoraError
 from lora_jax.io.own import manifest
+from lora_jax.io.own.base import base_shapes, check_shapes, check_values
 from lora_jax.io.own.write import guarded as _guarded_writing
 from lora_jax.io.own.write import plain_name, write
 from lora_jax.paths import named_leaves
 from lora_jax.publish import place, steady
 
 _KEY = "lora_jax"
+_METADATA = "_CHECKPOINT_METADATA"
+"""The file in which Orbax keeps the custom metadata of a checkpoint."""
 _Result = TypeVar("_Result")
 _BROKEN = (ValueError, TypeError, LookupError, AttributeError, OSError, RuntimeError)
 
@@ -95,6 +99,7 @@ def load(
     path: str | PathLike[str],
     params: Any = None,
     *,
+    base: Literal["same", "any"] = "same",
     sharding: Sharding | Callable[[Adapter], Any] | None = None,
 ) -> Adapter:
     """Read an adapter back; nothing else is needed.
@@ -102,7 +107,9 @@ def load(
     Args:
       path: the directory that `save` wrote.
       params: the base's parameters (arrays or `jax.ShapeDtypeStruct`), to make sure that they are the ones the
-        adapter was trained on. None skips the check.
+        adapter was trained on: their paths, shapes and dtypes, and of arrays also samples of the values, if `save` was
+        given `params`. None skips the check.
+      base: `"any"` takes parameters with other values, such as those of another revision of the model.
       sharding: where to put the arrays: one sharding for all, or a function from the abstract adapter (with
         `jax.ShapeDtypeStruct` leaves) to a tree of shardings, or a prefix of one. By default they are
         uncommitted, like freshly made arrays, and follow whatever they are used with.
@@ -112,7 +119,7 @@ def load(
 
     Raises:
       CheckpointError: there is no adapter at `path`, it is damaged or from a newer lora_jax, or it belongs to
-        another base, in which case the message names the parameters that differ.
+        another base, in which case the message names the parameters that differ, or is merged into it already.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora, tempfile
@@ -127,14 +134,24 @@ def load(
       ...     print("w is float32[4,7], not float32[4,3]" in str(error))
       True
     """
-    return _steadily(path, lambda where, shown: _load(where, shown, params, sharding))
+    return _steadily(path, lambda where, shown: _load(where, shown, params, base, sharding))
 
 
-def _load(where: Any, shown: str, params: Any, sharding: Any) -> Adapter:
+def _load(where: Any, shown: str, params: Any, base: str, sharding: Any) -> Adapter:
+    if base not in ("same", "any"):
+        raise CheckpointError(f'base={base!r} must be "same" or "any"')
     note(shown)
-    notes, stored = _read(where, shown)
-    abstract = _guarded(shown, _abstract, notes, stored)
-    _guarded(shown, manifest.check_base, shown, notes, params)
+    notes = _read(where, shown)
+    if params is not None:
+        _guarded(shown, check_shapes, shown, notes, params)
+    adapter = _with_arrays(where, shown, notes, sharding)
+    if params is not None and base == "same":
+        _guarded(shown, check_values, shown, notes, params, adapter)
+    return adapter
+
+
+def _with_arrays(where: Any, shown: str, notes: Any, sharding: Any) -> Adapter:
+    abstract = _guarded(shown, _abstract, where, notes)
     _check_dtypes(shown, abstract)
     places = sharding(abstract) if callable(sharding) and not isinstance(sharding, Sharding) else sharding
     target = _target(abstract, places)
@@ -182,11 +199,11 @@ def load_base(path: str | PathLike[str]) -> dict[str, jax.ShapeDtypeStruct] | No
     Raises:
       CheckpointError: there is no adapter at `path`, or it is damaged.
     """
-    return _guarded(fspath(path), manifest.base_shapes, _notes(path))
+    return _guarded(fspath(path), base_shapes, _notes(path))
 
 
 def _notes(path: str | PathLike[str]) -> dict[str, Any]:
-    return _steadily(path, lambda where, shown: _read(where, shown)[0])
+    return _steadily(path, _read)
 
 
 def _is_remote(path: str | PathLike[str]) -> bool:
@@ -232,14 +249,19 @@ def _array(leaf: Any) -> jax.Array | np.ndarray:
     return leaf if isinstance(leaf, (jax.Array, np.ndarray)) else jnp.asarray(leaf)
 
 
-def _read(where: Any, shown: str) -> tuple[dict[str, Any], Any]:
-    """The metadata, checked, and the abstract arrays as they are stored."""
+def _read(where: Any, shown: str) -> dict[str, Any]:
+    """What a checkpoint says about its adapter, checked."""
     if not where.exists():
         raise CheckpointError(f"There is nothing at {shown}. Check the path; lora_jax.save creates such a directory.")
-    found = _guarded(shown, ocp.metadata, where)
-    notes: Any = (found.custom_metadata or {}).get(_KEY)
+    notes = _guarded(shown, _custom_metadata, where)
     manifest.check_format(shown, notes)
-    return notes, found.metadata
+    return notes
+
+
+def _custom_metadata(where: Any) -> Any:
+    """Ours of the metadata of a checkpoint, from its file: what `ocp.metadata` reads it keeps (200 kB every time)."""
+    found = json.loads((where / _METADATA).read_text(encoding="utf-8"))
+    return (found.get("custom_metadata") or {}).get(_KEY)
 
 
 def _guarded(where: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -255,7 +277,10 @@ def _guarded(where: str, function: Callable[..., Any], *args: Any) -> Any:
         ) from error
 
 
-def _abstract(notes: Any, stored: Any) -> Adapter:
+def _abstract(where: Any, notes: Any) -> Adapter:
+    stored = manifest.stored(notes)
+    if stored is None:
+        stored = ocp.metadata(where).metadata
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), manifest.assemble(notes, stored))
 
 
