@@ -18,6 +18,7 @@ from lora_jax.io.hf.folder import open_checkpoint
 from lora_jax.io.inspect import Format, detect
 from lora_jax.io.own import orbax
 from lora_jax.io.peft import read_peft, write_peft
+from lora_jax.io.peft.uniform import uniform
 from lora_jax.report.terminal import Terminal
 from lora_jax.train.options import OptionError, require
 
@@ -51,6 +52,8 @@ class Compose(Verb):
     """How ties, dare_ties and knots elect signs: that of the sum (total, the default), or that of most."""
     seed: int = 0
     """For dare."""
+    uniform: bool = False
+    """PEFT only: one rank and one alpha for all modules, for servers that know no patterns."""
     base: Path | None = None
     """A Hugging Face checkpoint of the base, for PEFT adapters with parts trained in full; only those are read."""
 
@@ -70,8 +73,10 @@ class Compose(Verb):
             raise OptionError(f"Adapters of different formats: {given}. Bring them to one with lora-jax convert")
         try:
             if found[self.paths[0]] == "peft":
-                report, write = _peft(self.paths, self.out, self.weights, self.base, settings)
+                report, write = _peft(self, settings)
                 return ComposeJob(self, report, write)
+            if self.uniform:
+                raise OptionError("--uniform is for PEFT's format; lora-jax export makes that of an adapter of our own")
             if self.base is not None:
                 raise OptionError("--base goes with PEFT's format; in Python, lora_jax.compose(..., params=) takes any")
             return ComposeJob(self, *_orbax(self.paths, self.out, self.weights, settings))
@@ -109,11 +114,12 @@ _Composition = tuple[ComposeReport, Callable[[], None]]
 """What is made, and how it is written."""
 
 
-def _peft(paths: Sequence[Path], out: Path, weights: Any, base: Path | None, settings: dict[str, Any]) -> _Composition:
-    given = [read_peft(path) for path in paths]
-    known = None if base is None else base_values(open_checkpoint(base), given)
-    files, report = compose_files(given, weights, known, **settings)
-    return report, lambda: write_peft(out, files)
+def _peft(options: Compose, settings: dict[str, Any]) -> _Composition:
+    given = [read_peft(path) for path in options.paths]
+    known = None if options.base is None else base_values(open_checkpoint(options.base), given)
+    files, report = compose_files(given, options.weights, known, **settings)
+    files = uniform(files) if options.uniform else files
+    return report, lambda: write_peft(options.out, files)
 
 
 def _orbax(paths: Sequence[Path], out: Path, weights: Any, settings: dict[str, Any]) -> _Composition:

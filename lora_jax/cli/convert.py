@@ -38,6 +38,9 @@ class Convert(Verb):
     task_type: str | None = None
     """To PEFT: the task, such as CAUSAL_LM, for the config."""
 
+    uniform: bool = False
+    """To PEFT: one rank and one alpha for all modules, for servers that know no patterns."""
+
     def prepare(self, saved: "Convert | None") -> "ConvertJob":
         """Check that source and options go together.
 
@@ -54,8 +57,8 @@ class Convert(Verb):
             )
         elif detect(self.like) != "orbax":
             raise OptionError(f"--like {self.like} must be an adapter that lora_jax.save wrote, not one of PEFT's")
-        elif self.base_model or self.task_type:
-            raise OptionError("--base-model and --task-type are for PEFT's config: leave them out")
+        elif self.base_model or self.task_type or self.uniform:
+            raise OptionError("--base-model, --task-type and --uniform are for PEFT's config: leave them out")
         find_names(self.names)
         if self.paths[1].exists():
             raise OptionError(f"{self.paths[1]} exists already: choose another directory")
@@ -89,7 +92,8 @@ class ConvertJob:
         options, (source, out) = self._options, self._options.paths
         if options.like is None:
             adapter = orbax.load(source)
-            peft.save(out, adapter, options.names, base_model=options.base_model, task_type=options.task_type)
+            notes = {"base_model": options.base_model, "task_type": options.task_type, "uniform": options.uniform}
+            peft.save(out, adapter, options.names, **notes)
         else:
             recorded, like = orbax.load_base(options.like), orbax.load(options.like)
             known = [update.site for update in like.values()]

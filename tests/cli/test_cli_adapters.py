@@ -133,6 +133,13 @@ def test_convert_there_and_back(adapter: lora.Adapter, tmp_path: Path) -> None:
         lora.load(back, {"layers_0": PARAMS["layers_0"] | {"more": jnp.ones(3)}})
 
 
+def test_convert_to_one_rank_and_one_scale(adapter: lora.Adapter, tmp_path: Path) -> None:
+    lora.save(tmp_path / "orbax", adapter)
+    assert main(["convert", str(tmp_path / "orbax"), str(tmp_path / "peft"), "--uniform"]) == 0
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
+
+
 def test_convert_from_an_adapter_without_a_recorded_base(adapter: lora.Adapter, tmp_path: Path) -> None:
     first, peft, back = (str(tmp_path / name) for name in ("orbax", "peft", "back"))
     lora.save(first, adapter)
@@ -244,6 +251,7 @@ REFUSED = {
     "convert peft out": "give --like ADAPTER",
     "convert orbax out --like orbax": "--like is for the other direction",
     "convert peft out --like orbax --task-type X": "leave them out",
+    "convert peft out --like orbax --uniform": "leave them out",
     "convert orbax peft": "peft exists already",
     "convert peft out --like peft": "must be an adapter that lora_jax.save wrote",
     "convert orbax out --names nothing": "nothing",

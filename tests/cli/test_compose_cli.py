@@ -206,6 +206,14 @@ def test_targets_that_a_regex_chose_become_names(tmp_path: Path) -> None:
     assert made.config["target_modules"] == ["layers.0.q"]
 
 
+def test_uniform_has_one_rank_and_one_scale(folder: Path) -> None:
+    assert main(["compose", "one-peft", "two-peft", "--out", "plain", "--weights", "1", "-0.5"]) == 0
+    assert main(["compose", "one-peft", "two-peft", "--out", "both", "--weights", "1", "-0.5", "--uniform"]) == 0
+    assert_close(lora.merge(PARAMS, loaded("both")), lora.merge(PARAMS, loaded("plain")))
+    config = read_peft("both").config
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (5, {}, {})
+
+
 REFUSED = {
     "compose --out out": "There is nothing to compose",
     "compose one two": "Missing from lora-jax compose: --out",
@@ -221,6 +229,7 @@ REFUSED = {
     "compose one two --out out --density 0.5": "density=0.5 means nothing",
     "compose one two --out out --method svd --majority-sign total": "elects no signs",
     "compose tokens tokens --out out": "Here --base takes one, for PEFT adapters",
+    "compose one two --out out --uniform": "--uniform is for PEFT's format",
     "compose one two --out out --base hf": "--base goes with PEFT's format",
     "compose one-peft two-peft --out out --base nowhere": "nowhere is not a directory with a base model",
     "compose dora one-peft --out out": "layers.0.up is DoRA in one adapter and not in another",

@@ -121,7 +121,7 @@ def lora_fields(made: Mapping[str, ScaledModule]) -> TypeFields:
     >>> lora_fields({"q": one, "k": one, "v": two}).fields["rank_pattern"]
     {'^v': 4}
     """
-    scales = {name: (each.rank, _alpha(each.scale, each.rank)) for name, each in made.items()}
+    scales = {name: (each.rank, shortest_alpha(each.scale, each.rank)) for name, each in made.items()}
     ranks = Counter(rank for rank, _ in scales.values())
     alphas = Counter(alpha for _, alpha in scales.values())
     rank = ranks.most_common(1)[0][0] if ranks else 8
@@ -153,7 +153,7 @@ def adalora_fields(made: Mapping[str, ScaledModule]) -> TypeFields:
     fields = {
         "init_r": rank,
         "target_r": max(round(average), 1),
-        "lora_alpha": _number(_alpha(scale, rank + RANK_OFFSET)),
+        "lora_alpha": _number(shortest_alpha(scale, rank + RANK_OFFSET)),
         "rank_pattern": None if all(map(all, masks.values())) else masks,
         "total_step": 1,
     }
@@ -171,7 +171,7 @@ def _kept(module: Module) -> np.ndarray:
     if module.values.any():
         return module.values != 0
     rank = len(module.a)
-    return module.a.reshape(rank, -1).any(1) | module.b.reshape(-1, rank).any(0)
+    return np.asarray(module.a.reshape(rank, -1).any(1) | module.b.reshape(-1, rank).any(0))
 
 
 def _compact(module: Module, kept: np.ndarray) -> Module:
@@ -194,7 +194,7 @@ def vera_fields(made: Mapping[str, ScaledModule], seed: int) -> TypeFields | Non
     return TypeFields(fields, {name: replace(each.module, a=a, b=b) for name, each in made.items()})
 
 
-def _alpha(scale: np.float32, divisor: float) -> float:
+def shortest_alpha(scale: np.float32, divisor: float) -> float:
     """The shortest number that PEFT turns into the same scale when it divides by the rank."""
     alphas = (float(f"{float(scale) * divisor:.{digits}g}") for digits in range(1, 18))
     return next((alpha for alpha in alphas if np.float32(alpha / divisor) == scale), float(scale) * divisor)

@@ -34,6 +34,7 @@ from lora_jax.io.peft.peft_type import (
     peft_types_for,
     vera_fields,
 )
+from lora_jax.io.peft.uniform import leveled, short_heads
 from lora_jax.io.peft.write import write_peft
 from lora_jax.methods import Dora, Rows, Shift, Vera
 from lora_jax.paths import bias_beside, named_leaves
@@ -49,6 +50,7 @@ def save(
     base_model: str | None = None,
     task_type: str | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
+    uniform: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write an adapter as a directory that PyTorch PEFT loads, and so vLLM and the rest of that world.
@@ -77,6 +79,8 @@ def save(
       task_type: `task_type` for the config, such as `"CAUSAL_LM"`.
       save_embedding_layers: True writes the tables and heads of the base too. `"auto"` does so only if
         `base_model` is a local directory whose `config.json` has another `vocab_size`. False never does.
+      uniform: plain LoRA with one rank, padded with zeros, one `lora_alpha` for all modules, and no patterns: for
+        servers that take `lora_alpha / r` for every scale. Other scales are folded into B in float32.
       overwrite: replace an adapter that is there already.
 
     Raises:
@@ -100,11 +104,15 @@ def save(
     leaves = {} if params is None else named_leaves(params)[0]
     if leaves:
         check_parameters(adapter, leaves)
-    writers = (_Writer(adapter, find_names(names), sites, leaves, peft_type) for peft_type in peft_types_for(adapter))
-    writer, files = next((writer, files) for writer in writers if (files := writer.files()) is not None)
+    types = (LORA,) if uniform else peft_types_for(adapter)
+    writers = (_Writer(adapter, find_names(names), sites, leaves, peft_type) for peft_type in types)
+    written = ((writer, writer.files(uniform=uniform)) for writer in writers)
+    writer, files = next((writer, files) for writer, files in written if files is not None)
     if save_embedding_layers is True or (save_embedding_layers == "auto" and writer.full.resized(base_model)):
         files = PeftFiles(files.config, files.modules, {**writer.full.tables(writer.torch_model), **files.saved})
-    extra = {"base_model_name_or_path": base_model, "task_type": task_type}
+    extra: dict[str, Any] = {"base_model_name_or_path": base_model, "task_type": task_type}
+    if uniform:
+        extra["modules_to_save"] = short_heads(files.config["modules_to_save"] or (), files)
     write_peft(path, PeftFiles({**files.config, **extra}, files.modules, files.saved), overwrite=overwrite)
 
 
@@ -139,7 +147,7 @@ class _Writer:
         self.made: dict[str, ScaledModule] = {}
         self.ties = False
 
-    def files(self) -> PeftFiles | None:
+    def files(self, *, uniform: bool) -> PeftFiles | None:
         """Everything to write, in PEFT's layout; None if a file of this type cannot hold it."""
         modules: dict[str, Module] = {}
         stacks: dict[str, list[_Stacked]] = {}
@@ -147,11 +155,11 @@ class _Writer:
         flat = (source for _, sources in all_sources.values() for source in sources)
         if self.peft_type is not LORA and not self._fits(flat):
             return None
-        for name, (order, sources) in all_sources.items():
-            made = self.factors.module(sources)
-            if made is None:
-                continue
-            self.made[name] = made
+        found = {name: self.factors.module(sources) for name, (_, sources) in all_sources.items()}
+        self.made = {name: each for name, each in found.items() if each is not None}
+        self.made = leveled(self.made) if uniform else self.made
+        for name, made in [*self.made.items()]:
+            order, sources = all_sources[name]
             if sources[0].target.parameter:
                 stacks.setdefault(name.rpartition(".")[0], []).append(_Stacked(order, name, made.module))
             else:
