@@ -15,10 +15,10 @@ from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank, Update
 from lora_jax.errors import CheckpointError
+from lora_jax.io.formats.recognise import OWN, adapter_file, refuse_folder
 from lora_jax.io.own import manifest, orbax
-from lora_jax.io.peft.config import CONFIG, alpha_of, rank_of, scale_of
+from lora_jax.io.peft.config import alpha_of, rank_of, scale_of
 from lora_jax.io.peft.files import PeftFiles
-from lora_jax.io.peft.keys import WEIGHTS
 from lora_jax.io.peft.module import Module
 from lora_jax.io.peft.read import read_peft
 from lora_jax.report.report import Report
@@ -156,17 +156,13 @@ def detect(path: Path) -> Format:
     Raises:
       CheckpointError: neither.
     """
-    if path.is_file() or any((path / name).exists() for name in (WEIGHTS, CONFIG, "adapter_model.bin")):
+    if not path.exists():
+        raise CheckpointError(f"There is nothing at {path}: check the path")
+    if path.is_file() or adapter_file(path) is not None:
         return "peft"
-    if (path / "_CHECKPOINT_METADATA").exists():
+    if (path / OWN).exists():
         return "orbax"
-    inner = sorted(child.name for child in path.iterdir() if child.is_dir() and _is_one(child)) if path.is_dir() else []
-    hint = f" Its subdirectories {', '.join(inner[:5])} are adapters: name one of them." if inner else ""
-    raise CheckpointError(f"{path} is neither a PEFT adapter ({WEIGHTS}) nor one that lora_jax.save wrote.{hint}")
-
-
-def _is_one(path: Path) -> bool:
-    return (path / WEIGHTS).exists() or (path / "_CHECKPOINT_METADATA").exists()
+    refuse_folder(path)
 
 
 def _peft(files: PeftFiles) -> list[Entry]:

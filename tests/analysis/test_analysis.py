@@ -509,10 +509,10 @@ REFUSED = {
     "orbax0 --plot there.png": "there.png exists already",
     "orbax0 --plot nowhere/x.png": "nowhere is no directory",
     "orbax0 --plot x.pdf": "--plot writes a PNG",
-    "nowhere --plot x.png": "neither a PEFT adapter",
+    "nowhere --plot x.png": "There is nothing at nowhere",
     "bias --plot x.png": "There is nothing to draw: no update has low-rank factors",
     "orbax0 --against peft0 --plot x.png": "no parameter with factors in common",
-    "orbax0 --against nowhere": "neither a PEFT adapter",
+    "orbax0 --against nowhere": "There is nothing at nowhere",
 }
 
 

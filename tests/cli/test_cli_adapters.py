@@ -246,7 +246,7 @@ def test_inspect_our_own_format(adapter: lora.Adapter, tmp_path: Path, capsys: p
 REFUSED = {
     "merge base lora": "merge takes BASE ADAPTER [ADAPTER ...] OUT, and got 2 paths",
     "merge": "merge takes BASE ADAPTER [ADAPTER ...] OUT",
-    "inspect nowhere": "neither a PEFT adapter",
+    "inspect nowhere": "There is nothing at nowhere",
     "inspect .": "Its subdirectories orbax, peft are adapters",
     "convert peft out": "give --like ADAPTER",
     "convert orbax out --like orbax": "--like is for the other direction",

@@ -217,7 +217,7 @@ def test_uniform_has_one_rank_and_one_scale(folder: Path) -> None:
 REFUSED = {
     "compose --out out": "There is nothing to compose",
     "compose one two": "Missing from lora-jax compose: --out",
-    "compose one nowhere --out out": "nowhere is neither a PEFT adapter",
+    "compose one nowhere --out out": "There is nothing at nowhere",
     "compose one two-peft --out out": "Adapters of different formats: one (orbax), two-peft (peft)",
     "compose one two --out one": "one exists already",
     "compose one two --out out --weights 1": "1 weights were given for 2 adapters",

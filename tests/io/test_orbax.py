@@ -312,7 +312,7 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("hello")
     refused(tmp_path / "empty", "cannot be read as an adapter")
-    refused(tmp_path / "file", "cannot be read as an adapter")
+    refused(tmp_path / "file", "is a text file")
 
 
 def test_checkpoint_of_something_else(tmp_path: Path) -> None:

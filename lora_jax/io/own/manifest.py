@@ -61,8 +61,10 @@ def check_format(where: str, notes: Any) -> None:
     """
     if not isinstance(notes, Mapping) or not {"format", "updates", "config", "base"} <= notes.keys():
         raise CheckpointError(
-            f"{where} is a checkpoint without the metadata of an adapter: it was not written by lora_jax.save, or its "
-            "file _CHECKPOINT_METADATA is damaged. Copy it again, or save the adapter again."
+            f"{where} is a checkpoint without the metadata of an adapter: it was not written by lora_jax.save (a "
+            "model's parameters, a training state, or another library's adapter such as qwix's), or its file "
+            "_CHECKPOINT_METADATA is damaged. Copy it again, or save the adapter again; of another library's, read the "
+            "arrays with Orbax and build lora_jax.Adapter of them."
         )
     if notes["format"] != FORMAT:
         raise CheckpointError(

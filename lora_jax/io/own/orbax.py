@@ -26,6 +26,7 @@ from lora_jax.adapter.origin import note
 from lora_jax.adapter.sharding import checksum_place
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError, LoraError
+from lora_jax.io.formats.recognise import refuse_as_own
 from lora_jax.io.own import manifest
 from lora_jax.io.own.base import base_shapes, check_shapes, check_values
 from lora_jax.io.own.write import guarded as _guarded_writing
@@ -253,6 +254,8 @@ def _read(where: Any, shown: str) -> dict[str, Any]:
     """What a checkpoint says about its adapter, checked."""
     if not where.exists():
         raise CheckpointError(f"There is nothing at {shown}. Check the path; lora_jax.save creates such a directory.")
+    if "://" not in shown:
+        refuse_as_own(Path(shown))
     notes = _guarded(shown, _custom_metadata, where)
     manifest.check_format(shown, notes)
     return notes

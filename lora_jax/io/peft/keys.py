@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from lora_jax.errors import CheckpointError
+from lora_jax.io.formats.recognise import PEFT_FILE
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = PEFT_FILE
 PREFIX = "base_model.model."
 
 Part = Literal["a", "b", "magnitude", "b_bias", "values", "outputs", "unused", "unknown"]

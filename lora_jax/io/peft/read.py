@@ -11,10 +11,13 @@ from safetensors import SafetensorError, safe_open
 
 from lora_jax.adapter.origin import note
 from lora_jax.errors import CheckpointError, listed
+from lora_jax.io.formats.recognise import adapter_file, refuse_folder
+from lora_jax.io.formats.signatures import check_bytes
+from lora_jax.io.formats.variants import check_keys
 from lora_jax.io.peft import config as peft_config
 from lora_jax.io.peft.config import ADALORA, CONFIG, LORA, PeftType, peft_type_of, read_config
 from lora_jax.io.peft.files import EMBEDDINGS, PeftFiles
-from lora_jax.io.peft.keys import WEIGHTS, parse, unparse
+from lora_jax.io.peft.keys import parse, unparse
 from lora_jax.io.peft.match import saves, targets
 from lora_jax.io.peft.module import Module, ModuleKind
 from lora_jax.publish import steady
@@ -61,7 +64,7 @@ def _read(path: Path, subfolder: str | None) -> PeftFiles:
     config = read_config(config_path)
     if config is not None:
         peft_config.check(str(config_path), config)
-    return _assemble(str(weights), config, _read_arrays(weights, pruned=peft_type_of(config or {}) is ADALORA))
+    return _assemble(str(weights), config, _read_arrays(weights, config))
 
 
 def _locate(path: Path, subfolder: str | None) -> tuple[Path, Path]:
@@ -77,36 +80,25 @@ def _locate(path: Path, subfolder: str | None) -> tuple[Path, Path]:
 
 def _located(folder: Path) -> tuple[Path, Path]:
     if folder.is_file():
-        _refuse_pickle(folder)
         return folder, folder.parent / CONFIG
     if not folder.exists():
         raise CheckpointError(f"There is nothing at {folder}. Check the path; PEFT's save_pretrained creates it.")
-    weights = folder / WEIGHTS
-    if weights.is_file():
-        return weights, folder / CONFIG
-    if weights.exists():
+    weights = adapter_file(folder)
+    if weights is None:
+        refuse_folder(folder)
+    if not weights.is_file():
         raise CheckpointError(f"{weights} is no regular file, which belongs there")
-    _refuse_pickle(folder / "adapter_model.bin")
-    inner = sorted(child.name for child in folder.iterdir() if (child / WEIGHTS).is_file())
-    hint = f" It holds the adapters {', '.join(inner)}: pass subfolder={inner[0]!r}." if inner else ""
-    raise CheckpointError(f"{folder} holds no {WEIGHTS}.{hint}")
+    return weights, folder / CONFIG
 
 
-def _refuse_pickle(path: Path) -> None:
-    if path.suffix in (".bin", ".pt", ".pth") and path.exists():
-        raise CheckpointError(
-            f"{path} is a pickle, which can run any code when it is opened, so it is not read. Convert it once, with "
-            'PyTorch installed: python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, '
-            f"v in torch.load('{path}', weights_only=True).items()}}, '{path.with_name(WEIGHTS)}', "
-            "{'format': 'pt'})\""
-        )
-
-
-def _read_arrays(path: Path, *, pruned: bool = False) -> dict[str, np.ndarray]:
-    """Every tensor of the file, in its own dtype; without elements only if terms may be `pruned`."""
+def _read_arrays(path: Path, config: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    """Every tensor of the file, in its own dtype; without elements only if terms may be pruned."""
+    pruned = peft_type_of(config or {}) is ADALORA
     try:
+        check_bytes(path)
         with safe_open(path, framework="np") as file:
             keys = list(file.keys())
+            check_keys(str(path), keys, configured=config is not None)
             for key in keys:
                 _check_tensor(path, key, file.get_slice(key), pruned)
             arrays = {key: file.get_tensor(key) for key in keys}
@@ -149,7 +141,7 @@ def _assemble(where: str, config: dict[str, Any] | None, arrays: Mapping[str, np
     found = _Found(where, peft_type_of(config or {}), arrays)
     if config is None:
         ranks = {name: each["a"].shape[0] for name, each in found.parts.items() if "a" in each and each["a"].ndim}
-        config = peft_config.inferred(ranks, sorted({name.rpartition(".")[0] for name in found.whole}))
+        config = peft_config.inferred(ranks, sorted(found.marked))
     _refuse_unknown(where, [*found.unknown, *(n for n in found.whole if not _belongs(n, config, found.parts))])
     modules = {
         name: _module(where, name, found.shared | each, name in found.embeddings, config)
@@ -170,6 +162,8 @@ class _Found:
         self.shared: dict[str, np.ndarray] = {}
         self.embeddings: set[str] = set()
         self.whole: dict[str, np.ndarray] = {}
+        # Modules that the keys themselves, those of a live model, say are saved whole.
+        self.marked: set[str] = set()
         self.unknown: list[str] = []
         for raw, array in arrays.items():
             # With bias="all" PEFT writes the biases of saved modules again, under the name of its wrapper.
@@ -181,6 +175,7 @@ class _Found:
         key = parse(where, raw)
         if key.part is None:
             _put(where, self.whole, key.name, array, raw)
+            self.marked |= {key.name.rpartition(".")[0]} if ".modules_to_save." in raw else set()
         elif key.part == "unknown":
             self.unknown.append(raw)
         elif key.part != "unused":
