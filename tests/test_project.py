@@ -188,3 +188,19 @@ def test_library_does_not_import_the_application() -> None:
     code = f"import sys, lora_jax; print([m for m in sys.modules if m.startswith({names})])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert shown.stdout.strip() == "[]"
+
+
+def in_the_locales_encoding(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in whatever encoding the locale has."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    given = [each.value for each in call.args if isinstance(each, ast.Constant)]
+    binary = any(isinstance(mode, str) and "b" in mode for mode in given) or ast.unparse(call.func) == "os.open"
+    texts = isinstance(call.func, ast.Attribute) and name in ("read_text", "write_text")
+    return (texts or (name == "open" and not binary)) and all(word.arg != "encoding" for word in call.keywords)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_text_is_utf8_whatever_the_locale(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert [call.lineno for call in calls if in_the_locales_encoding(call)] == []

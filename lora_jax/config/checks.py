@@ -1,6 +1,5 @@
 """Normalising and checking one field of a configuration at a time."""
 
-import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias
@@ -10,6 +9,8 @@ import jax.numpy as jnp
 from lora_jax import regex
 from lora_jax.errors import ConfigError
 from lora_jax.paths import ALL_LINEAR, components
+
+_LARGEST = float(jnp.finfo(jnp.float32).max)
 
 Patterns: TypeAlias = Mapping[str, Any] | Collection[tuple[str, Any]]
 Tokens: TypeAlias = Collection[int] | Mapping[str, Collection[int]] | Collection[tuple[str, Collection[int]]]
@@ -33,7 +34,7 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 def _number(field: str, value: Any, convert: Callable[[Any], Any], good: Callable[[Any], bool], needs: str) -> Any:
     try:
         number = convert(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or isinstance(value, (bool, str)) or not good(number):
         raise ConfigError(f"{field}={value!r} must be {needs}")
@@ -42,7 +43,7 @@ def _number(field: str, value: Any, convert: Callable[[Any], Any], good: Callabl
 
 def positive_int(field: str, value: Any) -> int:
     """The value as a positive int."""
-    return _number(field, value, operator.index, lambda number: number > 0, "a positive integer")
+    return _number(field, value, operator.index, lambda number: 0 < number < 1 << 31, "a positive integer")
 
 
 def seed(field: str, value: Any) -> int:
@@ -58,8 +59,8 @@ def sequence(field: str, value: Any) -> tuple[int, ...]:
 
 
 def positive(field: str, value: Any) -> float:
-    """The value as a positive, finite float."""
-    return _number(field, value, float, lambda number: 0 < number < math.inf, "a positive number")
+    """The value as a positive float that float32 has room for."""
+    return _number(field, value, float, lambda number: 0 < number <= _LARGEST, "a positive number, finite in float32")
 
 
 def ranks(field: str, value: Any) -> int | tuple[int, ...]:

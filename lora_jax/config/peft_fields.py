@@ -1,7 +1,8 @@
 """The fields of PEFT's `LoraConfig` in terms of ours, both ways."""
 
 import re
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lora_jax.config.checks import pairs
@@ -44,15 +45,43 @@ _IRRELEVANT = {
 }
 
 
+_SWITCHES = ("use_rslora", "lora_bias")
+# What a field that is not known here is called where it is about the numbers; PEFT's own have been called so.
+_TELLING = re.compile(r"use_.*|.*_config|.*(alpha|rank|scal|lora|layer|bias|target|module).*")
+
+
+def may_change_numbers(field: str) -> bool:
+    """Whether a field that is not known may say that the factors mean something else; it is no note, going by its name.
+
+    >>> may_change_numbers("use_newlora"), may_change_numbers("output_scaling"), may_change_numbers("trained_by")
+    (True, True, False)
+    """
+    return _TELLING.fullmatch(field.lower()) is not None
+
+
+def warn_of_notes(where: str, fields: Iterable[str]) -> None:
+    """Warn of fields that are not known and not looked at."""
+    names = ", ".join(sorted(ascii(field) for field in fields))
+    if names:
+        warnings.warn(f"{where}: {names[:200]}: nothing of PEFT's is called so; taken for a note", stacklevel=2)
+
+
 def read(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of our `LoraConfig` for those of PEFT's; see `LoraConfig.from_peft`."""
+    if not isinstance(fields, Mapping):
+        raise ConfigError(
+            f"a {type(fields).__name__} is no PEFT config: give the object that adapter_config.json holds"
+        )
     if fields.get("peft_type", "LORA") != "LORA":
         raise ConfigError(f"peft_type={fields['peft_type']!r} is not LoRA; only peft_type='LORA' can be read")
     handled = {*_SAME, *_IRRELEVANT, "init_lora_weights", "use_dora"}
-    active = [f"{name}={value!r}" for name, value in fields.items() if name not in handled and value]
+    others = {str(name): value for name, value in fields.items() if name not in handled and value}
+    active = {name: value for name, value in others.items() if may_change_numbers(name)}
+    warn_of_notes("this PEFT config", others.keys() - active.keys())
     if active:
+        shown = ", ".join(f"{name}={value!r}" for name, value in active.items())
         raise ConfigError(
-            f"This PEFT config uses what LoraConfig does not offer: {', '.join(active)}. Leaving them out would give "
+            f"This PEFT config uses what LoraConfig does not offer: {shown}. Leaving them out would give "
             "another model; remove them only if that is what you want."
         )
     if not fields.get("target_modules"):
@@ -60,6 +89,7 @@ def read(fields: Mapping[str, Any]) -> dict[str, Any]:
             "target_modules is not set, and PEFT then goes by the type of a Transformers model; name the modules"
         )
     given = {_SAME[name]: value for name, value in fields.items() if name in _SAME and not _unset(value)}
+    given |= {_SAME[name]: bool(fields[name]) for name in _SWITCHES if fields.get(name) in (0, 1)}
     method = "dora" if fields.get("use_dora") else "alora" if fields.get("alora_invocation_tokens") else "lora"
     return {"alpha": 8, "method": method, "init": _init(fields.get("init_lora_weights", True)), **given}
 

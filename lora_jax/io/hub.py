@@ -123,7 +123,7 @@ def push(
         whole = Path(staging) / "adapter"
         shutil.copytree(source, whole)
         if text is not None:
-            (whole / _CARD).write_text(text)
+            (whole / _CARD).write_text(text, encoding="utf-8")
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(repo_id=repo_id, folder_path=whole, commit_message=message)

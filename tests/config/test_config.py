@@ -162,13 +162,39 @@ def test_from_peft_honours_the_defaults_of_peft():
     "field",
     [
         {"loftq_config": {"loftq_bits": 4}}, {"target_parameters": ["w"]}, {"init_lora_weights": "eva"},
-        {"init_lora_weights": False}, {"peft_type": "IA3"}, {"layer_replication": [[0, 2]]}, {"a_later_field": 1},
+        {"init_lora_weights": False}, {"peft_type": "IA3"}, {"layer_replication": [[0, 2]]}, {"use_a_later": 1},
+        {"later_config": {"a": 1}}, {"output_scaling": 2},
         {"target_modules": None},
     ],
 )  # fmt: skip
 def test_from_peft_refuses_what_it_would_not_honour(field):
     with pytest.raises(ConfigError, match=next(iter(field))):
         LoraConfig.from_peft({"target_modules": ["q"], **field})
+
+
+def test_from_peft_reads_what_peft_reads():
+    assert LoraConfig.from_peft({"target_modules": ["q"], "use_rslora": 1, "init_lora_weights": True}).rslora is True
+    with pytest.warns(UserWarning, match="'trained_by': nothing of PEFT's is called so"):
+        assert LoraConfig.from_peft({"target_modules": ["q"], "trained_by": "me"}).targets == ("q",)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [], None, {"r": 10**400}, {"r": "8"}, {"r": True}, {"r": -1}, {"lora_alpha": 10**400}, {"lora_alpha": 1e39},
+        {"lora_alpha": float("nan")}, {"lora_dropout": 10**400}, {"target_modules": 5}, {"target_modules": [[]]},
+        {"target_modules": {"q": 1}, "rank_pattern": 5}, {"rank_pattern": [5]}, {"alpha_pattern": {"q": {}}},
+        {"layers_to_transform": "a"}, {"layers_to_transform": {}, "layers_pattern": 3}, {"bias": ["all"]},
+        {"modules_to_save": 3}, {"trainable_token_indices": {"a": "b"}}, {"trainable_token_indices": [[1]]},
+        {"alora_invocation_tokens": 3}, {"init_lora_weights": {}}, {"use_rslora": "yes"}, {"use_a": {5: 5}},
+        {"peft_type": []}, {"exclude_modules": [5]}, {"exclude_modules": "("}, {"lora_bias": 2},
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*taken for a note")
+def test_from_peft_of_anything_else_is_an_error_of_ours(fields):
+    given = {"target_modules": ["q"], **fields} if isinstance(fields, dict) else fields
+    with pytest.raises(ConfigError):
+        LoraConfig.from_peft(given)
 
 
 def test_to_peft_refuses_what_peft_has_not():

@@ -136,8 +136,8 @@ def test_parts_that_are_missing_or_twice(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"[" * 100_000, b'{"r": ' + b"9" * 10_000 + b"}", b" " * (1 << 25)],
-    ids=["empty", "cut", "no text", "byte order mark", "deep", "long number", "large"],
+    [b"", b"{", b"\xff\xfe{}", b'{"r": 2, "r": 3}', b"[" * 100_000, b'{"r": ' + b"9" * 10_000 + b"}", b" " * (1 << 25)],
+    ids=["empty", "cut", "no text", "twice", "deep", "long number", "large"],
 )
 def test_configs_that_are_no_json(text: bytes, folder: Path) -> None:
     (folder / CONFIG).write_bytes(text)
@@ -174,7 +174,7 @@ def test_configs_that_are_no_json(text: bytes, folder: Path) -> None:
         ({"bias": "some"}, "bias='some' must be one of none, all, lora_only"),
         ({"bias": {}}, "bias={} must be one of"),
         ({"use_rslora": "no"}, "use_rslora='no' must be true or false"),
-        ({"fan_in_fan_out": 1}, "fan_in_fan_out=1 must be true or false"),
+        ({"fan_in_fan_out": 2}, "fan_in_fan_out=2 must be true or false"),
         ({"peft_type": None}, "peft_type=None cannot be read"),
         ({"init_lora_weights": {}}, "init_lora_weights={} is unknown"),
     ],
@@ -206,6 +206,25 @@ def test_patterns_that_people_use(pattern: str, folder: Path) -> None:
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {"target_modules": pattern}))
     assert len(load(folder)) == 2
+
+
+@pytest.mark.parametrize(
+    "fields", [{"use_rslora": 0}, {"use_dora": 0, "lora_bias": 0}, {"init_lora_weights": None}, {"weight_decay": ""}]
+)
+def test_configs_that_mean_no_harm(fields: dict[str, Any], folder: Path) -> None:
+    expected, config = load(folder), json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text("\ufeff" + json.dumps(config | fields), encoding="utf-8")
+    assert_same(load(folder), expected)
+
+
+def test_a_note_of_somebody_is_warned_of(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"trained_by\33[2J": "me"}))
+    with pytest.warns(UserWarning, match=r"trained_by.x1b.2J': nothing of PEFT's is called so"):
+        assert len(load(folder)) == 2
+    for field in ("use_newlora", "newlora_config", "beta_scaling", "rank_dropout"):
+        (folder / CONFIG).write_text(json.dumps(config | {field: 1}))
+        refused(folder, f"{CONFIG}: {field}=1 is nothing this version knows")
 
 
 def test_many_parameters_of_one_module(tmp_path: Path) -> None:

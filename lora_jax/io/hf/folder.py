@@ -66,6 +66,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory with a base model. Give the one that save_pretrained wrote.")
     config = read_config(path / CONFIG) or {}
+    _check_config(path, config)
     _refuse_quantised(path, config)
     index = read_config(path / INDEX)
     if index is not None and (path / SINGLE).exists():
@@ -78,6 +79,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     _check_complete(path, index, shards)
     others, left_out = _other_files(path, {*names, INDEX})
     return Checkpoint(path, config, index, shards, others, left_out)
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{path / CONFIG}: architectures={names!r} must be a list of names of classes")
 
 
 def _refuse_quantised(path: Path, config: Mapping[str, Any]) -> None:
@@ -155,4 +162,4 @@ def _other_files(path: Path, known: set[str]) -> tuple[tuple[Path, ...], tuple[P
 
 def dump(path: Path, value: Any) -> None:
     """Write JSON as Hugging Face does."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax import regex
+from lora_jax.config.peft_fields import may_change_numbers, warn_of_notes
 from lora_jax.errors import CheckpointError, ConfigError
 from lora_jax.io.peft.keys import Form
 from lora_jax.io.peft.match import exact_key, in_pattern
@@ -111,7 +112,7 @@ _VARIANTS = {
 
 # Start values that PEFT subtracts from the base: the adapter alone then is not the change of the model.
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
+_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false", "none")
 
 _CONVERT = (
     "With the base it was trained on: model.save_pretrained(path, path_initial_model_for_weight_conversion=...) in "
@@ -129,7 +130,8 @@ def read_config(path: Path) -> dict[str, Any] | None:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes are too many")
-        config = json.loads(path.read_text())
+        # A byte order mark is no part of JSON, and some editors write one.
+        config = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not readable as JSON ({error}). Copy it again from where it was saved."
@@ -137,6 +139,15 @@ def read_config(path: Path) -> dict[str, Any] | None:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}, not the object that a config is")
     return config
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of which no field is there twice: readers differ in which one they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"{_shown(twice)} is there twice")
+    return found
 
 
 def peft_type_of(config: Mapping[str, Any]) -> PeftType:
@@ -172,10 +183,13 @@ def check(where: str, config: Mapping[str, Any]) -> None:
     for field, reason in _VARIANTS.items():
         if config.get(field):
             raise CheckpointError(f"{where}: {field} is set, and {reason}. Such an adapter cannot be represented here.")
-    unknown = sorted(field for field in config.keys() - _NEUTRAL - peft_type.fields - _VARIANTS.keys() if config[field])
+    others = {field for field in config.keys() - _NEUTRAL - peft_type.fields - _VARIANTS.keys() if config[field]}
+    unknown = sorted(filter(may_change_numbers, others))
+    warn_of_notes(where, others.difference(unknown))
     if unknown:
+        shown = ", ".join(f"{field}={_shown(config[field])}" for field in unknown)
         raise CheckpointError(
-            f"{where}: {', '.join(f'{field}={config[field]!r}' for field in unknown)} is nothing this version knows, "
+            f"{where}: {shown} is nothing this version knows, "
             "and it may change what the arrays mean. Remove the field if you know that it does not."
         )
     if config.get("alora_invocation_tokens") and (
@@ -208,7 +222,9 @@ def _check_init(where: str, init: Any) -> None:
             f"not the difference to the base you have. {_CONVERT}"
         )
     if name not in _INITS:
-        raise CheckpointError(f"{where}: init_lora_weights={init!r} is unknown; possible: true, false, {_INITS[:4]}")
+        raise CheckpointError(
+            f"{where}: init_lora_weights={init!r} is unknown; possible: true, false, null, {', '.join(_INITS[:4])}"
+        )
 
 
 def rank_of(config: Mapping[str, Any], name: str) -> int | None:
@@ -326,6 +342,10 @@ def _are_tokens(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, int) and not isinstance(each, bool) for each in value)
 
 
+def _are_rows(value: Any) -> bool:
+    return all(map(_are_tokens, value.values())) if isinstance(value, dict) else _are_tokens(value)
+
+
 def _are_targets(value: Any) -> bool:
     return _are_names(value) or isinstance(value, str)
 
@@ -339,7 +359,7 @@ _MASK = "a list of true and false", _is_mask
 _NUMBER = "a finite number", _is_number
 _NAMES = "a list of names", _are_names
 _TARGETS = "a list of names, or one regular expression", _are_targets
-_BOOL = "true or false", _is_a(bool)
+_BOOL = "true or false", lambda value: not isinstance(value, (str, list, dict)) and value in (0, 1)
 
 _PROBABILITY = "a probability below 1", lambda value: _is_number(value) and 0 <= value < 1
 
@@ -365,4 +385,5 @@ _FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_bias": _BOOL,
     "ensure_weight_tying": _BOOL,
     "alora_invocation_tokens": ("a list of token numbers", _are_tokens),
+    "trainable_token_indices": ("a list of token numbers, or one for each name of a table", _are_rows),
 }

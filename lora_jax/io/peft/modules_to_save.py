@@ -264,9 +264,9 @@ class FullTensorWriter:
         if not base_model or not path.is_file():
             return False
         try:
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_text(encoding="utf-8-sig"))
             size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} is no config of a model ({error}), so it tells no vocab_size") from None
         tables = [site.fan_in for site in self.sites.values() if site.kind == "embedding"]
         return size is not None and bool(tables) and size not in tables
