@@ -38,6 +38,8 @@ class Merge(Verb):
     """For stochastic rounding."""
     untie: bool = False
     """Write two tables where an adapter changes one use of a tied one, and say so in the config."""
+    again: bool = False
+    """Merge an adapter even if the base holds it already."""
 
     def prepare(self, saved: "Merge | None") -> "MergeJob":
         """Check the arguments.
@@ -66,7 +68,7 @@ class MergeJob:
         with ExitStack() as stack:
             merged = merge_checkpoint(
                 base, adapters, out, weights=options.weights, rounding=options.rounding, seed=options.seed,
-                untie=options.untie, progress=_bar(stack),
+                untie=options.untie, again=options.again, progress=_bar(stack),
             )  # fmt: skip
         _tell(Terminal(options.json), merged, time.monotonic() - began)
 

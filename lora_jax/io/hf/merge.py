@@ -1,7 +1,7 @@
 """Merging PEFT adapters into a Hugging Face checkpoint, tensor by tensor."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -16,6 +16,7 @@ from lora_jax.errors import CheckpointError, MergeError
 from lora_jax.io.hf.changes import Rounding, changed
 from lora_jax.io.hf.folder import CONFIG, INDEX, Checkpoint, Shard, dump, open_checkpoint
 from lora_jax.io.hf.plan import Plan, plan
+from lora_jax.io.hf.provenance import check_not_merged, fingerprints, noted
 from lora_jax.io.hf.tensors import Item, Tensor, new_item, write_file
 from lora_jax.io.hf.ties import untied_config
 from lora_jax.io.hf.vocabulary import resized_config
@@ -63,6 +64,7 @@ def merge_checkpoint(
     rounding: Literal["nearest", "stochastic"] = "nearest",
     seed: int = 0,
     untie: bool = False,
+    again: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Merged:
     """Merge PEFT adapters into a Hugging Face checkpoint on disk.
@@ -85,10 +87,12 @@ def merge_checkpoint(
         smaller than the base's rounding step on average.
       seed: for stochastic rounding.
       untie: write two tables where the adapter changes a tied table for one of its uses.
+      again: merge an adapter even if the base holds it already, as the files of a merged model note.
       progress: called with the bytes written so far, and the bytes of all tensors.
 
     Raises:
-      CheckpointError: `out` exists, a file is damaged, the base is quantised, or the adapter belongs to another base.
+      CheckpointError: `out` exists, a file is damaged, the base is quantised, or the adapter belongs to another base
+        or is merged into this one already.
       MergeError: the weights mean nothing, or the result is not finite.
 
     Example:
@@ -108,7 +112,12 @@ def merge_checkpoint(
     paths = [adapters] if isinstance(adapters, (str, PathLike)) else list(adapters)
     factors = _checked(paths, weights, rounding)
     source, where = open_checkpoint(Path(base).expanduser()), Path(out).expanduser().absolute()
-    planned = plan(source, [(_read(path), factor) for path, factor in zip(paths, factors, strict=True)], untie)
+    read = [_read(path) for path in paths]
+    files = [Path(each.where) for each in read]
+    digests = fingerprints(files)
+    if not again:
+        check_not_merged(source, files, digests)
+    planned = plan(source, list(zip(read, factors, strict=True)), untie)
     _check_place(source, where)
     shards = _items(source, planned, _rounding(rounding, seed))
     total = sum(item.nbytes for _, items in shards for item in items)
@@ -116,7 +125,9 @@ def merge_checkpoint(
 
     def write(beside: Path) -> None:
         _copy_others(source, planned, beside)
-        _write(source, shards, beside, total, progress)
+        _write(
+            source, [(shard, noted(shard.metadata, digests), items) for shard, items in shards], beside, total, progress
+        )
 
     publish(where, write)
     added = (*planned.copies, *planned.added)
@@ -219,7 +230,7 @@ def _copy_others(source: Checkpoint, planned: Plan, beside: Path) -> None:
 
 def _write(
     source: Checkpoint,
-    shards: list[tuple[Shard, list[Item]]],
+    shards: list[tuple[Shard, Mapping[str, str], list[Item]]],
     beside: Path,
     total: int,
     progress: Callable[[int, int], None],
@@ -231,9 +242,9 @@ def _write(
         done += count
         progress(done, total)
 
-    for shard, items in shards:
-        write_file(beside / shard.path.name, shard.metadata, items, advance)
+    for shard, metadata, items in shards:
+        write_file(beside / shard.path.name, metadata, items, advance)
     if source.index is not None:
-        weight_map = {item.name: shard.path.name for shard, items in shards for item in items}
+        weight_map = {item.name: shard.path.name for shard, _, items in shards for item in items}
         metadata = {**(source.index.get("metadata") or {}), "total_size": total}
         dump(beside / INDEX, {**source.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
