@@ -44,7 +44,7 @@ def test_readme_peft_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert_same(names["again"], names["adapter"])
     prepare_commands(tmp_path)
     commands = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].splitlines()
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         with redirect_stdout(StringIO()):
             assert main(shlex.split(command, comments=True)[1:]) == 0, command

@@ -7,6 +7,7 @@ cli/finetune.py   the verb `finetune`; every verb is a file with a dataclass of 
 cli/merge.py      `merge`: PEFT adapters into a Hugging Face checkpoint
 cli/compose.py    `compose`: several adapters into one
 cli/convert.py    `convert`: adapters between Orbax and PEFT
+cli/export.py     `export`: an adapter for a server
 cli/extract.py    `extract`: an adapter of a fine-tuned checkpoint
 cli/inspect.py    `inspect`: what an adapter holds
 cli/bench.py      `bench`: what LoRA's modes cost beside the base

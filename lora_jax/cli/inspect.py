@@ -12,6 +12,7 @@ from lora_jax.analysis.rows import left_out_lines
 from lora_jax.analysis.spectra import Spectra
 from lora_jax.cli.parse import Verb
 from lora_jax.io.inspect import inspect, read_factors
+from lora_jax.io.peft.portability import portability
 from lora_jax.report.terminal import Terminal
 from lora_jax.train.options import OptionError
 
@@ -20,9 +21,9 @@ from lora_jax.train.options import OptionError
 class Inspect(Verb):
     """Show what an adapter holds, in PEFT's format or lora_jax's own.
 
-    Sites, rank, alpha, norms, dtype and bytes. The base is not needed. |ΔW| is the Frobenius norm of the update, scale
-    included; of a tensor stored whole it is the tensor's own. A second table has the rank in use and |ΔW| where a
-    picture of them is asked for, or what two adapters share.
+    Sites, rank, alpha, norms, dtype and bytes; of a PEFT adapter also who reads it. The base is not needed. |ΔW| is the
+    Frobenius norm of the update, scale included; of a tensor stored whole it is the tensor's own. Another table has the
+    rank in use and |ΔW| where a picture of them is asked for, or what two adapters share.
     """
 
     path: tyro.conf.Positional[Path]
@@ -58,6 +59,10 @@ class InspectJob:
         found, title, left_out = self._analysed()
         terminal.show(contents)
         result = contents.as_dict()
+        if contents.format == "peft":
+            readers = portability(options.path)
+            terminal.show(readers)
+            result["portability"] = readers.as_dict()["rows"]
         if found is not None:
             terminal.show(found.summary())
             name = type(found).__name__.lower()

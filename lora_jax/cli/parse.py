@@ -59,6 +59,7 @@ VERBS = {
     "merge": ("merge BASE ADAPTER [ADAPTER ...] OUT", "Merge PEFT adapters into a Hugging Face checkpoint."),
     "compose": ("compose ADAPTER [ADAPTER ...] --out OUT", "Make one adapter out of several."),
     "convert": ("convert ADAPTER OUT", "Convert an adapter to the other format, lora_jax's own or PEFT's."),
+    "export": ("export ADAPTER OUT --for SERVER", "Write an adapter for vllm, sglang, llama.cpp, mlx or peft."),
     "extract": ("extract BASE TUNED OUT", "Make an adapter of a checkpoint that was fine-tuned in full."),
     "inspect": ("inspect ADAPTER", "Show what an adapter holds, in PEFT's format or lora_jax's own."),
     "bench": ("bench", "Time what LoRA costs: the base, the adapter, both, merged, and many adapters at once."),
@@ -141,8 +142,10 @@ def _options(kind: Any) -> set[str]:
     for each in fields(kind):
         if is_dataclass(hints[each.name]):
             names |= _options(hints[each.name])
-        elif getattr(hints[each.name], "__metadata__", ()) == ():
-            names.add(each.name.replace("_", "-"))
+        else:
+            marks = getattr(hints[each.name], "__metadata__", ())
+            called = [mark.name for mark in marks if getattr(mark, "name", None)] if marks else [each.name]
+            names |= {name.replace("_", "-") for name in called}
     return names
 
 

@@ -7,7 +7,7 @@ VERBS = {
     "train": "finetune", "fine-tune": "finetune", "tune": "finetune", "lora": "finetune", "sft": "finetune",
     "fuse": "merge", "merge-and-unload": "merge",
     "add-weighted-adapter": "compose", "combine": "compose", "mix": "compose",
-    "export": "convert", "save": "convert", "show": "inspect", "info": "inspect", "print": "inspect",
+    "save": "convert", "serve": "export", "deploy": "export", "show": "inspect", "info": "inspect", "print": "inspect",
     "benchmark": "bench", "perf": "bench", "speed": "bench",
 }  # fmt: skip
 

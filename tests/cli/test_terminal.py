@@ -242,6 +242,7 @@ def given(verb: str) -> list[str]:
         verb,
         *{
             "merge": ["a", "b", "c"], "compose": ["a", "--out", "b"], "convert": ["a", "b"], "inspect": ["a"],
+            "export": ["a", "b", "--for", "vllm"],
             "extract": ["a", "b", "c"],
         }.get(verb, []),
     ]  # fmt: skip

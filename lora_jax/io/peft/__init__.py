@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from lora_jax.io.peft.files import PeftFiles as PeftFiles
     from lora_jax.io.peft.load import Unmatched as Unmatched
     from lora_jax.io.peft.load import load as load
+    from lora_jax.io.peft.mlx import write_mlx as write_mlx
     from lora_jax.io.peft.module import Module as Module
+    from lora_jax.io.peft.portability import Portability as Portability
+    from lora_jax.io.peft.portability import portability as portability
     from lora_jax.io.peft.read import read_peft as read_peft
     from lora_jax.io.peft.save import save as save
     from lora_jax.io.peft.write import write_peft as write_peft
@@ -34,6 +37,8 @@ _lazy.face(
         "lora_jax.io.peft.module": "Module",
         "lora_jax.io.peft.files": "PeftFiles",
         "lora_jax.io.peft.load": "Unmatched load",
+        "lora_jax.io.peft.mlx": "write_mlx",
+        "lora_jax.io.peft.portability": "Portability portability",
         "lora_jax.io.peft.read": "read_peft",
         "lora_jax.io.peft.save": "save",
         "lora_jax.io.peft.write": "write_peft",

@@ -100,6 +100,29 @@ def save(
       >>> files.config["target_modules"], files.modules["layers.0.query"].a.shape
       (['query'], (2, 4))
     """
+    files = peft_files(
+        adapter, names, sites=sites, params=params, base_model=base_model, task_type=task_type,
+        save_embedding_layers=save_embedding_layers, uniform=uniform,
+    )  # fmt: skip
+    write_peft(path, files, overwrite=overwrite)
+
+
+def peft_files(
+    adapter: Adapter,
+    names: Names | str | None = None,
+    *,
+    sites: Sites | None = None,
+    params: Any = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+    uniform: bool = False,
+) -> PeftFiles:
+    """What `save` writes, with the same arguments.
+
+    Raises:
+      LoraError: as `save` does.
+    """
     warn_if_moved([adapter])
     leaves = {} if params is None else named_leaves(params)[0]
     if leaves:
@@ -113,7 +136,7 @@ def save(
     extra: dict[str, Any] = {"base_model_name_or_path": base_model, "task_type": task_type}
     if uniform:
         extra["modules_to_save"] = short_heads(files.config["modules_to_save"] or (), files)
-    write_peft(path, PeftFiles({**files.config, **extra}, files.modules, files.saved), overwrite=overwrite)
+    return PeftFiles({**files.config, **extra}, files.modules, files.saved)
 
 
 class _Writer:

@@ -17,6 +17,9 @@ from lora_jax.io.peft.peft_type import lora_fields, shortest_alpha
 HEADS = ("classifier", "score")
 """Heads that vLLM takes from `modules_to_save`, by exactly these names."""
 
+_OWN = ("rank_pattern", "alpha_pattern", "use_rslora")
+"""What gives modules ranks and scales of their own."""
+
 
 def uniform(files: PeftFiles) -> PeftFiles:
     """The same adapter with one rank, one `lora_alpha`, and neither patterns nor rsLoRA.
@@ -28,7 +31,8 @@ def uniform(files: PeftFiles) -> PeftFiles:
       files: plain LoRA, DoRA, or AdaLoRA, of which this makes plain LoRA. Left as it is.
 
     Raises:
-      CheckpointError: it is VeRA, or adapts stacks of experts, of which a file does not tell the number.
+      CheckpointError: it is VeRA, or adapts stacks of experts, of which a file does not tell the number, with ranks or
+        scales of their own.
 
     Example:
       >>> one, two = (Module("linear", np.ones((r, 4), np.float32), np.ones((3, r), np.float32)) for r in (1, 2))
@@ -37,14 +41,15 @@ def uniform(files: PeftFiles) -> PeftFiles:
       >>> made.config["r"], made.config["lora_alpha"], made.modules["k"].b[0].tolist(), made.modules["q"].b[0].tolist()
       (2, 8, [1.0, 0.0], [0.5, 0.5])
     """
-    peft_type = peft_type_of(files.config)
-    stacked = next((name for name, module in files.modules.items() if module.kind == "parameter"), None)
-    if peft_type is VERA or stacked is not None:
-        what = "VeRA, whose" if peft_type is VERA else f"a stack of experts ({stacked}), whose"
+    if not can_be_uniform(files):
+        vera = peft_type_of(files.config) is VERA
+        what = "is VeRA, whose" if vera else f"has a stack of experts ({_stacked(files)}), and"
         raise CheckpointError(
-            f"{files.where} is {what} files do not tell every size, so ranks and scales cannot be made one. Load it "
+            f"{files.where} {what} files do not tell every size, so ranks and scales cannot be made one. Load it "
             "into its model and save it from there: lora_jax.peft.save(..., uniform=True)."
         )
+    if _stacked(files) is not None:
+        return files
     made = {
         name: ScaledModule(_plain(module), files.rank(name), np.float32(files.scale(name)))
         for name, module in files.modules.items()
@@ -60,6 +65,16 @@ def uniform(files: PeftFiles) -> PeftFiles:
         "modules_to_save": short_heads(config.get("modules_to_save") or (), files),
     }
     return replace(files, config=config, modules={name: each.module for name, each in level.items()})
+
+
+def can_be_uniform(files: PeftFiles) -> bool:
+    """Whether `uniform` makes anything of the files: not of VeRA, nor of experts that are not all alike already."""
+    alike = not any(files.config.get(field) for field in _OWN)
+    return peft_type_of(files.config) is not VERA and (alike or _stacked(files) is None)
+
+
+def _stacked(files: PeftFiles) -> str | None:
+    return next((name for name, module in files.modules.items() if module.kind == "parameter"), None)
 
 
 def leveled(made: Mapping[str, ScaledModule]) -> dict[str, ScaledModule]:

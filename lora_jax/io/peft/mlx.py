@@ -1,0 +1,86 @@
+"""A PEFT adapter as the folder that mlx-lm's `load_adapters` reads."""
+
+import json
+import re
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from lora_jax.errors import CheckpointError
+from lora_jax.io.peft.config import CONFIG
+from lora_jax.io.peft.files import PeftFiles
+from lora_jax.io.peft.module import Module
+from lora_jax.io.peft.portability import row
+from lora_jax.io.peft.uniform import uniform
+from lora_jax.publish import place, publish
+
+WEIGHTS = "adapters.safetensors"
+
+_LAYER = re.compile(r"^(?:.*?\.)?\d+\.")
+"""What stands before the name of a module within its layer."""
+
+
+def write_mlx(path: str | PathLike[str], files: PeftFiles) -> None:
+    """Write an adapter as mlx-lm's folder.
+
+    `lora_a` is `[in, rank]` and `lora_b` `[rank, out]`. mlx-lm has one rank and one scale for all modules, so factors
+    are padded and scales folded as by `uniform`. DoRA's magnitudes become its `m`.
+
+    Args:
+      path: the directory to create.
+      files: plain LoRA, DoRA or AdaLoRA; left as it is.
+
+    Raises:
+      CheckpointError: `path` exists, or the adapter holds what mlx-lm has no place for.
+
+    Example:
+      >>> import os, pathlib, tempfile
+      >>> module = Module("linear", np.ones((2, 4), np.float32), np.ones((3, 2), np.float32))
+      >>> folder = tempfile.mkdtemp() + "/adapter"
+      >>> write_mlx(folder, PeftFiles({"r": 2, "lora_alpha": 4}, {"model.layers.0.self_attn.q_proj": module}))
+      >>> config = json.loads(pathlib.Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
+      >>> sorted(os.listdir(folder)), config["lora_parameters"]["keys"], config["lora_parameters"]["scale"]
+      (['adapter_config.json', 'adapters.safetensors'], ['self_attn.q_proj'], 2.0)
+    """
+    where, made = place(path), uniform(files)
+    found = row(made, "mlx", form=False)
+    if found.verdict != "reads":
+        raise CheckpointError(f"{files.where} cannot be written for mlx-lm. {'; '.join(found.reasons)}")
+    arrays = {key: array for name, module in made.modules.items() for key, array in _arrays(name, module).items()}
+    for key, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{key} holds NaN or infinity, so nothing is written: the training diverged")
+    text = json.dumps(_config(made), indent=2, sort_keys=True) + "\n"
+    publish(where, lambda folder: _write(folder, arrays, text))
+
+
+def _arrays(name: str, module: Module) -> dict[str, np.ndarray]:
+    found = {"lora_a": module.a.T, "lora_b": module.b.T}
+    if module.magnitude is not None:
+        found["m"] = module.magnitude.reshape(-1)
+    return {f"{name}.{part}": np.asarray(array, order="C") for part, array in found.items()}
+
+
+def _config(files: PeftFiles) -> dict[str, Any]:
+    """Keys are names within a layer, as mlx-lm looks for them in `num_layers` layers, -1 for all; others are whole."""
+    return {
+        "fine_tune_type": "dora" if any(each.magnitude is not None for each in files.modules.values()) else "lora",
+        "num_layers": -1,
+        "lora_parameters": {
+            "rank": files.config["r"],
+            "scale": files.config["lora_alpha"] / files.config["r"],
+            "dropout": float(files.config.get("lora_dropout") or 0.0),
+            "keys": sorted({_LAYER.sub("", name, count=1) for name in files.modules}),
+        },
+    }
+
+
+def _write(folder: Path, arrays: dict[str, np.ndarray], text: str) -> None:
+    save_file(arrays, folder / WEIGHTS, metadata={"format": "mlx"})
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    found = load_file(folder / WEIGHTS)
+    if found.keys() != arrays.keys() or any(found[key].tobytes() != array.tobytes() for key, array in arrays.items()):
+        raise OSError(f"{WEIGHTS}: what was written reads back as something else")
