@@ -194,7 +194,8 @@ def in_the_locales_encoding(call: ast.Call) -> bool:
     """Whether a call reads or writes text in whatever encoding the locale has."""
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     given = [each.value for each in call.args if isinstance(each, ast.Constant)]
-    binary = any(isinstance(mode, str) and "b" in mode for mode in given) or ast.unparse(call.func) == "os.open"
+    binary = any(isinstance(mode, str) and "b" in mode for mode in given)
+    binary |= ast.unparse(call.func) in ("os.open", "tensorstore.KvStore.open")
     texts = isinstance(call.func, ast.Attribute) and name in ("read_text", "write_text")
     return (texts or (name == "open" and not binary)) and all(word.arg != "encoding" for word in call.keywords)
 

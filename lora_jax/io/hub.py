@@ -11,6 +11,7 @@ from lora_jax.errors import CheckpointError
 from lora_jax.io.inspect import Contents, inspect
 from lora_jax.io.peft.config import CONFIG, read_config
 from lora_jax.io.peft.keys import WEIGHTS
+from lora_jax.regular import copyable
 
 __all__ = ["card", "download", "push"]
 
@@ -121,7 +122,9 @@ def push(
     api = hub.HfApi(token=token, library_name="lora_jax")
     with tempfile.TemporaryDirectory() as staging:
         whole = Path(staging) / "adapter"
-        shutil.copytree(source, whole)
+        for file in copyable(source, [each.relative_to(source) for each in source.rglob("*") if not each.is_dir()]):
+            (whole / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, whole / file)
         if text is not None:
             (whole / _CARD).write_text(text, encoding="utf-8")
         try:

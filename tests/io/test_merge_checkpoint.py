@@ -366,6 +366,34 @@ def test_damaged_bases_never_crash_or_leave_anything(
         assert set(read_all(folder / "out")) == set(read_all(base))
 
 
+def test_links_that_lead_out_of_a_base_are_not_copied(small: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = small
+    (tmp_path / "secret").write_text("key")
+    (base / "NOTICE").symlink_to(tmp_path / "secret")
+    (base / "LICENSE").write_text("free")
+    (base / "COPYING").symlink_to("LICENSE")
+    (base / "device").symlink_to("/dev/zero")
+    os.mkfifo(base / "pipe")
+    said = r"(?s)left out of the copy: .*NOTICE. is a link that leads out, to .*pipe. is a named pipe"
+    with pytest.warns(UserWarning, match=said):
+        merge_checkpoint(base, adapter, tmp_path / "merged")
+    made = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"LICENSE", "COPYING"} <= made and not {"NOTICE", "device", "pipe"} & made
+
+
+def test_a_cache_of_the_hub_is_made_of_links(small: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = small
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (base / "tokenizer.json").write_text("{}")
+    for number, file in enumerate(sorted(base.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
+    merge_checkpoint(snapshot, adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize("weights", [[1.0], [1.0, float("nan")], [1.0, 1.0, 1.0]])
 def test_weights_must_be_one_number_each(small: tuple[Path, Path], weights: list[float], tmp_path: Path) -> None:
     with pytest.raises(lora.MergeError, match="one finite number for each adapter"):

@@ -1,6 +1,7 @@
 """Adapters on disk: bit for bit, self-describing, and refused when damaged or when they belong elsewhere."""
 
 import json
+import os
 import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from lora_jax.adapter.updates import LowRank, Replace, pytree
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError, ParameterError
 from lora_jax.init import initialisers
+from lora_jax.io.own import stored
 from lora_jax.io.own.orbax import load, load_config, save
 from lora_jax.merge import merge
 from lora_jax.optim.frozen import combine, optimizer, partition
@@ -234,6 +236,31 @@ def test_a_checkpoint_from_before_shapes_and_values_were_recorded(tmp_path: Path
 
     edit(tmp_path / "adapter", forget)
     assert_bits(load(tmp_path / "adapter", base()), make())
+
+
+def test_files_that_hold_other_arrays_than_the_manifest_says(saved: Path) -> None:
+    notes = saved / "_CHECKPOINT_METADATA"
+    notes.write_text(notes.read_text().replace('"float32[2,16]"', '"float32[2,160000000000]"'))
+    with pytest.raises(
+        CheckpointError, match=r"kernel.a' .1 such. the files hold .2, 16., and the manifest says .2, 16"
+    ):
+        load(saved)
+
+
+def test_a_small_folder_that_claims_much_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros take no room on disk: 70 kB were 4.3 GB in memory."""
+    wide = Site(path="w", shape=(1 << 20, 3), dtype="float32", kind="dense", in_axes=(0,), out_axes=(1,))
+    save(tmp_path / "a", Adapter({"w": LowRank(jnp.zeros((2, 1 << 20)), jnp.zeros((2, 3)), jnp.float32(2), wide)}))
+    assert load(tmp_path / "a")["w"].rank == 2
+    monkeypatch.setattr(stored, "_ZEROS", 1 << 20)
+    with pytest.raises(CheckpointError, match="says that its arrays have 8,388,636 bytes, and its files have"):
+        load(tmp_path / "a")
+
+
+def test_pipes_are_not_opened(saved: Path) -> None:
+    os.mkfifo(saved / "state" / "d" / "pipe")
+    with pytest.raises(CheckpointError, match="pipe is a named pipe, where only regular files belong"):
+        load(saved)
 
 
 def test_loading_keeps_nothing(saved: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from lora_jax.errors import CheckpointError
 from lora_jax.io.hf.tensors import Tensor, read_header
 from lora_jax.io.peft.config import read_config
+from lora_jax.regular import copyable
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -143,7 +144,7 @@ def _check_complete(path: Path, index: Mapping[str, Any] | None, shards: tuple[S
 
 
 def _other_files(path: Path, known: set[str]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """Files to copy and files to leave out; what a symbolic link points to counts, directories behind links do not."""
+    """Files to copy and files to leave out; links that lead out of the directory are not followed."""
     copied, left_out = [], []
     for folder, inner, names in os.walk(path):
         inner[:] = sorted(name for name in inner if name not in (".git", ".cache"))
@@ -157,7 +158,7 @@ def _other_files(path: Path, known: set[str]) -> tuple[tuple[Path, ...], tuple[P
                 or name.endswith((".bin.index.json", ".safetensors.index.json"))
             )
             (left_out if weights else copied).append(file)
-    return tuple(copied), tuple(left_out)
+    return tuple(copyable(path, copied)), tuple(left_out)
 
 
 def dump(path: Path, value: Any) -> None:

@@ -29,10 +29,12 @@ from lora_jax.errors import CheckpointError, LoraError
 from lora_jax.io.formats.recognise import refuse_as_own
 from lora_jax.io.own import manifest
 from lora_jax.io.own.base import base_shapes, check_shapes, check_values
+from lora_jax.io.own.stored import check_stored
 from lora_jax.io.own.write import guarded as _guarded_writing
 from lora_jax.io.own.write import plain_name, write
 from lora_jax.paths import named_leaves
 from lora_jax.publish import place, steady
+from lora_jax.regular import check_regular
 
 _KEY = "lora_jax"
 _METADATA = "_CHECKPOINT_METADATA"
@@ -154,6 +156,9 @@ def _load(where: Any, shown: str, params: Any, base: str, sharding: Any) -> Adap
 def _with_arrays(where: Any, shown: str, notes: Any, sharding: Any) -> Adapter:
     abstract = _guarded(shown, _abstract, where, notes)
     _check_dtypes(shown, abstract)
+    if "://" not in shown:
+        expected = {path: manifest.arrays(update) for path, update in abstract.items()}
+        _guarded(shown, check_stored, shown, Path(where), expected)
     places = sharding(abstract) if callable(sharding) and not isinstance(sharding, Sharding) else sharding
     target = _target(abstract, places)
     arrays = _guarded(shown, ocp.load, where, {name: manifest.arrays(target[name]) for name in target})
@@ -256,6 +261,7 @@ def _read(where: Any, shown: str) -> dict[str, Any]:
         raise CheckpointError(f"There is nothing at {shown}. Check the path; lora_jax.save creates such a directory.")
     if "://" not in shown:
         refuse_as_own(Path(shown))
+        check_regular(Path(where))
     notes = _guarded(shown, _custom_metadata, where)
     manifest.check_format(shown, notes)
     return notes
