@@ -17,7 +17,8 @@ from lora_jax.io.compose import base_values, compose_files
 from lora_jax.io.hf.folder import open_checkpoint
 from lora_jax.io.inspect import Format, detect
 from lora_jax.io.own import orbax
-from lora_jax.io.peft import read_peft, write_peft
+from lora_jax.io.peft import write_peft
+from lora_jax.io.peft.read import read_several
 from lora_jax.io.peft.uniform import uniform
 from lora_jax.report.terminal import Terminal
 from lora_jax.train.options import OptionError, require
@@ -54,6 +55,8 @@ class Compose(Verb):
     """For dare."""
     uniform: bool = False
     """PEFT only: one rank and one alpha for all modules, for servers that know no patterns."""
+    alpha: float | None = None
+    """The lora_alpha of adapters whose scale nothing tells: no config, no metadata, no alpha tensors."""
     base: Path | None = None
     """A Hugging Face checkpoint of the base, for PEFT adapters with parts trained in full; only those are read."""
 
@@ -77,6 +80,8 @@ class Compose(Verb):
                 return ComposeJob(self, report, write)
             if self.uniform:
                 raise OptionError("--uniform is for PEFT's format; lora-jax export makes that of an adapter of our own")
+            if self.alpha is not None:
+                raise OptionError("--alpha is for PEFT's format and others: an adapter of our own has its scales")
             if self.base is not None:
                 raise OptionError("--base goes with PEFT's format; in Python, lora_jax.compose(..., params=) takes any")
             return ComposeJob(self, *_orbax(self.paths, self.out, self.weights, settings))
@@ -115,7 +120,7 @@ _Composition = tuple[ComposeReport, Callable[[], None]]
 
 
 def _peft(options: Compose, settings: dict[str, Any]) -> _Composition:
-    given = [read_peft(path) for path in options.paths]
+    given = read_several(options.paths, options.alpha)
     known = None if options.base is None else base_values(open_checkpoint(options.base), given)
     files, report = compose_files(given, options.weights, known, **settings)
     files = uniform(files) if options.uniform else files

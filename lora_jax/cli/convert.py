@@ -33,6 +33,8 @@ class Convert(Verb):
     """Known map of names, such as hf_flax or tunix; by default layers_0/attn/query is layers.0.attn.query."""
     like: Path | None = None
     """From PEFT: an adapter of the same JAX model, in lora_jax's format."""
+    alpha: float | None = None
+    """From PEFT: the lora_alpha of a file whose scale nothing tells: no config, no metadata, no alpha tensors."""
     base_model: str | None = None
     """To PEFT: the base's repository or directory, for the config."""
     task_type: str | None = None
@@ -48,8 +50,8 @@ class Convert(Verb):
           LoraError: they do not, or there is no adapter.
         """
         if detect(self.paths[0]) == "orbax":
-            if self.like is not None:
-                raise OptionError(f"{self.paths[0]} is no PEFT adapter: --like is for the other direction")
+            if self.like is not None or self.alpha is not None:
+                raise OptionError(f"{self.paths[0]} is no PEFT adapter: --like and --alpha are for the other direction")
         elif self.like is None:
             raise OptionError(
                 f"{self.paths[0]} is a PEFT adapter: give --like ADAPTER, an adapter of the same JAX model saved by "
@@ -98,4 +100,4 @@ class ConvertJob:
             recorded, like = orbax.load_base(options.like), orbax.load(options.like)
             known = [update.site for update in like.values()]
             shapes = recorded or {site.path: jax.ShapeDtypeStruct(site.shape, site.dtype) for site in known}
-            orbax.save(out, load_like(source, like, shapes, options.names), params=recorded)
+            orbax.save(out, load_like(source, like, shapes, options.names, alpha=options.alpha), params=recorded)

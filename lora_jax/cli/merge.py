@@ -32,6 +32,8 @@ class Merge(Verb):
     """The base's directory, one or more PEFT adapters, and the directory to create."""
     weights: tuple[float, ...] | None = None
     """A factor for the update of every adapter, in order, given after the paths; 1 for each by default."""
+    alpha: float | None = None
+    """The lora_alpha of adapters whose scale nothing tells: no config, no metadata, no alpha tensors."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """How sums become the base's dtype; stochastic keeps small updates on average."""
     seed: int = 0
@@ -67,8 +69,8 @@ class MergeJob:
         began = time.monotonic()
         with ExitStack() as stack:
             merged = merge_checkpoint(
-                base, adapters, out, weights=options.weights, rounding=options.rounding, seed=options.seed,
-                untie=options.untie, again=options.again, progress=_bar(stack),
+                base, adapters, out, weights=options.weights, alpha=options.alpha, rounding=options.rounding,
+                seed=options.seed, untie=options.untie, again=options.again, progress=_bar(stack),
             )  # fmt: skip
         _tell(Terminal(options.json), merged, time.monotonic() - began)
 

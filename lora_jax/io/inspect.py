@@ -215,7 +215,8 @@ def _rank_and_scale(files: PeftFiles, name: str, module: Module) -> tuple[int, i
     scale are None unless the ranks leave one possibility.
     """
     if module.kind != "parameter":
-        return len(module.a), 1, files.alpha(name), files.scale(name)
+        known = name not in files.unscaled
+        return len(module.a), 1, files.alpha(name) if known else None, files.scale(name) if known else None
     owner = name.replace(".base_layer", "")
     levels = [each for each in files.modules if each.replace(".base_layer", "") == owner]
     names = _parameters(files, owner)

@@ -249,7 +249,7 @@ REFUSED = {
     "inspect nowhere": "There is nothing at nowhere",
     "inspect .": "Its subdirectories orbax, peft are adapters",
     "convert peft out": "give --like ADAPTER",
-    "convert orbax out --like orbax": "--like is for the other direction",
+    "convert orbax out --like orbax": "--like and --alpha are for the other direction",
     "convert peft out --like orbax --task-type X": "leave them out",
     "convert peft out --like orbax --uniform": "leave them out",
     "convert orbax peft": "peft exists already",

@@ -536,8 +536,11 @@ def test_a_matrix_adapted_as_a_parameter_goes_by_its_own_name_in_patterns(tmp_pa
 
 def test_an_adapter_without_its_config_has_no_scale(small: tuple[Path, Path], tmp_path: Path) -> None:
     (small[1] / "adapter_config.json").unlink()
-    with pytest.raises(lora.CheckpointError, match="what its update is multiplied by is unknown"):
+    with pytest.raises(lora.CheckpointError, match="nothing tells what the updates of q are multiplied by"):
         merge_checkpoint(*small, tmp_path / "out")
+    merge_checkpoint(*small, tmp_path / "out", alpha=3)
+    q, files = read_all(small[0])["q.weight"], lora.peft.read_peft(small[1], alpha=3)
+    assert_close(read_all(tmp_path / "out")["q.weight"], q + files.delta("q", (6, 4)))
 
 
 def test_two_models_in_one_directory_are_refused(small: tuple[Path, Path], tmp_path: Path) -> None:

@@ -166,12 +166,14 @@ def test_copies_that_peft_writes_beside_saved_modules(tmp_path: Path) -> None:
         lora.peft.load(tmp_path / "a", NET.params, NET.sites)
 
 
-def test_arrays_without_a_config_have_scale_one(tmp_path: Path) -> None:
+def test_arrays_without_a_config_need_an_alpha(tmp_path: Path) -> None:
     with_config = lora.peft.load(written(tmp_path / "a"), NET.params, NET.sites)
     (tmp_path / "a" / FILES[0]).unlink()
     for path in (tmp_path / "a", tmp_path / "a" / ARRAYS):
-        bare = lora.peft.load(path, NET.params, NET.sites)
-        assert all(float(update.scale) == 1 for update in bare.values())
+        with pytest.raises(lora.CheckpointError, match=r"nothing tells what the updates of .*Pass alpha="):
+            lora.peft.load(path, NET.params, NET.sites)
+        bare = lora.peft.load(path, NET.params, NET.sites, alpha=6)
+        assert all(float(update.scale) == 6 / len(update.a) for update in bare.values())
         assert_same({path: each.a for path, each in bare.items()}, {path: each.a for path, each in with_config.items()})
 
 

@@ -20,9 +20,8 @@ from lora_jax.io.hf.provenance import check_not_merged, fingerprints, noted
 from lora_jax.io.hf.tensors import Item, Tensor, new_item, write_file
 from lora_jax.io.hf.ties import untied_config
 from lora_jax.io.hf.vocabulary import resized_config
-from lora_jax.io.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_jax.io.peft.files import PeftFiles
-from lora_jax.io.peft.read import read_peft
+from lora_jax.io.peft.read import read_several
 from lora_jax.merge import round_stochastically
 from lora_jax.publish import publish
 
@@ -61,6 +60,7 @@ def merge_checkpoint(
     out: str | PathLike[str],
     *,
     weights: Sequence[float] | None = None,
+    alpha: float | None = None,
     rounding: Literal["nearest", "stochastic"] = "nearest",
     seed: int = 0,
     untie: bool = False,
@@ -83,6 +83,7 @@ def merge_checkpoint(
       out: the directory to create.
       weights: a factor for every adapter's update; 1 by default. Adapters with tensors stored whole, or with DoRA,
         take 1 only.
+      alpha: the `lora_alpha` of adapters whose scale nothing tells, as for `lora_jax.peft.load`.
       rounding: `"stochastic"` rounds up or down with probabilities that keep the expectation, which preserves updates
         smaller than the base's rounding step on average.
       seed: for stochastic rounding.
@@ -112,7 +113,7 @@ def merge_checkpoint(
     paths = [adapters] if isinstance(adapters, (str, PathLike)) else list(adapters)
     factors = _checked(paths, weights, rounding)
     source, where = open_checkpoint(Path(base).expanduser()), Path(out).expanduser().absolute()
-    read = [_read(path) for path in paths]
+    read = _mergeable(paths, alpha)
     files = [Path(each.where) for each in read]
     digests = fingerprints(files)
     if not again:
@@ -147,16 +148,12 @@ def _checked(paths: Sequence[Any], weights: Sequence[float] | None, rounding: st
     return factors
 
 
-def _read(path: str | PathLike[str]) -> PeftFiles:
-    files = read_peft(path)
-    if not (Path(files.where).parent / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(
-            f"{files.where} has no {ADAPTER_CONFIG} beside it, so what its update is multiplied by is unknown. Copy "
-            "the whole directory of the adapter."
-        )
-    if files.config.get("alora_invocation_tokens"):
-        raise CheckpointError(f"{files.where} is aLoRA: it acts only after its invocation tokens, as no weight can")
-    return files
+def _mergeable(paths: Sequence[str | PathLike[str]], alpha: float | None) -> list[PeftFiles]:
+    found = read_several(paths, alpha)
+    for files in found:
+        if files.config.get("alora_invocation_tokens"):
+            raise CheckpointError(f"{files.where} is aLoRA: it acts only after its invocation tokens, as no weight can")
+    return found
 
 
 def _check_place(source: Checkpoint, where: Path) -> None:

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lora_jax import regex
@@ -262,23 +263,28 @@ def setting(config: Mapping[str, Any], field: str) -> Any:
     return _DEFAULTS[field] if value is None else value
 
 
-def inferred(ranks: Mapping[str, int], saved: list[str]) -> dict[str, Any]:
-    """A config for arrays that came without one: the ranks are the arrays', and every scale is 1.
+def inferred(
+    ranks: Mapping[str, int], saved: list[str], scales: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, Any]:
+    """A config for arrays that came without one: the ranks are the arrays'.
 
     Args:
       ranks: rank of each module.
       saved: modules stored whole.
+      scales: of each module; 1 for those that it leaves out.
 
     Example:
       >>> config = inferred({"q": 4, "k": 4, "v": 2}, [])
       >>> config["r"], config["lora_alpha"], config["rank_pattern"], config["target_modules"]
       (4, 4, {'^v': 2}, ['k', 'q', 'v'])
     """
-    common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
-    pattern = {exact_key(name): rank for name, rank in ranks.items() if rank != common}
+    alphas = {name: scales[name] * rank if name in scales else rank for name, rank in ranks.items()}
+    common, alpha = (Counter(each.values()).most_common(1)[0][0] if ranks else 8 for each in (ranks, alphas))
     return {
-        "peft_type": "LORA", "r": common, "lora_alpha": common, "target_modules": sorted(ranks),
-        "rank_pattern": pattern, "alpha_pattern": dict(pattern), "modules_to_save": saved or None,
+        "peft_type": "LORA", "r": common, "lora_alpha": alpha, "target_modules": sorted(ranks),
+        "rank_pattern": {exact_key(name): rank for name, rank in ranks.items() if rank != common},
+        "alpha_pattern": {exact_key(name): each for name, each in alphas.items() if each != alpha},
+        "modules_to_save": saved or None,
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.errors import CheckpointError
+from lora_jax.errors import CheckpointError, listed
 from lora_jax.io.peft import config as peft_config
 from lora_jax.io.peft.config import mask_of
 from lora_jax.io.peft.match import saves, targets
@@ -39,6 +39,7 @@ class PeftFiles:
       saved: whole tensors by the name they have in the base model (`modules_to_save`, biases, saved embeddings), and
         rows as `<module>.token_adapter.trainable_tokens_delta`.
       where: the file they come from, for error messages.
+      unscaled: modules of which nothing tells the scale: `alpha` and `scale` raise for them.
 
     Example:
       >>> files = PeftFiles({"r": 2, "lora_alpha": 4}, {"q": Module("linear", np.ones((2, 4)), np.ones((3, 2)))}, {})
@@ -50,6 +51,7 @@ class PeftFiles:
     modules: Mapping[str, Module]
     saved: Mapping[str, np.ndarray] = field(default_factory=dict)
     where: str = "the adapter"
+    unscaled: frozenset[str] = frozenset()
 
     def rank(self, module: str, experts: int = 1) -> int:
         """The rank of a module: that of its arrays, which is per weight where a parameter stacks several."""
@@ -79,12 +81,30 @@ class PeftFiles:
         Args:
           module: its name.
           parameter: full name of the adapted parameter, for kind `parameter`: PEFT looks that up in its patterns.
+
+        Raises:
+          CheckpointError: nothing tells it.
         """
+        self.check_scales([module])
         return peft_config.alpha_of(self.config, parameter or module, self.rank(module))
 
     def scale(self, module: str, parameter: str | None = None, experts: int = 1) -> float:
-        """`alpha / rank` of a module, or what its kind has instead; arguments as above."""
+        """`alpha / rank` of a module, or what its kind has instead; arguments and errors as above."""
+        self.check_scales([module])
         return peft_config.scale_of(self.config, parameter or module, self.rank(module, experts))
+
+    def check_scales(self, modules: Collection[str] | None = None) -> None:
+        """Refuse modules, all by default, of which nothing tells the scale.
+
+        Raises:
+          CheckpointError: there are some.
+        """
+        if lacking := self.unscaled.intersection(self.modules if modules is None else modules):
+            raise CheckpointError(
+                f"{self.where}: nothing tells what the updates of {listed(sorted(lacking), count=3)} are multiplied "
+                "by: no adapter_config.json beside the file, no lora_adapter_metadata in it, and no .alpha tensor. "
+                "Pass alpha= (--alpha on the command line), the lora_alpha of the training: the scale is alpha / rank."
+            )
 
     def delta(
         self, module: str, shape: tuple[int, ...], *, parameter: str | None = None, transposed: bool | None = None

@@ -55,6 +55,7 @@ def load(
     names: Names | str | None = None,
     *,
     subfolder: str | None = None,
+    alpha: float | None = None,
     strict: Literal[True] = True,
 ) -> Adapter: ...
 @overload
@@ -65,6 +66,7 @@ def load(
     names: Names | str | None = None,
     *,
     subfolder: str | None = None,
+    alpha: float | None = None,
     strict: Literal[False],
 ) -> tuple[Adapter, Unmatched]: ...
 def load(
@@ -74,9 +76,10 @@ def load(
     names: Names | str | None = None,
     *,
     subfolder: str | None = None,
+    alpha: float | None = None,
     strict: bool = True,
 ) -> Adapter | tuple[Adapter, Unmatched]:
-    """Read an adapter that PyTorch PEFT wrote.
+    """Read an adapter that PyTorch PEFT wrote, or a tool that stores LoRA's factors in its own way (`docs/files.md`).
 
     Unlike in PEFT, a tensor that fits nothing is an error, and so is a module that the config names and the file lacks.
     As in PEFT, factors become float32 whatever they are stored in.
@@ -90,6 +93,8 @@ def load(
         `"hf_flax_gpt2"`, `"tunix"`, `"gemma"`, ...), or None for the identity: `layers_0/attn/query/kernel` is
         `layers.0.attn.query`.
       subfolder: name of an adapter in a subdirectory.
+      alpha: the `lora_alpha` of the training, for modules whose scale nothing tells: a file without a config, without
+        `lora_adapter_metadata` (diffusers) and without `.alpha` tensors (kohya, ComfyUI).
       strict: raise if anything is left over. If False, return what was left out instead.
 
     Returns:
@@ -101,7 +106,8 @@ def load(
       for others.
 
     Raises:
-      CheckpointError: the file is damaged, does not fit the model, or holds what cannot be represented.
+      CheckpointError: the file is damaged, does not fit the model, or holds what cannot be represented; nothing tells
+        its scale, or two things contradict each other.
       MatchError: the map gives two parameters the same name.
 
     Example:
@@ -115,7 +121,8 @@ def load(
       >>> bool((loaded["dense/kernel"].a == adapter["dense/kernel"].a).all()), float(loaded["dense/kernel"].scale)
       (True, 2.0)
     """
-    files = read_peft(path, subfolder)
+    files = read_peft(path, subfolder, alpha=alpha)
+    files.check_scales()
     leaves, _ = named_leaves(params)
     reader = _Reader(files, leaves, sites, find_names(names))
     adapter, unmatched = reader.adapter()
@@ -130,7 +137,12 @@ def load(
 
 
 def load_like(
-    path: str | PathLike[str], like: Adapter, shapes: Mapping[str, Any], names: Names | str | None = None
+    path: str | PathLike[str],
+    like: Adapter,
+    shapes: Mapping[str, Any],
+    names: Names | str | None = None,
+    *,
+    alpha: float | None = None,
 ) -> Adapter:
     """Read an adapter that PyTorch PEFT wrote for the base of another adapter, without that base.
 
@@ -139,13 +151,14 @@ def load_like(
       like: an adapter with an update for every parameter that the file changes, DoRA's where that has magnitudes.
       shapes: shapes and dtypes of the base's parameters by path.
       names: as for `load`.
+      alpha: likewise.
 
     Raises:
       CheckpointError: as for `load`.
       MatchError: likewise.
     """
     sites = Sites([update.site for update in like.values() if update.site.kind != "full"], tuple(shapes))
-    reader = _Reader(read_peft(path), shapes, sites, find_names(names), like)
+    reader = _Reader(read_peft(path, alpha=alpha), shapes, sites, find_names(names), like)
     adapter, unmatched = reader.adapter()
     if any(unmatched) or not adapter:
         raise CheckpointError(reader.complaint(unmatched))

@@ -1,6 +1,6 @@
 """Reading a PEFT adapter: every tensor of `adapter_model.safetensors` means what its config says, or is refused."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -13,6 +13,7 @@ from lora_jax.adapter.origin import note
 from lora_jax.errors import CheckpointError, listed
 from lora_jax.io.formats.recognise import adapter_file, refuse_folder
 from lora_jax.io.formats.signatures import check_bytes
+from lora_jax.io.formats.spellings import respelled
 from lora_jax.io.formats.variants import check_keys
 from lora_jax.io.peft import config as peft_config
 from lora_jax.io.peft.config import ADALORA, CONFIG, LORA, PeftType, peft_type_of, read_config
@@ -20,6 +21,7 @@ from lora_jax.io.peft.files import EMBEDDINGS, PeftFiles
 from lora_jax.io.peft.keys import parse, unparse
 from lora_jax.io.peft.match import saves, targets
 from lora_jax.io.peft.module import Module, ModuleKind
+from lora_jax.io.peft.scales import configs_in, from_configs, from_tensors, settled
 from lora_jax.publish import steady
 
 _MAX_RANK = 1 << 16
@@ -27,8 +29,10 @@ _DTYPES = {"F16", "BF16", "F32", "F64"}
 _COUNTS = {"I64", "I32", "BOOL"}
 
 
-def read_peft(path: str | PathLike[str], subfolder: str | None = None) -> PeftFiles:
+def read_peft(path: str | PathLike[str], subfolder: str | None = None, *, alpha: float | None = None) -> PeftFiles:
     """Read a PEFT adapter from a directory, or from a `.safetensors` file with or without a config beside it.
+
+    Factors of other tools are read too, under PEFT's names; `docs/files.md` lists them.
 
     Arrays keep their dtype. Keys are taken with or without the prefix `base_model.model.`, with `_orig_mod.` and
     `_fsdp_wrapped_module.` anywhere, and with the name of an adapter in them, as in the state of a live model.
@@ -36,6 +40,8 @@ def read_peft(path: str | PathLike[str], subfolder: str | None = None) -> PeftFi
     Args:
       path: the directory that `save_pretrained` wrote, or a file.
       subfolder: name of an adapter in a subdirectory; PEFT puts every adapter not called `default` into one.
+      alpha: the `lora_alpha` of modules whose scale nothing tells: no config, no metadata, no alpha tensor. Without it
+        they are in `unscaled`.
 
     Returns:
       The files' contents; see `PeftFiles`.
@@ -54,17 +60,33 @@ def read_peft(path: str | PathLike[str], subfolder: str | None = None) -> PeftFi
       (2, 4)
     """
     weights, _ = _locate(Path(path).expanduser(), subfolder)
-    return steady(weights.parent, lambda: _read(Path(path).expanduser(), subfolder))
+    return steady(weights.parent, lambda: _read(Path(path).expanduser(), subfolder, alpha))
 
 
-def _read(path: Path, subfolder: str | None) -> PeftFiles:
+def read_several(paths: Sequence[str | PathLike[str]], alpha: float | None = None) -> list[PeftFiles]:
+    """Read several adapters; alpha goes to those whose scale nothing tells.
+
+    Raises:
+      CheckpointError: as for `read_peft`; nothing tells the scale of one of them, or of none and `alpha` is given.
+    """
+    found = [read_peft(path) for path in paths]
+    if alpha is not None and not any(files.unscaled for files in found):
+        read_peft(paths[0], alpha=alpha)
+    found = [read_peft(path, alpha=alpha) if each.unscaled else each for path, each in zip(paths, found, strict=True)]
+    for files in found:
+        files.check_scales()
+    return found
+
+
+def _read(path: Path, subfolder: str | None, alpha: float | None) -> PeftFiles:
     weights, config_path = _locate(path, subfolder)
     for each in (config_path, weights):
         note(each)
     config = read_config(config_path)
     if config is not None:
         peft_config.check(str(config_path), config)
-    return _assemble(str(weights), config, _read_arrays(weights, config))
+    arrays, metadata = _read_arrays(weights, config)
+    return _assemble(str(weights), config, arrays, configs_in(str(weights), metadata), alpha)
 
 
 def _locate(path: Path, subfolder: str | None) -> tuple[Path, Path]:
@@ -91,8 +113,8 @@ def _located(folder: Path) -> tuple[Path, Path]:
     return weights, folder / CONFIG
 
 
-def _read_arrays(path: Path, config: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
-    """Every tensor of the file, in its own dtype; without elements only if terms may be pruned."""
+def _read_arrays(path: Path, config: Mapping[str, Any] | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Every tensor of the file, in its own dtype, and its metadata; without elements only if terms may be pruned."""
     pruned = peft_type_of(config or {}) is ADALORA
     try:
         check_bytes(path)
@@ -101,14 +123,14 @@ def _read_arrays(path: Path, config: Mapping[str, Any] | None) -> dict[str, np.n
             check_keys(str(path), keys, configured=config is not None)
             for key in keys:
                 _check_tensor(path, key, file.get_slice(key), pruned)
-            arrays = {key: file.get_tensor(key) for key in keys}
+            arrays, metadata = {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors: {error}. It is damaged or cut short; copy it again."
         ) from None
     for key, array in arrays.items():
         _check_finite(path, key, array)
-    return arrays
+    return arrays, metadata
 
 
 def _check_finite(path: Path, key: str, array: np.ndarray) -> None:
@@ -123,7 +145,7 @@ def _check_finite(path: Path, key: str, array: np.ndarray) -> None:
 
 def _check_tensor(path: Path, key: str, tensor: Any, pruned: bool) -> None:
     # Batch normalisation counts its steps; a whole module is stored with all it has.
-    factor = "lora_" in key or "vera_" in key
+    factor = any(part in key for part in ("lora_", ".lora.", "vera_")) and not key.endswith(".alpha")
     allowed = _DTYPES if factor else _DTYPES | _COUNTS
     if tensor.get_dtype() not in allowed:
         raise CheckpointError(
@@ -137,11 +159,25 @@ def _check_tensor(path: Path, key: str, tensor: Any, pruned: bool) -> None:
         )
 
 
-def _assemble(where: str, config: dict[str, Any] | None, arrays: Mapping[str, np.ndarray]) -> PeftFiles:
-    found = _Found(where, peft_type_of(config or {}), arrays)
+def _assemble(
+    where: str,
+    given: dict[str, Any] | None,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, Mapping[str, Any]],
+    alpha: float | None,
+) -> PeftFiles:
+    spelled = respelled(where, arrays)
+    # What the metadata says for all modules is a config like any other.
+    config = given if given is not None else metadata.get("")
+    found = _Found(where, peft_type_of(config or {}), spelled.arrays)
+    ranks = {name: each["a"].shape[0] for name, each in found.parts.items() if "a" in each and each["a"].ndim}
+    alphas = {parse(where, f"{name}.lora_A.weight").name: each for name, each in spelled.alphas.items()}
+    sources = [from_configs(metadata, ranks)] if metadata else []
+    sources += [from_tensors(alphas, ranks)] if alphas else []
+    sources = [from_configs({"": given}, ranks)._replace(name=CONFIG), *sources] if given is not None else sources
+    scales = settled(where, sources, ranks, alpha)
     if config is None:
-        ranks = {name: each["a"].shape[0] for name, each in found.parts.items() if "a" in each and each["a"].ndim}
-        config = peft_config.inferred(ranks, sorted(found.marked))
+        config = peft_config.inferred(ranks, sorted(found.marked), scales)
     _refuse_unknown(where, [*found.unknown, *(n for n in found.whole if not _belongs(n, config, found.parts))])
     modules = {
         name: _module(where, name, found.shared | each, name in found.embeddings, config)
@@ -149,7 +185,9 @@ def _assemble(where: str, config: dict[str, Any] | None, arrays: Mapping[str, np
     }  # fmt: skip
     if not modules and not found.whole:
         raise CheckpointError(f"{where} holds no tensors at all")
-    return PeftFiles(_completed(config, modules), modules, dict(sorted(found.whole.items())), where)
+    # A config that leaves out alpha means PEFT's default.
+    unscaled = frozenset(modules.keys() - scales.keys()) if given is None and "" not in metadata else frozenset()
+    return PeftFiles(_completed(config, modules), modules, dict(sorted(found.whole.items())), where, unscaled)
 
 
 class _Found:

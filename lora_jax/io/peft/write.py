@@ -45,6 +45,7 @@ def write_peft(path: str | PathLike[str], files: PeftFiles, *, overwrite: bool =
     where = place(path)
     if not files.modules and not files.saved:
         raise CheckpointError(f"Nothing to write to {where}: the adapter is empty")
+    files.check_scales()
     arrays, text = _tensors(files), _config(files)
     publish(where, lambda folder: _write(folder, arrays, text), replace=_check_replaceable if overwrite else None)
 
