@@ -20,7 +20,8 @@ Composing:             `compose`, `compose_report`, `canonical`, `extract`, `ext
 Many adapters:         `route`, `routers`, `AdapterBank`, `AdapterCache`
 Analysis:              `analysis`
 Saving and loading:    `save`, `load`, `load_config`, `peft`, `hub`
-Errors:                `LoraError`, `ConfigError`, `MatchError`, `ParameterError`, `MergeError`, `CheckpointError`
+Errors:                `LoraError`, `ConfigError`, `MatchError`, `ParameterError`, `MergeError`, `CheckpointError`,
+                       `StorageError`
 
 Names are imported when they are first used, so that `import lora_jax` costs nothing beside `import jax`.
 """
@@ -64,6 +65,7 @@ if TYPE_CHECKING:  # What type checkers and editors see; a test holds it equal t
     from lora_jax.errors import MatchError as MatchError
     from lora_jax.errors import MergeError as MergeError
     from lora_jax.errors import ParameterError as ParameterError
+    from lora_jax.errors import StorageError as StorageError
     from lora_jax.init import init as init
     from lora_jax.init import initialisers as initialisers
     from lora_jax.init import loftq as loftq
@@ -101,7 +103,7 @@ _lazy.face(
         "lora_jax.capture": "Captured capture redistribute",
         "lora_jax.compose": "canonical compose compose_report extract extract_report resize",
         "lora_jax.config.config": "LoraConfig",
-        "lora_jax.errors": "CheckpointError ConfigError LoraError MatchError MergeError ParameterError",
+        "lora_jax.errors": "CheckpointError ConfigError LoraError MatchError MergeError ParameterError StorageError",
         "lora_jax.init": "init initialisers loftq",
         "lora_jax.io.hub": "",
         "lora_jax.io.own.orbax": "load load_config save",

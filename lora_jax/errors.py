@@ -7,6 +7,7 @@ LoraError
 ├── ParameterError   (ValueError)   an adapter that does not fit these parameters
 ├── MergeError       (ValueError)   a merge whose result could not be trusted
 └── CheckpointError  (ValueError)   an adapter on disk that is broken or belongs elsewhere
+    └── StorageError                a disk that is full or fails
 ```
 """
 
@@ -97,6 +98,16 @@ class CheckpointError(LoraError, ValueError):
       ... except lora.CheckpointError as error:
       ...     print(error)
       There is nothing at /nowhere. Check the path; lora_jax.save creates such a directory.
+    """
+
+
+class StorageError(CheckpointError):
+    """The disk is full or fails: nothing is wrong with what was given, and what was there before is untouched.
+
+    Example:
+      >>> import lora_jax as lora
+      >>> issubclass(lora.StorageError, lora.CheckpointError)
+      True
     """
 
 

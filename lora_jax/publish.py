@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_jax.errors import CheckpointError, LoraError
+from lora_jax.errors import CheckpointError, LoraError, StorageError
 
 try:
     import fcntl
@@ -29,6 +29,8 @@ _HERE = -100
 """`AT_FDCWD`: paths are relative to the working directory."""
 _NEW, _OLD, _GONE = "new", "old", "gone"
 _TRIES = 100
+_FAILING = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""What is no fault of the path: a full disk, and one that fails."""
 
 _Result = TypeVar("_Result")
 
@@ -137,7 +139,8 @@ def _identity(folder: Path) -> tuple[int, int, int] | None:
 
 def unwritable(where: Path, error: OSError) -> CheckpointError:
     """What to raise where the system refuses to write."""
-    return CheckpointError(
+    kind = StorageError if error.errno in _FAILING else CheckpointError
+    return kind(
         f"{where} cannot be written: {error.strerror or error}. What was there before is untouched; check the space, "
         "the rights and the length of the name, or choose another path."
     )
@@ -219,7 +222,7 @@ def _link(source: Any, target: Any) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+        if error.errno in _FAILING:
             raise
         shutil.copy2(source, target, follow_symlinks=False)  # There are file systems without links.
 

@@ -27,7 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
-from lora_jax.errors import LoraError
+from lora_jax.errors import LoraError, StorageError
 from lora_jax.report.tables import escaped
 from lora_jax.train.stop import Interrupted
 
@@ -74,7 +74,7 @@ def _run(args: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except (LoraError, OSError, MemoryError, ImportError) as error:
-        refused = isinstance(error, (ValueError, *_ABOUT_PATHS))
+        refused = isinstance(error, (ValueError, *_ABOUT_PATHS)) and not isinstance(error, StorageError)
         return _fail(_said(error), REFUSED if refused else FAILED)
     return DONE
 

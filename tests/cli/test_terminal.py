@@ -25,7 +25,7 @@ from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank
 from lora_jax.cli import main
 from lora_jax.cli.parse import VERBS, _options
-from lora_jax.errors import CheckpointError
+from lora_jax.errors import CheckpointError, StorageError
 from lora_jax.io.peft import Module, PeftFiles, write_peft
 from lora_jax.report.terminal import Progress, Terminal
 from lora_jax.train.loop import TrainingError
@@ -257,6 +257,7 @@ def given(verb: str) -> list[str]:
         (TrainingError("the loss is nan at step 4"), 1, "the loss is nan"),
         (MemoryError(), 1, "MemoryError"),
         (ImportError("drawing needs matplotlib"), 1, "matplotlib"),
+        (StorageError("a cannot be written"), 1, "a cannot be written"),
         (CheckpointError("two\nlines"), 2, "two lines"),
         (FileNotFoundError(2, "No such file or directory", "x\x1b"), 2, r"x\x1b: No such file"),
         (PermissionError(13, "Permission denied", "y"), 2, "y: Permission denied"),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.errors import CheckpointError, MergeError
+from lora_jax.errors import CheckpointError, MergeError, StorageError
 from lora_jax.io.hf.changes import Rounding, changed
 from lora_jax.io.hf.folder import CONFIG, INDEX, Checkpoint, Shard, dump, open_checkpoint
 from lora_jax.io.hf.plan import Plan, plan
@@ -167,7 +167,7 @@ def _check_space(parent: Path, needed: int) -> None:
     there = next(folder for folder in (parent, *parent.parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if free < needed + _SPARE:
-        raise CheckpointError(f"{there} has {free / 1e9:.1f} GB free, and the merged model needs {needed / 1e9:.1f} GB")
+        raise StorageError(f"{there} has {free / 1e9:.1f} GB free, and the merged model needs {needed / 1e9:.1f} GB")
 
 
 def _rounding(kind: str, seed: int) -> Callable[[str], Rounding]:
