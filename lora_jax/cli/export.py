@@ -65,6 +65,7 @@ class Export(Verb):
             adapter, notes = orbax.load(self.paths[0]), (self.base_model, self.task_type)
             return peft_files(adapter, self.names, uniform=True, base_model=notes[0], task_type=notes[1])
         files = read_peft(self.paths[0])
+        files.check_scales()
         fields = {"base_model_name_or_path": self.base_model, "task_type": self.task_type}
         given = {field: value for field, value in fields.items() if value is not None}
         files = PeftFiles({**files.config, **given}, files.modules, files.saved, files.where)

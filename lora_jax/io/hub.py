@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.errors import CheckpointError
+from lora_jax.io.formats.recognise import FILES
 from lora_jax.io.inspect import Contents, inspect
 from lora_jax.io.peft.config import CONFIG, read_config
 from lora_jax.io.peft.keys import WEIGHTS
@@ -18,9 +19,9 @@ __all__ = ["card", "download", "push"]
 _INSTALL = 'This needs huggingface_hub: pip install "lora_jax[hub]"'
 _CARD = "README.md"
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# PEFT's two files, or all of an Orbax checkpoint.
+# PEFT's two files and what other tools call theirs, or all of an Orbax checkpoint.
 _WANTED = (
-    WEIGHTS, CONFIG, "adapter_model.bin",
+    *FILES, CONFIG, "adapter_model.bin",
     "_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "state/*",
 )  # fmt: skip
 
@@ -208,7 +209,7 @@ def _shown(value: float | None) -> str:
 
 
 def _holds_adapter(folder: Path) -> bool:
-    names = (WEIGHTS, "adapter_model.bin", "_CHECKPOINT_METADATA")
+    names = (*FILES, "adapter_model.bin", "_CHECKPOINT_METADATA")
     return any((folder / name).exists() for name in names)
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_jax.adapter.origin import note
 from lora_jax.errors import CheckpointError, listed
+from lora_jax.io.formats.mlx_lm import MlxAdapter, from_mlx, is_mlx, is_mlx_config
 from lora_jax.io.formats.recognise import adapter_file, refuse_folder
 from lora_jax.io.formats.signatures import check_bytes
 from lora_jax.io.formats.spellings import respelled
@@ -21,7 +22,7 @@ from lora_jax.io.peft.files import EMBEDDINGS, PeftFiles
 from lora_jax.io.peft.keys import parse, unparse
 from lora_jax.io.peft.match import saves, targets
 from lora_jax.io.peft.module import Module, ModuleKind
-from lora_jax.io.peft.scales import configs_in, from_configs, from_tensors, settled
+from lora_jax.io.peft.scales import Source, configs_in, from_configs, from_tensors, settled
 from lora_jax.publish import steady
 
 _MAX_RANK = 1 << 16
@@ -82,11 +83,20 @@ def _read(path: Path, subfolder: str | None, alpha: float | None) -> PeftFiles:
     weights, config_path = _locate(path, subfolder)
     for each in (config_path, weights):
         note(each)
-    config = read_config(config_path)
-    if config is not None:
-        peft_config.check(str(config_path), config)
-    arrays, metadata = _read_arrays(weights, config)
-    return _assemble(str(weights), config, arrays, configs_in(str(weights), metadata), alpha)
+    config, where = read_config(config_path), str(weights)
+    ours = None if is_mlx_config(where, config) else config
+    if ours is not None:
+        peft_config.check(str(config_path), ours)
+    arrays, metadata = _read_arrays(weights, ours)
+    if is_mlx(where, config, arrays):
+        return _from_mlx(where, from_mlx(where, config, arrays), alpha)
+    return _assemble(where, config, arrays, configs_in(where, metadata), alpha)
+
+
+def _from_mlx(where: str, found: MlxAdapter, alpha: float | None) -> PeftFiles:
+    told = [Source(f"mlx-lm's {CONFIG}", found.scales)] if found.scales else []
+    files = _assemble(where, None, found.arrays, {}, alpha, told)
+    return replace(files, config={**files.config, **found.fields})
 
 
 def _locate(path: Path, subfolder: str | None) -> tuple[Path, Path]:
@@ -165,6 +175,7 @@ def _assemble(
     arrays: Mapping[str, np.ndarray],
     metadata: Mapping[str, Mapping[str, Any]],
     alpha: float | None,
+    told: Sequence[Source] = (),
 ) -> PeftFiles:
     spelled = respelled(where, arrays)
     # What the metadata says for all modules is a config like any other.
@@ -172,7 +183,7 @@ def _assemble(
     found = _Found(where, peft_type_of(config or {}), spelled.arrays)
     ranks = {name: each["a"].shape[0] for name, each in found.parts.items() if "a" in each and each["a"].ndim}
     alphas = {parse(where, f"{name}.lora_A.weight").name: each for name, each in spelled.alphas.items()}
-    sources = [from_configs(metadata, ranks)] if metadata else []
+    sources = [*told, *([from_configs(metadata, ranks)] if metadata else [])]
     sources += [from_tensors(alphas, ranks)] if alphas else []
     sources = [from_configs({"": given}, ranks)._replace(name=CONFIG), *sources] if given is not None else sources
     scales = settled(where, sources, ranks, alpha)
