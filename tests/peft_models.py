@@ -136,6 +136,8 @@ CASES = {
             "adalora_pruned",
             "vera",
             "vera_bias",
+            "trainable_tokens",
+            "ln_tuning",
         )
     },
     "conv1d_hf": Case(linear, CONV1D, transposed=True),

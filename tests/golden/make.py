@@ -1,16 +1,18 @@
 """Make the golden files: small adapters written by real PEFT, and what PEFT makes of the base with them.
 
-Run with torch, peft and transformers installed: `python tests/golden/make.py`. Every case is a directory with PEFT's
-own two files, and `expected.safetensors` with the base's state, an input, the adapted output, and every merged weight.
+Run with torch, peft and transformers installed: `python tests/golden/make.py [CASE ...]`. Every case is a directory
+with PEFT's own two files, and `expected.safetensors` with the base's state, an input, the adapted output, and every
+merged weight.
 """
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, LNTuningConfig, LoraConfig, TrainableTokensConfig, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -141,6 +143,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor], dict
         {"config": VeraConfig, "r": 3, "target_modules": ["layer"], "fan_in_fan_out": True},
     ),
     "tokens": (Net, lambda: TOKENS, {"r": 2, "target_modules": ["q"], "trainable_token_indices": {"embed": [1, 9]}}),
+    "trainable_tokens": (
+        Net, lambda: TOKENS, {"config": TrainableTokensConfig, "target_modules": ["embed"], "token_indices": [1, 9]},
+    ),
+    "ln_tuning": (Net, lambda: TOKENS, {"config": LNTuningConfig, "target_modules": ["up"]}),
 }  # fmt: skip
 
 
@@ -174,5 +180,5 @@ def make(name: str) -> None:
 
 
 if __name__ == "__main__":
-    for case in CASES:
+    for case in sys.argv[1:] or CASES:
         make(case)

@@ -18,6 +18,7 @@ NAMES = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "expected
 SCANNABLE = (
     "linear", "embedding", "patterns", "rslora", "dora", "lora_bias", "tokens", "adalora", "adalora_pruned", "vera",
 )  # fmt: skip
+WITHOUT_FACTORS = ("trainable_tokens", "ln_tuning")
 
 
 class Golden:
@@ -54,7 +55,15 @@ def test_output_and_merged_weights_are_pefts(name: str) -> None:
     assert np.abs(golden.y - np.asarray(golden.case.fn(golden.base, golden.x))).max() > 0.1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITHOUT_FACTORS)
+def test_files_without_factors_are_written_as_lora_has_the_same(name: str, tmp_path: Path) -> None:
+    golden = Golden(name)
+    lora.peft.save(tmp_path / "again", golden.load(), golden.case.names, sites=golden.sites)
+    assert lora.peft.read_peft(tmp_path / "again").config["peft_type"] == "LORA"
+    assert_same(golden.load(tmp_path / "again"), golden.load())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITHOUT_FACTORS])
 def test_written_again_as_peft_wrote_it(name: str, tmp_path: Path) -> None:
     golden = Golden(name)
     lora.peft.save(tmp_path / "again", golden.load(), golden.case.names, sites=golden.sites)

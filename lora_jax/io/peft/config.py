@@ -177,7 +177,8 @@ def check(where: str, config: Mapping[str, Any]) -> None:
     """
     if str(config.get("peft_type", "LORA")).upper() not in PEFT_TYPES:
         raise CheckpointError(
-            f"{where}: peft_type={config['peft_type']!r} cannot be read; possible: {', '.join(PEFT_TYPES)}. If PEFT "
+            f"{where}: peft_type={config['peft_type']!r} cannot be read; possible: {', '.join(PEFT_TYPES)}, "
+            "TRAINABLE_TOKENS, LN_TUNING. If PEFT "
             "can convert it (peft.save_as_lora), the result can."
         )
     peft_type = peft_type_of(config)

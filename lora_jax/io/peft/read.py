@@ -23,6 +23,7 @@ from lora_jax.io.peft.keys import parse, unparse
 from lora_jax.io.peft.match import saves, targets
 from lora_jax.io.peft.module import Module, ModuleKind
 from lora_jax.io.peft.scales import Source, configs_in, from_configs, from_tensors, settled
+from lora_jax.io.peft.without_factors import as_lora, has_no_factors
 from lora_jax.publish import steady
 
 _MAX_RANK = 1 << 16
@@ -84,6 +85,10 @@ def _read(path: Path, subfolder: str | None, alpha: float | None) -> PeftFiles:
     for each in (config_path, weights):
         note(each)
     config, where = read_config(config_path), str(weights)
+    if config is not None and has_no_factors(config):
+        config, arrays = as_lora(where, config, _read_arrays(weights, {})[0])
+        peft_config.check(str(config_path), config)
+        return _assemble(where, config, arrays, {}, alpha)
     ours = None if is_mlx_config(where, config) else config
     if ours is not None:
         peft_config.check(str(config_path), ours)
