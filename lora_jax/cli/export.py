@@ -1,6 +1,6 @@
 """The verb `export`: an adapter as the files that a server reads, with every number as it is meant."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +35,8 @@ class Export(Verb):
     """The adapter, and the directory to create."""
     server: Annotated[Server, tyro.conf.arg(name="for")]
     """Who is to read it."""
+    alpha: float | None = None
+    """The lora_alpha of a file whose scale nothing tells: no config, no metadata, no alpha tensors."""
     names: str | None = None
     """Of an adapter in lora_jax's own format: the map of names, such as hf_flax; see lora-jax convert."""
     base_model: str | None = None
@@ -50,6 +52,8 @@ class Export(Verb):
         """
         source, out = self.paths
         own = detect(source) == "orbax"
+        if self.alpha is not None and own:
+            raise OptionError(f"{source} has scales of its own: leave --alpha out")
         if self.names is not None and not own:
             raise OptionError(f"{source} is a PEFT adapter, which has PyTorch's names: leave --names out")
         if out.exists():
@@ -64,11 +68,11 @@ class Export(Verb):
         if own:
             adapter, notes = orbax.load(self.paths[0]), (self.base_model, self.task_type)
             return peft_files(adapter, self.names, uniform=True, base_model=notes[0], task_type=notes[1])
-        files = read_peft(self.paths[0])
+        files = read_peft(self.paths[0], alpha=self.alpha)
         files.check_scales()
         fields = {"base_model_name_or_path": self.base_model, "task_type": self.task_type}
         given = {field: value for field, value in fields.items() if value is not None}
-        files = PeftFiles({**files.config, **given}, files.modules, files.saved, files.where)
+        files = replace(files, config={**files.config, **given})
         # PEFT itself reads also what has no one rank.
         return uniform(files) if self.server != "peft" or can_be_uniform(files) else files
 

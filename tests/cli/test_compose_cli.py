@@ -117,7 +117,7 @@ def test_everything_that_peft_stores(name: str, tmp_path: Path) -> None:
         assert_close(again.saved[key], np.asarray(value, np.float32))
     for field in ("bias", "use_dora", "modules_to_save", "target_modules", "lora_bias"):
         given = files.config.get(field)
-        assert (again.config.get(field) or None) == (sorted(given) if isinstance(given, list) else given or None)
+        assert (again.config.get(field) or None) == ((sorted(given) if isinstance(given, list) else given) or None)
 
 
 def base_of(name: str, path: Path) -> tuple[Path, dict[str, np.ndarray]]:

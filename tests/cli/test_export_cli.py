@@ -70,7 +70,22 @@ def test_peft_takes_also_what_cannot_have_one_rank(tmp_path: Path) -> None:
     assert read_peft(tmp_path / "out").config["peft_type"] == "VERA"
 
 
+def test_files_of_other_tools_are_exported_and_said_to_be_read_by_none(adapter: lora.Adapter, capsys: Any) -> None:
+    assert main(["export", "peft", "mlx", "--for", "mlx"]) == 0
+    capsys.readouterr()
+    assert {each.verdict for each in lora.peft.portability("mlx").rows if each.server != "mlx"} == {"refuses"}
+    assert main(["export", "mlx", "out", "--for", "vllm"]) == 0
+    assert_close(lora.merge(PARAMS, lora.peft.load("out", PARAMS, SITES)), lora.merge(PARAMS, adapter))
+    Path("alone").mkdir()
+    Path("alone/adapter_model.safetensors").write_bytes(Path("peft/adapter_model.safetensors").read_bytes())
+    assert main(["inspect", "alone"]) == 0
+    assert main(["export", "alone", "no", "--for", "peft"]) == 2
+    assert main(["export", "alone", "told", "--for", "peft", "--alpha", "6"]) == 0
+    assert read_peft("told").scale("layers.0.up") == 2.0
+
+
 REFUSED = {
+    "export own out --for vllm --alpha 2": "leave --alpha out",
     "export peft out": "--for",
     "export peft out --for gguf": "--for",
     "export nowhere out --for vllm": "nowhere",

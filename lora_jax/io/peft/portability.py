@@ -5,8 +5,12 @@ What is known of each is in docs/portability.md, with where it was read and what
 
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 
+from lora_jax.io.formats.mlx_lm import is_mlx_config
+from lora_jax.io.peft.config import CONFIG, read_config
 from lora_jax.io.peft.files import PeftFiles
+from lora_jax.io.peft.keys import WEIGHTS
 from lora_jax.io.peft.read import read_peft
 from lora_jax.io.peft.servers import FEATURES, KNOWN, SERVERS, VLLM_RANKS, Server, Verdict
 from lora_jax.report.report import Report
@@ -70,7 +74,15 @@ def portability(path: str | PathLike[str], subfolder: str | None = None) -> Port
       {'vllm': 'reads', 'sglang': 'misreads', 'llama.cpp': 'misreads', 'mlx': 'refuses', 'peft': 'reads'}
     """
     files = read_peft(path, subfolder)
-    return Portability(tuple(row(files, server) for server in SERVERS))
+    folder = Path(path).expanduser() / (subfolder or "")
+    if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+        return Portability(tuple(row(files, server) for server in SERVERS))
+    ours = is_mlx_config(str(folder), read_config(folder / CONFIG)) if folder.is_dir() else False
+    told = ("these are not the files that it reads, which lora-jax export writes",)
+    return Portability(tuple(Row(each, *_READS if ours and each == "mlx" else ("refuses", told)) for each in SERVERS))
+
+
+_READS: tuple[Verdict, tuple[str, ...]] = ("reads", ())
 
 
 def row(files: PeftFiles, server: Server, *, form: bool = True) -> Row:
