@@ -11,10 +11,11 @@ import jax
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.registry import METHODS
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import Update
+from lora_jax.adapter.updates import LowRank, Replace, Update
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError
 from lora_jax.io.own.base import describe_base, spell, unspelled
+from lora_jax.io.own.typed import mistyped
 
 FORMAT = 1
 """Version of what `describe` returns; to be raised whenever an older lora_jax could not read the new one."""
@@ -53,6 +54,29 @@ def arrays(update: Update) -> dict[str, Any]:
     return {jax.tree_util.keystr(keys, simple=True): leaf for keys, leaf in entries}
 
 
+def check_sites(where: str, adapter: Adapter) -> None:
+    """Refuse arrays that are not of the shapes that the sites beside them have.
+
+    Raises:
+      CheckpointError: an update is another parameter's, or its arrays have other axes.
+    """
+    for path, update in adapter.items():
+        site, wanted = update.site, {}
+        if site.path != path:
+            raise CheckpointError(f"{where}: {path!r} has the site of {site.path!r}: the metadata is damaged")
+        if isinstance(update, LowRank):
+            rank = update.a.shape[len(site.batch_shape)]
+            wanted = {"a": site.a_shape(rank), "b": site.b_shape(rank)}
+        elif isinstance(update, Replace):
+            wanted = {"value": site.shape}
+        for field, shape in wanted.items():
+            if getattr(update, field).shape != shape:
+                raise CheckpointError(
+                    f"{where}: {field} of {path!r} has shape {getattr(update, field).shape}, and its site, of shape "
+                    f"{site.shape}, needs {shape}: the metadata is damaged. Copy it again from where it was saved."
+                )
+
+
 def check_format(where: str, notes: Any) -> None:
     """Refuse metadata that is missing, garbled, or from a newer version.
 
@@ -81,7 +105,15 @@ def _statics(update: Update) -> dict[str, Any]:
 
 def _update(entry: Mapping[str, Any], leaves: Mapping[str, Any]) -> Update:
     statics = {name: _static(name, value) for name, value in entry.items() if name != "type"}
-    return _kinds()[entry["type"]](**leaves, **statics)
+    kind = _kinds()[entry["type"]]
+    _check_types(kind, statics)
+    return kind(**leaves, **statics)
+
+
+def _check_types(kind: Any, values: dict[str, Any]) -> None:
+    field = mistyped(kind, values)
+    if field is not None:
+        raise ValueError(f"{field}={ascii(values[field])[:80]} is nothing that {kind.__name__} can have")
 
 
 def _type(path: str, update: Update) -> str:
@@ -104,7 +136,9 @@ def _kinds() -> dict[str, Any]:
 
 def _static(name: str, value: Any) -> Any:
     if name == "site":
-        return Site(**{field: _static(field, item) for field, item in value.items()})
+        found = {field: _static(field, item) for field, item in value.items()}
+        _check_types(Site, found)
+        return Site(**found)
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -148,6 +148,8 @@ def _load(where: Any, shown: str, params: Any, base: str, sharding: Any) -> Adap
     if params is not None:
         _guarded(shown, check_shapes, shown, notes, params)
     adapter = _with_arrays(where, shown, notes, sharding)
+    if params is not None:
+        check_parameters(adapter, named_leaves(params)[0])
     if params is not None and base == "same":
         _guarded(shown, check_values, shown, notes, params, adapter)
     return adapter
@@ -155,6 +157,7 @@ def _load(where: Any, shown: str, params: Any, base: str, sharding: Any) -> Adap
 
 def _with_arrays(where: Any, shown: str, notes: Any, sharding: Any) -> Adapter:
     abstract = _guarded(shown, _abstract, where, notes)
+    _guarded(shown, manifest.check_sites, shown, abstract)
     _check_dtypes(shown, abstract)
     if "://" not in shown:
         expected = {path: manifest.arrays(update) for path, update in abstract.items()}
