@@ -15,6 +15,7 @@ from lora_jax.compose.methods import METHODS, checked, weighed
 from lora_jax.errors import ParameterError
 from lora_jax.io.compose import base_values, compose_files
 from lora_jax.io.hf.folder import open_checkpoint
+from lora_jax.io.hf.plan import on_base
 from lora_jax.io.inspect import Format, detect
 from lora_jax.io.own import orbax
 from lora_jax.io.peft import write_peft
@@ -121,7 +122,9 @@ _Composition = tuple[ComposeReport, Callable[[], None]]
 
 def _peft(options: Compose, settings: dict[str, Any]) -> _Composition:
     given = read_several(options.paths, options.alpha)
-    known = None if options.base is None else base_values(open_checkpoint(options.base), given)
+    base = None if options.base is None else open_checkpoint(options.base)
+    given = given if base is None else [on_base(files, base) for files in given]
+    known = None if base is None else base_values(base, given)
     files, report = compose_files(given, options.weights, known, **settings)
     files = uniform(files) if options.uniform else files
     return report, lambda: write_peft(options.out, files)

@@ -26,6 +26,7 @@ from lora_jax.io.peft import config as peft_config
 from lora_jax.io.peft.config import LORA, peft_type_of
 from lora_jax.io.peft.files import TOKEN_ROWS, PeftFiles, base_tables, full_tensors, token_indices, token_rows
 from lora_jax.io.peft.module import Module, ModuleKind
+from lora_jax.io.peft.rename import resolved
 from lora_jax.methods import Rows, Shift
 
 _KINDS: dict[str, Kind] = {"linear": "dense", "conv": "conv", "embedding": "embedding"}
@@ -68,12 +69,23 @@ def compose_files(
       >>> made.rank("q"), float(made.delta("q", (3, 4))[0, 0]), report.rows[0].rank
       (4, 1.0, 4)
     """
+    files = _named_alike(files)
     _check_alike(files)
     tables = _untouched(files, base)
     adapters = [_adapter(each, base or {}, tables) for each in files]
     params = None if base is None else _params(adapters, base)
     report = compose_report(adapters, weights, params=params, **settings)
     return _files(report.adapter, files, tables), report
+
+
+def _named_alike(files: Sequence[PeftFiles]) -> list[PeftFiles]:
+    """All under the first names that their modules have: one tool writes `unet.` before them, another does not."""
+    found: list[PeftFiles] = []
+    known: set[str] = set()
+    for each in files:
+        found.append(resolved(each, known))
+        known |= {*found[-1].modules}
+    return found
 
 
 def _untouched(files: Sequence[PeftFiles], base: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:

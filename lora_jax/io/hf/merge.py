@@ -15,7 +15,7 @@ import numpy as np
 from lora_jax.errors import CheckpointError, MergeError, StorageError
 from lora_jax.io.hf.changes import Rounding, changed
 from lora_jax.io.hf.folder import CONFIG, INDEX, Checkpoint, Shard, dump, open_checkpoint
-from lora_jax.io.hf.plan import Plan, plan
+from lora_jax.io.hf.plan import Plan, on_base, plan
 from lora_jax.io.hf.provenance import check_not_merged, fingerprints, noted
 from lora_jax.io.hf.tensors import Item, Tensor, new_item, write_file
 from lora_jax.io.hf.ties import untied_config
@@ -113,7 +113,7 @@ def merge_checkpoint(
     paths = [adapters] if isinstance(adapters, (str, PathLike)) else list(adapters)
     factors = _checked(paths, weights, rounding)
     source, where = open_checkpoint(Path(base).expanduser()), Path(out).expanduser().absolute()
-    read = _mergeable(paths, alpha)
+    read = [on_base(files, source) for files in _mergeable(paths, alpha)]
     files = [Path(each.where) for each in read]
     digests = fingerprints(files)
     if not again:

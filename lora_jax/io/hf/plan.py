@@ -17,6 +17,7 @@ from lora_jax.io.peft.config import setting
 from lora_jax.io.peft.files import PeftFiles, base_tables, full_tensors, table_name, token_indices, token_rows
 from lora_jax.io.peft.match import saves
 from lora_jax.io.peft.module import Module, matrices
+from lora_jax.io.peft.rename import resolved
 
 # Models whose dense layers are Conv1D, all but the head.
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
@@ -74,6 +75,16 @@ def plan(base: Checkpoint, adapters: Sequence[tuple[PeftFiles, float]], untie: b
     for name, (tensor, change) in placed.items():
         change.check(change.shaped(tensor) if vocabulary and name in vocabulary.tables else tensor)
     return replace(planned, added=added, vocabulary=vocabulary.size if vocabulary else None)
+
+
+def on_base(files: PeftFiles, base: Checkpoint) -> PeftFiles:
+    """The adapter under the names of a checkpoint's modules, where it has names of a wrapped model or of kohya's.
+
+    Raises:
+      CheckpointError: a name means several modules, or several names mean one.
+    """
+    tied = tied_tables(base)
+    return resolved(files, {name.rpartition(".")[0] for name in (*base.tensors, *(tied[:2] if tied else ()))})
 
 
 class PlacedAdapter:

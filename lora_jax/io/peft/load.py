@@ -13,6 +13,7 @@ from lora_jax.adapter.by_path import check_parameters
 from lora_jax.adapter.site import Sites
 from lora_jax.adapter.updates import Update
 from lora_jax.errors import CheckpointError, listed, nearest
+from lora_jax.io.formats.resolve import is_flat
 from lora_jax.io.names import layouts
 from lora_jax.io.names.known import find_names
 from lora_jax.io.names.names import Names
@@ -24,6 +25,7 @@ from lora_jax.io.peft.match import saves, targets
 from lora_jax.io.peft.module import Module
 from lora_jax.io.peft.modules_to_save import FullTensorReader
 from lora_jax.io.peft.read import read_peft
+from lora_jax.io.peft.rename import resolved
 from lora_jax.methods import ALora
 from lora_jax.paths import named_leaves
 
@@ -176,8 +178,9 @@ class _Reader:
         names: Names,
         like: Mapping[str, Update] = EMPTY,
     ):
-        self.files, self.leaves, self.sites, self.names = files, leaves, sites, names
+        self.leaves, self.sites, self.names = leaves, sites, names
         self.torch_model: TorchModel = torch_model(names, sites)
+        self.files = resolved(files, self.torch_model.owners())
         config = files.config
         dropout, seed = config.get(peft_type_of(config).dropout) or 0.0, config.get("projection_prng_key") or 0
         self.factors = FactorsReader(files.where, leaves, float(dropout), seed, like)
@@ -214,6 +217,8 @@ class _Reader:
             known = self.torch_model.tensors if first in self.files.saved else self.torch_model.modules
             near = nearest(first, known, separator=".")
             lines.append(f"Unexpected: {listed(unmatched.unexpected, '; ')}. Nearest to {first}: {near}.")
+            if is_flat(first):
+                lines.append("These are kohya's names, with _ for every dot: none of this model's is one of them.")
         if unmatched.missing:
             lines.append(f"Missing, although its config names them: {listed(unmatched.missing, '; ')}.")
         if unmatched.mismatched:
