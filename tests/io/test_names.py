@@ -393,6 +393,26 @@ def test_a_stack_that_no_number_counts_is_a_parameter(names: Names | str | None,
 
 
 @pytest.mark.parametrize(
+    ("of", "names"),
+    [
+        (site("layers/q/w", (2, 2, 3), "bio"), ["layers.0.q", "layers.1.q"]),
+        (site("params/decoder/blocks/attn/q/w", (2, 3, 2), "ibo"), ["decoder.blocks.0.attn.q", "decoder.blocks.1.attn.q", "decoder.blocks.2.attn.q"]),
+        (site("h/attn_1/q/w", (1, 2, 3), "bio"), ["h.0.attn.1.q"]),
+        (site("layers/w", (2, 2, 3), "bio"), None),
+        (site("layers/moe/up", (2, 5, 3, 4), "bbio", "ragged"), ["layers.0.moe.up", "layers.1.moe.up"]),
+        (site("layers/moe/up", (5, 3, 4), "bio", "ragged"), ["layers.moe.up"]),
+        (site("layers_0/q/w", (2, 3), "io"), ["layers.0.q"]),
+    ],
+)  # fmt: skip
+def test_stacked_layers_are_numbered_where_layers_are_named(of: Site, names: list[str] | None) -> None:
+    if names is None:
+        with pytest.raises(lora.MatchError, match="Say where they go"):
+            Names().targets(of)
+    else:
+        assert [target.name for target in Names().targets(of)] == names
+
+
+@pytest.mark.parametrize(
     ("names", "sites", "message"),
     [
         ([("{name}/w", "q")], [site("a/w", (2, 3), "io"), site("b/w", (2, 3), "io")], "'a/w' and 'b/w' are both .* 'q'"),
@@ -400,7 +420,16 @@ def test_a_stack_that_no_number_counts_is_a_parameter(names: Names | str | None,
         ([], [site("l_0/w", (2, 3), "io"), site("l/0/w", (2, 3), "io")], r"both called 'l\.0'"),
         ([("quary/w", "q")], [site("query/w", (2, 3), "io")], "No rule names 'query/w' .* nearest rules: quary/w"),
         ([], [site("w", (2, 3), "io")], "belongs to no module"),
-        ([], [site("layers/q/w", (5, 2, 3), "bio")], r"stacks 5 weights, but the name 'layers\.q' leaves 0"),
+        (
+            [], [site("tower/q/w", (5, 2, 3), "bio")],
+            r"stacks 5 weights, .* 'tower\.q' leaves 0 .* as in Names\(\[\('tower/q/w', 'tower\.\{i\}\.q'\)\]\)\.",
+        ),
+        (
+            [], [site("blocks/layers/q/w", (5, 2, 3), "bio")],
+            r"'blocks\.\{i\}\.layers\.q'\)\]\) or Names\(\[\('blocks/layers/q/w', 'blocks\.layers\.\{i\}\.q'\)",
+        ),
+        ([], [site("layers/q/w", (5, 4, 2, 3), "bbio")], r"stacks 5×4 weights, .* 'layers\.\{i\}\.\{j\}\.q'"),
+        ([], [site("layers/3/q/w", (5, 2, 3), "bio")], "stacks 5 weights"),
         ([("l/w", "l.{i}.{j}")], [site("l/w", (5, 2, 3), "bio")], "leaves 2 numbers"),
         ([("l/w", "l.q")], [site("l/w", (4, 5, 2, 3), "bbio")], "stacks 4×5 weights"),
         ([("l_{i}/w", "l.{i}.q")], [site("l_x/w", (2, 3), "io")], "No rule names"),

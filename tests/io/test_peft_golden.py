@@ -13,6 +13,7 @@ from peft_models import CASES, SCANNED, Params, from_torch, net, scanned_net, st
 from safetensors.numpy import load_file
 
 import lora_jax as lora
+from lora_jax.io.peft import Names
 
 NAMES = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "expected.safetensors").exists())
 SCANNABLE = (
@@ -80,16 +81,17 @@ def test_written_again_as_peft_wrote_it(name: str, tmp_path: Path) -> None:
         assert written[field] == original[field]
 
 
+@pytest.mark.parametrize("names", [SCANNED, None], ids=["map", "no map"])
 @pytest.mark.parametrize("name", SCANNABLE)
-def test_scanned_layers_take_the_same_files(name: str, tmp_path: Path) -> None:
+def test_scanned_layers_take_the_same_files(name: str, names: Names | None, tmp_path: Path) -> None:
     golden = Golden(name)
     params = stacked(golden.base)
     sites = lora.find_sites(scanned_net, params, golden.x)
-    adapter = lora.peft.load(golden.folder, params, sites, SCANNED)
+    adapter = lora.peft.load(golden.folder, params, sites, names)
     with jax.default_matmul_precision("highest"):
         assert_close(np.asarray(lora.adapt(scanned_net)(params, adapter, golden.x)), golden.y)
     assert_close(lora.merge(params, adapter), stacked(golden.merged))
-    lora.peft.save(tmp_path / "again", adapter, SCANNED, sites=sites)
+    lora.peft.save(tmp_path / "again", adapter, names, sites=sites)
     theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (golden.folder, tmp_path / "again"))
     assert_same(ours, theirs)
 

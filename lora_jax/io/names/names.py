@@ -13,7 +13,10 @@ from typing import Any
 from lora_jax.adapter.site import Site
 from lora_jax.errors import MatchError, nearest
 from lora_jax.io.names.fused import OutputSlice, Part
-from lora_jax.io.names.rules import Rule, filled, holes, without_params
+from lora_jax.io.names.rules import NUMBERS, Rule, filled, holes, without_params
+
+LAYERS = ("layers", "layer", "blocks", "block", "h")
+"""What a stack of layers is called, so that the identity numbers them after that."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Names:
     """A map between parameter paths and PyTorch names; the identity where it has no rules.
 
     The identity drops the collection `params`, the last component (`kernel`) and turns `layers_0` into `layers.0`,
-    unless `literal`.
+    unless `literal`. Layers that are stacked for `scan` below one `layers` (or `layer`, `blocks`, `block`, `h`) are
+    numbered there: `layers/attn/query/kernel` is `layers.{i}.attn.query`.
 
     Attributes:
       rules: `Rule`s, or pairs of a path and a module, either of which may be several. The first that matches decides.
@@ -80,7 +84,7 @@ class Names:
         """
         rule, known = self._rule(site.path)
         stack = site.kind == "ragged" and rule is None
-        templates = rule.templates if rule else (self._identity(f"{site.path}/" if stack else site.path),)
+        templates = rule.templates if rule else (self._numbered(site),)
         counted = sorted(hole for hole in holes(templates) if hole not in known)
         over = len(site.batch_axes) - len(counted)
         if over not in (0, 1) or (over and rule is None and not stack):
@@ -162,6 +166,17 @@ class Names:
             )
         return None, {}
 
+    def _numbered(self, site: Site) -> str:
+        """The identity, with a number for the layers of a stack where the path has one place for it."""
+        stack = site.kind == "ragged"
+        path = f"{site.path}/" if stack else site.path
+        folder = without_params(path).rpartition("/")[0].split("/")
+        found = [place for place, part in enumerate(folder[:-1], 1) if part in LAYERS and not folder[place].isdigit()]
+        if len(site.batch_axes) - stack != 1 or len(found) != 1:
+            return self._identity(path)
+        before, after = "/".join(folder[: found[0]]), "/".join((*folder[found[0] :], ""))
+        return ".{i}.".join(self._identity(f"{part.rstrip('/')}/") for part in (before, after))
+
     def _identity(self, path: str) -> str:
         module = without_params(path).rpartition("/")[0]
         return ".".join(part if self.literal else re.sub(r"_(\d+)$", r".\1", part) for part in module.split("/"))
@@ -186,8 +201,15 @@ def _checked(name: str, path: str) -> str:
 
 def _stack_problem(site: Site, template: str, counted: list[str]) -> str:
     stacked = "×".join(map(str, site.batch_shape)) or "nothing"
+    own, numbers = without_params(site.path), [f"{{{number}}}" for number in NUMBERS[: len(site.batch_axes)]]
+    folder = own.split("/")[:-1]
+    names = (".".join((*folder[:end], *numbers, *folder[end:])) for end in _ends(folder))
     return (
-        f"{site.path!r} stacks {stacked} weights, but the name {template!r} leaves "
-        f"{len(counted)} numbers to count them. Name the parts with a rule, as in Rule('layers/attn/query/kernel', "
-        "'model.layers.{i}.self_attn.q_proj')."
+        f"{site.path!r} stacks {stacked} weights, but the name {template!r} leaves {len(counted)} numbers to count "
+        f"them. Say where they go, as in {' or '.join(f'Names([({own!r}, {name!r})])' for name in names)}."
     )
+
+
+def _ends(folder: list[str]) -> list[int]:
+    """After which components of a path a number may stand: those that are called so, or the first."""
+    return [end for end, part in enumerate(folder, 1) if part in LAYERS] or [1]

@@ -80,9 +80,10 @@ def torch_model(names: Names, sites: Sites) -> TorchModel:
         for target in targets:
             places.setdefault(target.name, []).append(Place(sites[path], target))
     tensors: dict[str, str] = {}
+    stacks = stacked(sites)
     for path in sites.all_paths:
         try:
-            tensors[tensor_name(names, path, sites.get(path))] = path
+            tensors[tensor_name(names, path, sites.get(path), stacks)] = path
         except MatchError:
             continue
     ordered = {name: tuple(sorted(each, key=_start)) for name, each in places.items()}
@@ -93,14 +94,25 @@ def _start(place: Place) -> int:
     return place.target.part.slice.start
 
 
-def tensor_name(names: Names, path: str, site: Site | None) -> str:
+def stacked(sites: Sites) -> frozenset[str]:
+    """Modules of which the weights are stacks, so that their biases are too."""
+    return frozenset(path.rpartition("/")[0] for path, site in sites.items() if site.batch_axes)
+
+
+def tensor_name(names: Names, path: str, site: Site | None, stacks: frozenset[str]) -> str:
     """What PyTorch calls a parameter that it has whole.
+
+    Args:
+      names: the map.
+      path: of the parameter.
+      site: how it is used, if that is known.
+      stacks: modules that are stacks, from `stacked`.
 
     Raises:
       MatchError: it has no name, or is stacked or fused.
     """
     leaf = path.rpartition("/")[2]
-    if site is not None and site.batch_axes:
+    if (site is not None and site.batch_axes) or path.rpartition("/")[0] in stacks:
         raise MatchError(f"{path!r} is a stack of weights, and PEFT trains whole modules only, one at a time")
     weight = leaf in _WEIGHTS or (site is not None and site.kind != "full")
     return f"{names.module(path)}.{'weight' if weight else 'bias' if leaf in _BIASES else leaf}"

@@ -16,7 +16,7 @@ from lora_jax.dtypes import promoted
 from lora_jax.errors import CheckpointError, ParameterError
 from lora_jax.io.names import layouts
 from lora_jax.io.names.names import Names
-from lora_jax.io.names.torch_model import TorchModel, is_tied, tensor_name
+from lora_jax.io.names.torch_model import TorchModel, is_tied, stacked, tensor_name
 from lora_jax.io.peft.config import setting
 from lora_jax.io.peft.files import EMBEDDINGS, TOKEN_ROWS, PeftFiles, full_tensors, token_indices, token_rows
 from lora_jax.io.peft.match import saves
@@ -174,7 +174,7 @@ class FullTensorWriter:
     """
 
     def __init__(self, full: Mapping[str, Replace | Rows], names: Names, sites: Sites, leaves: Mapping[str, Any]):
-        self.names, self.sites, self.leaves = names, sites, leaves
+        self.names, self.sites, self.leaves, self.stacks = names, sites, leaves, stacked(sites)
         self.saved: dict[str, np.ndarray] = {}
         self.ties = False
         self.tokens: dict[str, list[int]] = {}
@@ -182,7 +182,7 @@ class FullTensorWriter:
             self._add(path, update)
 
     def _add(self, path: str, update: Replace | Rows) -> None:
-        name = tensor_name(self.names, path, update.site)
+        name = tensor_name(self.names, path, update.site, self.stacks)
         if isinstance(update, Rows):
             module = name.rpartition(".")[0]
             self.saved[module + TOKEN_ROWS] = np.asarray(update.value).reshape(len(update.rows), -1)
@@ -236,7 +236,7 @@ class FullTensorWriter:
         for path in self.leaves or self.sites.all_paths:
             site = self.sites.get(path)
             try:
-                name = tensor_name(self.names, path, site)
+                name = tensor_name(self.names, path, site, self.stacks)
             except ValueError:
                 continue
             if name.rpartition(".")[0] == owner and name not in self.saved:
