@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapter.adapter import Adapter, scale
-from lora_jax.adapter.updates import LowRank, exact_sum
-from lora_jax.errors import CheckpointError, listed
-from lora_jax.io.own.values import differ, sampled
+from lora_jax.adapter.base import spell
+from lora_jax.adapter.samples import sampled
+from lora_jax.errors import CheckpointError
 from lora_jax.paths import is_array, named_leaves
 
 _SHOWN = 5
@@ -46,28 +45,10 @@ def check_shapes(where: str, notes: Mapping[str, Any], params: Any) -> None:
         )
 
 
-def check_values(where: str, notes: Mapping[str, Any], params: Any, adapter: Adapter) -> None:
-    """Refuse parameters whose values are not those recorded; of those without values nothing is known.
-
-    Raises:
-      CheckpointError: they are another revision of the base, or this adapter is in them already.
-    """
-    recorded = {} if notes["base"] is None else notes["base"].get("values", {})
-    leaves = named_leaves(params)[0]
-    given = sampled({path: leaf for path, leaf in leaves.items() if path in recorded})
-    different = sorted(path for path, value in given.items() if differ(recorded[path], value))
-    if not different:
-        return
-    advice = 'Load it with the parameters it was trained on, or pass base="any" to load it for these all the same.'
-    if _is_merged(different, adapter, leaves, recorded):
-        raise CheckpointError(
-            f"{where} is merged into these parameters already: without it, {listed(different)} would have the values "
-            f"that were recorded, and with it its change would count twice. {advice}"
-        )
-    raise CheckpointError(
-        f"{where} belongs to another base of the same shapes: samples of the values differ at {len(different)} of "
-        f"{len(given)} parameters: {listed(different)}. {advice}"
-    )
+def recorded_values(notes: Mapping[str, Any]) -> dict[str, float]:
+    """Samples of the base's values by path; empty where none were recorded."""
+    base = notes["base"]
+    return {} if base is None else base.get("values", {})
 
 
 def base_shapes(notes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct] | None:
@@ -76,26 +57,10 @@ def base_shapes(notes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct] | N
     return None if base is None else {path: unspelled(text) for path, text in base["parameters"].items()}
 
 
-def spell(leaf: Any) -> str:
-    """Dtype and shape of an array, such as `float32[4,3]`."""
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-
 def unspelled(text: str) -> jax.ShapeDtypeStruct:
     """Inverse of `spell`."""
     dtype, _, sizes = text.removesuffix("]").partition("[")
     return jax.ShapeDtypeStruct(tuple(int(size) for size in sizes.split(",") if size), jnp.dtype(dtype))
-
-
-def _is_merged(paths: list[str], adapter: Adapter, leaves: Mapping[str, Any], recorded: Mapping[str, float]) -> bool:
-    """Whether taking the adapter off these parameters gives what was recorded, up to the rounding of a merge."""
-    if not all(isinstance(adapter.get(path), LowRank) for path in paths):
-        return False  # Whole tensors and DoRA's gains cannot be taken off.
-    without = scale(Adapter({path: adapter[path] for path in paths}), -1.0)
-    restored = sampled({path: exact_sum(leaves[path], [without[path]]) for path in paths})
-    size = {path: sampled({path: jnp.abs(leaves[path])})[path] for path in paths}
-    rounding = {path: 4 * float(jnp.finfo(leaves[path].dtype).eps) for path in paths}
-    return all(abs(restored[path] - recorded[path]) <= rounding[path] * size[path] for path in paths)
 
 
 def _difference(path: str, expected: str | None, given: str | None) -> str:

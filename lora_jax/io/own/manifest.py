@@ -9,12 +9,13 @@ from typing import Any, cast
 import jax
 
 from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.base import spell
 from lora_jax.adapter.registry import METHODS
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank, Replace, Update
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError
-from lora_jax.io.own.base import describe_base, spell, unspelled
+from lora_jax.io.own.base import describe_base, unspelled
 from lora_jax.io.own.typed import mistyped
 
 FORMAT = 1

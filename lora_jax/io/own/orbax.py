@@ -20,6 +20,7 @@ from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
 from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.base import check_choice, check_values
 from lora_jax.adapter.by_path import check_parameters
 from lora_jax.adapter.checksum import warn_if_moved
 from lora_jax.adapter.origin import note
@@ -28,7 +29,7 @@ from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError, LoraError
 from lora_jax.io.formats.recognise import refuse_as_own
 from lora_jax.io.own import manifest
-from lora_jax.io.own.base import base_shapes, check_shapes, check_values
+from lora_jax.io.own.base import base_shapes, check_shapes, recorded_values
 from lora_jax.io.own.stored import check_stored
 from lora_jax.io.own.write import guarded as _guarded_writing
 from lora_jax.io.own.write import plain_name, write
@@ -141,8 +142,7 @@ def load(
 
 
 def _load(where: Any, shown: str, params: Any, base: str, sharding: Any) -> Adapter:
-    if base not in ("same", "any"):
-        raise CheckpointError(f'base={base!r} must be "same" or "any"')
+    check_choice(base)
     note(shown)
     notes = _read(where, shown)
     if params is not None:
@@ -151,7 +151,8 @@ def _load(where: Any, shown: str, params: Any, base: str, sharding: Any) -> Adap
     if params is not None:
         check_parameters(adapter, named_leaves(params)[0])
     if params is not None and base == "same":
-        _guarded(shown, check_values, shown, notes, params, adapter)
+        recorded = _guarded(shown, recorded_values, notes)
+        _guarded(shown, check_values, shown, recorded, named_leaves(params)[0], adapter)
     return adapter
 
 

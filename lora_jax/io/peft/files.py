@@ -40,6 +40,8 @@ class PeftFiles:
         rows as `<module>.token_adapter.trainable_tokens_delta`.
       where: the file they come from, for error messages.
       unscaled: modules of which nothing tells the scale: `alpha` and `scale` raise for them.
+      base: of the JAX model that `save` was given: samples of the values of its parameters, by path and dtype with
+        shape, such as `layers/kernel float32[4,3]`.
 
     Example:
       >>> files = PeftFiles({"r": 2, "lora_alpha": 4}, {"q": Module("linear", np.ones((2, 4)), np.ones((3, 2)))}, {})
@@ -52,6 +54,7 @@ class PeftFiles:
     saved: Mapping[str, np.ndarray] = field(default_factory=dict)
     where: str = "the adapter"
     unscaled: frozenset[str] = frozenset()
+    base: Mapping[str, float] = field(default_factory=dict)
 
     def rank(self, module: str, experts: int = 1) -> int:
         """The rank of a module: that of its arrays, which is per weight where a parameter stacks several."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 
 from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.base import check_choice, check_values
 from lora_jax.adapter.by_path import check_parameters
 from lora_jax.adapter.site import Sites
 from lora_jax.adapter.updates import Update
@@ -18,6 +19,7 @@ from lora_jax.io.names import layouts
 from lora_jax.io.names.known import find_names
 from lora_jax.io.names.names import Names
 from lora_jax.io.names.torch_model import Place, TorchModel, is_tied, torch_model
+from lora_jax.io.peft.base import recorded_for
 from lora_jax.io.peft.config import peft_type_of
 from lora_jax.io.peft.factors import EMPTY, FactorsReader, ModulePart
 from lora_jax.io.peft.files import PeftFiles
@@ -58,6 +60,7 @@ def load(
     *,
     subfolder: str | None = None,
     alpha: float | None = None,
+    base: Literal["same", "any"] = "same",
     strict: Literal[True] = True,
 ) -> Adapter: ...
 @overload
@@ -69,6 +72,7 @@ def load(
     *,
     subfolder: str | None = None,
     alpha: float | None = None,
+    base: Literal["same", "any"] = "same",
     strict: Literal[False],
 ) -> tuple[Adapter, Unmatched]: ...
 def load(
@@ -79,6 +83,7 @@ def load(
     *,
     subfolder: str | None = None,
     alpha: float | None = None,
+    base: Literal["same", "any"] = "same",
     strict: bool = True,
 ) -> Adapter | tuple[Adapter, Unmatched]:
     """Read an adapter that PyTorch PEFT wrote, or a tool that stores LoRA's factors in its own way (`docs/files.md`).
@@ -97,6 +102,7 @@ def load(
       subfolder: name of an adapter in a subdirectory.
       alpha: the `lora_alpha` of the training, for modules whose scale nothing tells: a file without a config, without
         `lora_adapter_metadata` (diffusers) and without `.alpha` tensors (kohya, ComfyUI).
+      base: `"any"` takes parameters with other values than those that `save` was given as `params`, if it was.
       strict: raise if anything is left over. If False, return what was left out instead.
 
     Returns:
@@ -109,7 +115,7 @@ def load(
 
     Raises:
       CheckpointError: the file is damaged, does not fit the model, or holds what cannot be represented; nothing tells
-        its scale, or two things contradict each other.
+        its scale, or two things contradict each other; it was saved with another base, or is merged into this one.
       MatchError: the map gives two parameters the same name.
 
     Example:
@@ -123,12 +129,15 @@ def load(
       >>> bool((loaded["dense/kernel"].a == adapter["dense/kernel"].a).all()), float(loaded["dense/kernel"].scale)
       (True, 2.0)
     """
+    check_choice(base)
     files = read_peft(path, subfolder, alpha=alpha)
     files.check_scales()
     leaves, _ = named_leaves(params)
     reader = _Reader(files, leaves, sites, find_names(names))
     adapter, unmatched = reader.adapter()
     check_parameters(adapter, leaves)
+    if base == "same":
+        check_values(files.where, recorded_for(files.base, leaves), leaves, adapter)
     if not strict:
         return adapter, unmatched
     if any(unmatched):

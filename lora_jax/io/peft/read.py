@@ -17,6 +17,7 @@ from lora_jax.io.formats.signatures import check_bytes
 from lora_jax.io.formats.spellings import respelled
 from lora_jax.io.formats.variants import check_keys
 from lora_jax.io.peft import config as peft_config
+from lora_jax.io.peft.base import base_in
 from lora_jax.io.peft.config import ADALORA, CONFIG, LORA, PeftType, peft_type_of, read_config
 from lora_jax.io.peft.files import EMBEDDINGS, PeftFiles
 from lora_jax.io.peft.keys import parse, unparse
@@ -95,7 +96,8 @@ def _read(path: Path, subfolder: str | None, alpha: float | None) -> PeftFiles:
     arrays, metadata = _read_arrays(weights, ours)
     if is_mlx(where, config, arrays):
         return _from_mlx(where, from_mlx(where, config, arrays), alpha)
-    return _assemble(where, config, arrays, configs_in(where, metadata), alpha)
+    files = _assemble(where, config, arrays, configs_in(where, metadata), alpha)
+    return replace(files, base=base_in(where, metadata))
 
 
 def _from_mlx(where: str, found: MlxAdapter, alpha: float | None) -> PeftFiles:

@@ -17,6 +17,7 @@ from lora_jax.errors import CheckpointError
 from lora_jax.io.names.known import find_names
 from lora_jax.io.names.names import Names
 from lora_jax.io.names.torch_model import is_tied, torch_model
+from lora_jax.io.peft.base import base_of
 from lora_jax.io.peft.config import ADALORA, LORA, VERA, PeftType
 from lora_jax.io.peft.factors import FactorsWriter, ScaledModule, Source
 from lora_jax.io.peft.files import PeftFiles
@@ -74,7 +75,8 @@ def save(
       sites: every site of the model. With it, `target_modules` are the shortest endings that hit the adapted modules
         and nothing else; without, full names. Needed too where PyTorch fuses an adapted parameter with others.
       params: the base's parameters, needed for `save_embedding_layers`, for whole modules of which only a part
-        was trained, and for DoRA on a part of a fused module.
+        was trained, and for DoRA on a part of a fused module. Samples of their values are noted in the file, so that
+        `load` knows another base.
       base_model: `base_model_name_or_path` for the config.
       task_type: `task_type` for the config, such as `"CAUSAL_LM"`.
       save_embedding_layers: True writes the tables and heads of the base too. `"auto"` does so only if
@@ -136,7 +138,7 @@ def peft_files(
     extra: dict[str, Any] = {"base_model_name_or_path": base_model, "task_type": task_type}
     if uniform:
         extra["modules_to_save"] = short_heads(files.config["modules_to_save"] or (), files)
-    return PeftFiles({**files.config, **extra}, files.modules, files.saved)
+    return PeftFiles({**files.config, **extra}, files.modules, files.saved, base=base_of(leaves))
 
 
 class _Writer:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax.errors import CheckpointError
 from lora_jax.io.formats.resolve import is_flat
+from lora_jax.io.peft.base import BASE
 from lora_jax.io.peft.config import CONFIG
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.keys import PREFIX, WEIGHTS, unparse
@@ -53,12 +54,14 @@ def write_peft(path: str | PathLike[str], files: PeftFiles, *, overwrite: bool =
             "model that tells them apart (--base for lora-jax compose, --like for convert), or merge it."
         )
     arrays, text = _tensors(files), _config(files)
-    publish(where, lambda folder: _write(folder, arrays, text), replace=_check_replaceable if overwrite else None)
+    metadata = {"format": "pt"} | ({BASE: json.dumps(dict(files.base))} if files.base else {})
+    write = lambda folder: _write(folder, arrays, metadata, text)  # noqa: E731
+    publish(where, write, replace=_check_replaceable if overwrite else None)
 
 
-def _write(folder: Path, arrays: dict[str, np.ndarray], text: str) -> None:
+def _write(folder: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str], text: str) -> None:
     try:
-        save_file(arrays, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(arrays, folder / WEIGHTS, metadata=metadata)
         (folder / CONFIG).write_text(text, encoding="utf-8")
         found = load_file(folder / WEIGHTS)
     except SafetensorError as error:  # An error of the disk too.

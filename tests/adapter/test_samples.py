@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax.io.own.values import COUNT, differ, sampled
+from lora_jax.adapter.samples import COUNT, differ, sampled
 
 VALUES = np.random.default_rng(0).standard_normal((8, 6, 40)).astype(np.float32)
 
