@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapter.adapter import Adapter, scale
 from lora_jax.adapter.samples import differ, sampled
-from lora_jax.adapter.updates import LowRank, exact_sum
+from lora_jax.adapter.updates import LowRank, Replace, exact_sum
 from lora_jax.errors import CheckpointError, listed
 
 
@@ -23,7 +23,8 @@ def check_values(where: str, recorded: Mapping[str, float], leaves: Mapping[str,
     Raises:
       CheckpointError: they are another revision of the base, or this adapter is in them already.
     """
-    given = sampled({path: leaf for path, leaf in leaves.items() if path in recorded})
+    replaced = {path for path, update in adapter.items() if isinstance(update, Replace)}  # Their values do not matter.
+    given = sampled({path: leaf for path, leaf in leaves.items() if path in recorded and path not in replaced})
     different = sorted(path for path, value in given.items() if differ(recorded[path], value))
     if not different:
         return

@@ -695,7 +695,7 @@ def test_what_a_saved_module_lacks_is_missing(kept: tuple[str, ...], missing: st
 
 def test_another_base_of_the_same_shapes(tmp_path: Path) -> None:
     params = {"up": {"kernel": jax.random.normal(jax.random.key(0), (4, 6))}, "norm": jnp.ones(6)}
-    sites = lora.find_sites(lambda p, x: x @ p["up"]["kernel"] * p["norm"], params, jnp.ones((2, 4)))
+    sites = lora.find_sites(lambda p, x: x @ p["up"]["kernel"] * p["norm"][None], params, jnp.ones((2, 4)))
     adapter = random_adapter(sites.values())
     lora.peft.save(tmp_path / "lora", adapter, sites=sites, params=params)
     assert_same(dict(lora.peft.load(tmp_path / "lora", params, sites)), dict(adapter))
