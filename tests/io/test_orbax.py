@@ -3,7 +3,7 @@
 import json
 import os
 import tracemalloc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ BIAS = Site(path="params/head.0/b i/ü", shape=(8,), dtype="float32", kind="full
 def make() -> Adapter:
     factors = random_adapter([DENSE, STACK], dropout=0.1)
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), factors[STACK.path])
-    odd = jnp.array([-0.0, jnp.nan, jnp.inf, 1e-3, 1, 2, 3, 4])
+    odd = jnp.array([-0.0, 1e-42, 1e38, 1e-3, 1, 2, 3, 4])
     return Adapter({DENSE.path: factors[DENSE.path], STACK.path: low, BIAS.path: Replace(odd, BIAS)})
 
 
@@ -203,7 +203,7 @@ def test_other_values_are_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path / "adapter", make(), params=base())
     other = base()
     other["params"]["layers"]["w"] = other["params"]["layers"]["w"] + 0.01
-    with pytest.raises(CheckpointError, match=r"differ at 1 of 3 parameters: params/layers/w\. .* base=\"any\""):
+    with pytest.raises(CheckpointError, match=r"differ at 1 of 2 parameters: params/layers/w\. .* base=\"any\""):
         load(tmp_path / "adapter", other)
     assert_bits(load(tmp_path / "adapter", other, base="any"), make())
     with pytest.raises(CheckpointError, match='must be "same"'):
@@ -261,6 +261,21 @@ def test_pipes_are_not_opened(saved: Path) -> None:
     os.mkfifo(saved / "state" / "d" / "pipe")
     with pytest.raises(CheckpointError, match="pipe is a named pipe, where only regular files belong"):
         load(saved)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_is_neither_written_nor_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    adapter = random_adapter([DENSE])
+    bad = Adapter({DENSE.path: replace(adapter[DENSE.path], b=adapter[DENSE.path].b.at[1, 2].set(value))})
+    with pytest.raises(CheckpointError, match=r"params/mlp/kernel \(b\) of the adapter holds NaN or infinity"):
+        save(tmp_path / "adapter", bad)
+    assert not (tmp_path / "adapter").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_jax.io.own.orbax._not_finite", lambda arrays: [])
+        save(tmp_path / "adapter", bad)
+    refused(tmp_path / "adapter", r"holds NaN or infinity at params/mlp/kernel \(b\)")
 
 
 def test_loading_keeps_nothing(saved: Path) -> None:

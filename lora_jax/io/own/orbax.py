@@ -8,7 +8,7 @@ An `Adapter` is a plain pytree too: to resume training exactly, save it together
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,7 +26,7 @@ from lora_jax.adapter.checksum import warn_if_moved
 from lora_jax.adapter.origin import note
 from lora_jax.adapter.sharding import checksum_place
 from lora_jax.config.config import LoraConfig
-from lora_jax.errors import CheckpointError, LoraError
+from lora_jax.errors import CheckpointError, LoraError, listed
 from lora_jax.io.formats.recognise import refuse_as_own
 from lora_jax.io.own import manifest
 from lora_jax.io.own.base import base_shapes, check_shapes, recorded_values
@@ -91,6 +91,11 @@ def save(
         check_parameters(adapter, named_leaves(params)[0])
     warn_if_moved([adapter])
     arrays = {name: {field: _array(leaf) for field, leaf in manifest.arrays(adapter[name]).items()} for name in adapter}
+    if bad := _not_finite(arrays):
+        raise CheckpointError(
+            f"{listed(bad)} of the adapter holds NaN or infinity, so nothing is written to {where}: the training "
+            "diverged. Save an earlier state."
+        )
     notes: Any = {_KEY: manifest.describe(adapter, config, params)}
     if _is_remote(path):
         _check_new(where)
@@ -166,6 +171,11 @@ def _with_arrays(where: Any, shown: str, notes: Any, sharding: Any) -> Adapter:
     places = sharding(abstract) if callable(sharding) and not isinstance(sharding, Sharding) else sharding
     target = _target(abstract, places)
     arrays = _guarded(shown, ocp.load, where, {name: manifest.arrays(target[name]) for name in target})
+    if bad := _not_finite(arrays):
+        raise CheckpointError(
+            f"{shown} holds NaN or infinity at {listed(bad)}: its training diverged, or the file is damaged. Take an "
+            "earlier checkpoint."
+        )
     if places is None:
         return manifest.assemble(notes, jax.tree.map(jnp.asarray, arrays))
     adapter = manifest.assemble(notes, arrays)
@@ -257,6 +267,19 @@ def _check_replaceable(where: Path) -> None:
 
 def _array(leaf: Any) -> jax.Array | np.ndarray:
     return leaf if isinstance(leaf, (jax.Array, np.ndarray)) else jnp.asarray(leaf)
+
+
+def _not_finite(arrays: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Paths and fields of the arrays with NaN or infinity in them."""
+    named = {f"{path} ({field})": leaf for path, fields in arrays.items() for field, leaf in fields.items()}
+    floats = {name: leaf for name, leaf in named.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    on_host = {name: isinstance(leaf, np.ndarray) or leaf.is_fully_addressable for name, leaf in floats.items()}
+    # Of what is spread over several processes each has a part.
+    finite = {
+        name: (np.isfinite(np.asarray(leaf)) if on_host[name] else jnp.isfinite(leaf)).all()
+        for name, leaf in floats.items()
+    }
+    return [name for name, sound in finite.items() if not bool(sound)]
 
 
 def _read(where: Any, shown: str) -> dict[str, Any]:
