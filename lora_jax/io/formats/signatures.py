@@ -92,8 +92,19 @@ def kind_of(path: Path) -> Kind | None:
     return PICKLE if head.startswith(_PICKLES) else _text(head)
 
 
-def check_bytes(path: Path) -> None:
-    """Refuse a file that its first bytes show to be no safetensors file.
+def check_text(path: Path) -> None:
+    """Refuse a file that should hold JSON where its first bytes show something else.
+
+    Raises:
+      CheckpointError: it is of a known kind; the message says what to do next.
+    """
+    kind = kind_of(path) if path.is_file() else None
+    if kind in (LFS, HTML):
+        raise CheckpointError(f"{path} is {kind.name}, and no JSON. {kind.advice}")
+
+
+def check_bytes(path: Path, holds: str = "an adapter") -> None:
+    """Refuse a file that its first bytes show to be no safetensors file, of an adapter or what else it should hold.
 
     Raises:
       CheckpointError: it is of a known kind; the message says what to do next.
@@ -104,7 +115,7 @@ def check_bytes(path: Path) -> None:
     # Never over the file itself, should it have that name.
     out = str(path.with_name(f"{path.stem}{'-new' if path.suffix == '.safetensors' else ''}.safetensors"))
     advice = kind.advice.format(path=str(path), out=out) if kind.advice is _PICKLE else kind.advice
-    raise CheckpointError(f"{path} is {kind.name}, and no safetensors file with an adapter. {_capital(advice)}")
+    raise CheckpointError(f"{path} is {kind.name}, and no safetensors file with {holds}. {_capital(advice)}")
 
 
 def _zipped(head: bytes) -> Kind:

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lora_jax.errors import CheckpointError
+from lora_jax.io.formats.signatures import check_bytes
 
 FLOATS = {
     "F64": np.dtype(np.float64),
@@ -79,12 +80,15 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
       CheckpointError: the file is damaged.
     """
     try:
+        check_bytes(path, "a model")
         # It checks the header's size, every dtype and shape, and that the ranges neither overlap nor leave holes.
         with safe_open(path, framework="np"):
             pass
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors: {error}. It is damaged or cut short; copy it again."

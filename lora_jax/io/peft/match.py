@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from lora_jax import regex
@@ -46,7 +47,23 @@ def in_pattern(patterns: Mapping[str, Any] | None, module: str) -> Any:
       >>> in_pattern({"q_proj": 4, "layers.0.q_proj": 2}, "layers.0.q_proj"), in_pattern({"q": 4}, "seq")
       (4, None)
     """
-    return next((value for key, value in (patterns or {}).items() if regex.fullmatch(rf"(.*\.)?({key})", module)), None)
+    return next((value for key, value in (patterns or {}).items() if _matches(key, module)), None)
+
+
+def _matches(key: str, module: str) -> bool:
+    only = _only(key)
+    return regex.fullmatch(rf"(.*\.)?({key})", module) if only is None else module == only
+
+
+@lru_cache(1 << 14)
+def _only(key: str) -> str | None:
+    """The module that a key from `exact_key` matches, None of other keys: hundreds of modules have one each.
+
+    >>> _only(exact_key("layers.0.q")), _only("^layers.0.q"), _only("q")
+    ('layers.0.q', None, None)
+    """
+    module = re.sub(r"\\(.)", r"\1", key[1:], flags=re.DOTALL)
+    return module if key == exact_key(module) else None
 
 
 def exact_key(module: str) -> str:

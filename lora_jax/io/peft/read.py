@@ -13,7 +13,7 @@ from lora_jax.adapter.origin import note
 from lora_jax.errors import CheckpointError, listed
 from lora_jax.io.formats.mlx_lm import MlxAdapter, from_mlx, is_mlx, is_mlx_config
 from lora_jax.io.formats.recognise import adapter_file, refuse_folder
-from lora_jax.io.formats.signatures import check_bytes
+from lora_jax.io.formats.signatures import check_bytes, check_text
 from lora_jax.io.formats.spellings import respelled
 from lora_jax.io.formats.variants import check_keys
 from lora_jax.io.peft import config as peft_config
@@ -85,6 +85,7 @@ def _read(path: Path, subfolder: str | None, alpha: float | None) -> PeftFiles:
     weights, config_path = _locate(path, subfolder)
     for each in (config_path, weights):
         note(each)
+    check_text(config_path)
     config, where = read_config(config_path), str(weights)
     if config is not None and has_no_factors(config):
         config, arrays = as_lora(where, config, _read_arrays(weights, {})[0])

@@ -222,3 +222,19 @@ def test_folders_without_a_name_that_says_adapter(names: tuple[str, ...], tmp_pa
         lora.CheckpointError, match=f"but {', '.join(names)}: if one of them is an adapter, give its file"
     ):
         read_peft(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "message"), [("lfs", "Git LFS pointer.*git lfs pull"), ("html", "HTML page")])
+def test_configs_and_bases_that_are_not_there_yet(kind: str, message: str, tmp_path: Path) -> None:
+    data = BYTES[kind][0]
+    factors = {"q.lora_A.weight": ONES, "q.lora_B.weight": np.ones((4, 2), np.float32)}
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_bytes(data)
+    with pytest.raises(lora.CheckpointError, match=f"(?s)adapter_config.json is .*{message}"):
+        read_peft(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(data)
+    (tmp_path / "base" / "config.json").write_text("{}")
+    with pytest.raises(lora.CheckpointError, match=r"model.safetensors is a.*no safetensors file with a model"):
+        merge_checkpoint(tmp_path / "base", tmp_path, tmp_path / "out")
