@@ -10,8 +10,9 @@ _WRAPPERS = frozenset((
     "base_model", "model", "_orig_mod", "module", "_fsdp_wrapped_module", "_forward_module",
     # The parts of a diffusers pipeline, and what ComfyUI calls the denoiser.
     "transformer", "transformer_2", "unet", "diffusion_model", "text_encoder", "text_encoder_2", "text_encoder_3",
+    "text_encoders", "clip_l", "clip_g", "t5xxl",
 ))  # fmt: skip
-_FLAT = re.compile(r"(?:lora|lycoris)_(?:(?:unet|te[123]?|text_encoder|transformer)_)?(?P<rest>[^.]+)")
+_FLAT = re.compile(r"(?:lora|lycoris)_(?:(?:unet|prior_unet|te[123]?|text_encoder|transformer)_)?(?P<rest>[^.]+)")
 
 
 def is_flat(name: str) -> bool:

@@ -99,7 +99,7 @@ def check_text(path: Path) -> None:
       CheckpointError: it is of a known kind; the message says what to do next.
     """
     kind = kind_of(path) if path.is_file() else None
-    if kind in (LFS, HTML):
+    if kind is not None and kind in (LFS, HTML):
         raise CheckpointError(f"{path} is {kind.name}, and no JSON. {kind.advice}")
 
 

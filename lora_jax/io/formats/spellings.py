@@ -31,6 +31,7 @@ _SPELLINGS = tuple(
 _LORALIB = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])")
 _PARTS = {"down": "A", "up": "B", "A": "A", "B": "B"}
 _ALPHA = ".alpha"
+_FACTOR = ".lora_"
 
 
 class Spelled(NamedTuple):
@@ -63,10 +64,11 @@ def respelled(where: str, arrays: Mapping[str, np.ndarray]) -> Spelled:
             raise CheckpointError(f"{where}: {raw} and another key mean the same tensor, {key}: keep one of them")
         found[key] = array
     alphas = {}
+    modules = {_plain(key.partition(_FACTOR)[0]) for key in found if _FACTOR in key}
     for key in [key for key in found if key.endswith(_ALPHA)]:
         module = key.removesuffix(_ALPHA)
         # A module that is saved whole may have a parameter of that name.
-        if any(f"{module}.{end}" in found for end in ("lora_A.weight", "lora_B.weight", "lora_A.default.weight")):
+        if _plain(module) in modules:
             alphas[module] = _number(where, key, found.pop(key))
     return Spelled(found, alphas)
 
@@ -91,7 +93,11 @@ def _module(named: Mapping[str, str | None]) -> str:
     return f"{module}.{_TEXT[text]}" if text else str(module)
 
 
+def _plain(module: str) -> str:
+    return module.removeprefix("base_model.model.")
+
+
 def _number(where: str, key: str, array: np.ndarray) -> np.ndarray:
-    if array.size != 1 or not (array.astype(np.float32) != 0).all():
+    if array.size != 1 or array.dtype.kind == "b" or not (array.astype(np.float32) != 0).all():
         raise CheckpointError(f"{where}: {key} of shape {array.shape} must be a module's alpha: one number, and not 0")
     return array.reshape(())

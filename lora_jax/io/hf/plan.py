@@ -8,6 +8,7 @@ from math import prod
 import numpy as np
 
 from lora_jax.errors import CheckpointError, listed, nearest
+from lora_jax.io.formats.resolve import is_flat
 from lora_jax.io.hf.changes import Change, Part, bias_part, holds, merged_with
 from lora_jax.io.hf.folder import Checkpoint
 from lora_jax.io.hf.tensors import Tensor
@@ -84,7 +85,14 @@ def on_base(files: PeftFiles, base: Checkpoint) -> PeftFiles:
       CheckpointError: a name means several modules, or several names mean one.
     """
     tied = tied_tables(base)
-    return resolved(files, {name.rpartition(".")[0] for name in (*base.tensors, *(tied[:2] if tied else ()))})
+    known = {name.rpartition(".")[0] for name in (*base.tensors, *(tied[:2] if tied else ()))}
+    found = resolved(files, known)
+    if lost := sorted(name for name in found.modules.keys() - known if is_flat(name)):
+        raise CheckpointError(
+            f"{files.where}: {listed(lost)} are kohya's names, with _ for every dot, and no modules of {base.path} "
+            "flattened. The adapter belongs to another base, or to one that calls its modules otherwise."
+        )
+    return found
 
 
 class PlacedAdapter:

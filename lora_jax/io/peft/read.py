@@ -30,6 +30,7 @@ from lora_jax.publish import steady
 _MAX_RANK = 1 << 16
 _DTYPES = {"F16", "BF16", "F32", "F64"}
 _COUNTS = {"I64", "I32", "BOOL"}
+_SMALL = {"I16", "I8", "U8"}
 
 
 def read_peft(path: str | PathLike[str], subfolder: str | None = None, *, alpha: float | None = None) -> PeftFiles:
@@ -164,7 +165,7 @@ def _check_finite(path: Path, key: str, array: np.ndarray) -> None:
 def _check_tensor(path: Path, key: str, tensor: Any, pruned: bool) -> None:
     # Batch normalisation counts its steps; a whole module is stored with all it has.
     factor = any(part in key for part in ("lora_", ".lora.", "vera_")) and not key.endswith(".alpha")
-    allowed = _DTYPES if factor else _DTYPES | _COUNTS
+    allowed = _DTYPES if factor else _DTYPES | _COUNTS | (_SMALL if key.endswith(".alpha") else set())
     if tensor.get_dtype() not in allowed:
         raise CheckpointError(
             f"{path}: {key} is {tensor.get_dtype()}; adapters are stored as one of {', '.join(sorted(_DTYPES))}. "
@@ -258,7 +259,7 @@ def _belongs(name: str, config: Mapping[str, Any], modules: Iterable[str]) -> bo
     owner, _, leaf = name.rpartition(".")
     if leaf == "trainable_tokens_delta":
         return bool(config.get("trainable_token_indices"))
-    if owner in modules or saves(config.get("modules_to_save"), name):
+    if saves(config.get("modules_to_save"), name) or (owner in modules and leaf in ("weight", "bias")):
         return True
     if leaf == "bias" and peft_config.setting(config, "bias") != "none":
         return True

@@ -19,7 +19,8 @@ from lora_jax.io.peft import merge_checkpoint, read_peft
 PREFIXES = [
     "", "base_model.model.", "_orig_mod.", "module.", "model.", "model.model.", "base_model.model.model.",
     "module.base_model.model.", "base_model.model._orig_mod.module.", "base_model.model.base_model.model.",
-    "diffusion_model.", "unet.", "transformer.", "text_encoder.", "model.diffusion_model.", "_orig_mod.transformer.",
+    "diffusion_model.", "unet.", "transformer.", "text_encoder.", "model.diffusion_model.", "clip_l.",
+    "_orig_mod.transformer.",
 ]  # fmt: skip
 
 
@@ -87,6 +88,8 @@ def test_names_that_are_none_are_left_over(tmp_path: Path) -> None:
     path = written(tmp_path / "x.safetensors", tensors | alphas(np.float32(1), lambda name: "lora_unet_up"))
     with pytest.raises(lora.CheckpointError, match="kohya's names, with _ for every dot"):
         load(path)
+    with pytest.raises(lora.CheckpointError, match="lora_unet_up are kohya's names"):
+        merge_checkpoint(base(tmp_path / "base"), path, tmp_path / "out")
     _, left_out = lora.peft.load(path, PARAMS, SITES, NAMES, strict=False)
     assert left_out.unexpected == ("lora_unet_up",)
 

@@ -94,10 +94,25 @@ def test_alpha_tensors(dtype: Any, shape: tuple[int, ...], tmp_path: Path) -> No
     check(load(again), scales)
 
 
-@pytest.mark.parametrize("alpha", [np.ones(2, np.float32), np.float32(0), np.ones((0,), np.float32)])
+@pytest.mark.parametrize("alpha", [np.ones(2, np.float32), np.float32(0), np.ones((0,), np.float32), np.bool_(True)])
 def test_alpha_tensors_that_are_no_number(alpha: Any, tmp_path: Path) -> None:
     with pytest.raises(lora.CheckpointError, match="must be a module's alpha: one number, and not 0"):
         read_peft(written(tmp_path / "x", factors() | alphas(alpha)))
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+@pytest.mark.parametrize("name", ["", ".default", ".style"])
+def test_alpha_tensors_of_wrapped_modules(prefix: str, name: str, tmp_path: Path) -> None:
+    tensors = factors(f"lora_A{name}.weight", f"lora_B{name}.weight", lambda module: prefix + module)
+    check(load(written(tmp_path / "x", tensors | alphas(np.uint8(4)))), 2)
+
+
+@pytest.mark.parametrize("leaf", ["scaling", "scale", "lora_alpha", "alpha.weight"])
+def test_scales_under_other_names_are_no_whole_modules(leaf: str, tmp_path: Path) -> None:
+    tensors = factors() | {f"{name}.{leaf}": np.float32(4) for name in FACTORS}
+    for face in (inspect, load):
+        with pytest.raises(lora.CheckpointError, match="are neither factors nor"):
+            face(written(tmp_path / "x", tensors))
 
 
 def test_an_alpha_of_no_module_is_not_lost(tmp_path: Path) -> None:
