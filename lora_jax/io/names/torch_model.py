@@ -118,6 +118,29 @@ def tensor_name(names: Names, path: str, site: Site | None, stacks: frozenset[st
     return f"{names.module(path)}.{'weight' if weight else 'bias' if leaf in _BIASES else leaf}"
 
 
-def is_tied(site: Site) -> bool:
-    """Whether a look-up table is the output head too."""
-    return site.kind == "embedding" and site.head and site.uses > 1
+def is_tied(site: Site, name: str, names: Names, model: TorchModel) -> bool:
+    """Whether a look-up table is the output head too.
+
+    The program tells, by what it does with the table, or the map, which names its head: a table that is used several
+    times may be a head among other things that come out. A head with a parameter of its own is another table.
+
+    Args:
+      site: the table.
+      name: of its module.
+      names: the map.
+      model: the names of everything.
+
+    Raises:
+      MatchError: the map calls the table's head by the name of another parameter.
+    """
+    if site.kind != "embedding" or site.uses < 2:
+        return False
+    head = names.tied.get(name)
+    places = model.modules.get(head, ()) if head else ()
+    own = places[0].site.path if places else model.tensors.get(f"{head}.weight")
+    if own is not None and site.head:
+        raise MatchError(
+            f"{site.path!r} is look-up table and output head at once, and the map calls that head {head!r}, which is "
+            f"the name of {own!r}. Correct one of them: Names(tied={{{name!r}: ...}}), or the rule for {own!r}."
+        )
+    return own is None and (site.head or head is not None)

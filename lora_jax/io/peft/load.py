@@ -266,7 +266,9 @@ class _Reader:
         for name, (place, *_) in self.torch_model.modules.items():
             head = self.names.tied.get(name, "")
             embedding, other = modules.get(name), modules.get(head)
-            if not is_tied(place.site) or (embedding is None and other is None):
+            if embedding is None and other is None:
+                continue
+            if not is_tied(place.site, name, self.names, self.torch_model):
                 continue
             same = (
                 embedding is not None and other is not None

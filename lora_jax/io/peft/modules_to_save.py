@@ -34,7 +34,7 @@ class FullTensorReader:
     def __init__(
         self, files: PeftFiles, leaves: Mapping[str, Any], sites: Sites, names: Names, torch_model: TorchModel
     ):
-        self.files, self.leaves, self.sites, self.torch_model = files, leaves, sites, torch_model
+        self.files, self.leaves, self.sites, self.torch_model, self.names = files, leaves, sites, torch_model, names
         self.embeddings = {f"{head}.weight": f"{embedding}.weight" for embedding, head in names.tied.items()}
         self.transposed = bool(setting(files.config, "fan_in_fan_out"))
         self.unexpected: list[str] = []
@@ -143,12 +143,17 @@ class FullTensorReader:
                 f"{self.files.where}: {name} is the base's own table (save_embedding_layers), it differs from "
                 f"{path!r}, and factors are stored for it too. Put that table into the parameters first."
             )
-        alone = is_tied(self._site(path)) and self._asked(name) and not self._has_both(name)
+        tied = is_tied(self._site(path), self._table(name), self.names, self.torch_model)
+        alone = tied and self._asked(name) and not self._has_both(name)
         if alone or (path in found and not np.array_equal(found[path][1], value)):
             raise CheckpointError(
                 f"{self.files.where} trains {name} for one of its uses, but here {path!r} is one table for look-up and "
                 "output head. PEFT keeps them together only if trained with ensure_weight_tying=True."
             )
+
+    def _table(self, name: str) -> str:
+        """The module of a table, for its own tensor and for that of a head which is tied to it."""
+        return self.embeddings.get(name, name).rpartition(".")[0]
 
     def _has_both(self, name: str) -> bool:
         """Whether the file has the table of a look-up and that of the head which is tied to it."""
@@ -173,7 +178,15 @@ class FullTensorWriter:
       tokens: numbers of trained rows by the module that holds their table; PEFT ties them as the model ties the table.
     """
 
-    def __init__(self, full: Mapping[str, Replace | Rows], names: Names, sites: Sites, leaves: Mapping[str, Any]):
+    def __init__(
+        self,
+        full: Mapping[str, Replace | Rows],
+        names: Names,
+        sites: Sites,
+        leaves: Mapping[str, Any],
+        torch_model: TorchModel,
+    ):
+        self.torch_model = torch_model
         self.names, self.sites, self.leaves, self.stacks = names, sites, leaves, stacked(sites)
         self.saved: dict[str, np.ndarray] = {}
         self.ties = False
@@ -189,10 +202,11 @@ class FullTensorWriter:
             self.tokens[module] = list(update.rows)
             return
         self.saved[name] = self._weight(update.site, np.asarray(update.value))
-        if is_tied(update.site):
-            head = self.names.tied.get(name.rpartition(".")[0])
+        module = name.rpartition(".")[0]
+        if is_tied(update.site, module, self.names, self.torch_model):
+            head = self.names.tied.get(module)
             if head is None:
-                raise untied(update.site, name.rpartition(".")[0])
+                raise untied(update.site, module)
             self.saved[f"{head}.weight"] = self.saved[name]
             self.ties = True
 

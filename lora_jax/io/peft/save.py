@@ -166,7 +166,7 @@ class _Writer:
         self.torch_model = torch_model(names, self.sites)
         # Endings are short only against every other name: a module without one could end alike.
         self.complete = sites is not None and not self.torch_model.unnamed
-        self.full = FullTensorWriter(full, names, self.sites, leaves)
+        self.full = FullTensorWriter(full, names, self.sites, leaves, self.torch_model)
         self.factors = FactorsWriter(self.shifts, self.torch_model, leaves)
         # By the name that PEFT's patterns go by.
         self.made: dict[str, ScaledModule] = {}
@@ -225,7 +225,7 @@ class _Writer:
 
     def _tie(self, site: Site, name: str, module: Module, modules: dict[str, Module]) -> None:
         """Write a table that is the head too as `ensure_weight_tying` does: PEFT then applies it to both uses."""
-        if not is_tied(site):
+        if not is_tied(site, name, self.names, self.torch_model):
             return
         head = self.names.tied.get(name)
         if head is None:
