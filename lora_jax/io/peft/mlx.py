@@ -14,6 +14,7 @@ from lora_jax.io.peft.config import CONFIG
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.module import Module
 from lora_jax.io.peft.portability import row
+from lora_jax.io.peft.rename import check_names
 from lora_jax.io.peft.uniform import uniform
 from lora_jax.publish import place, publish
 
@@ -45,6 +46,7 @@ def write_mlx(path: str | PathLike[str], files: PeftFiles) -> None:
       >>> sorted(os.listdir(folder)), config["lora_parameters"]["keys"], config["lora_parameters"]["scale"]
       (['adapter_config.json', 'adapters.safetensors'], ['self_attn.q_proj'], 2.0)
     """
+    check_names(files)
     where, made = place(path), uniform(files)
     found = row(made, "mlx", form=False)
     if found.verdict != "reads":

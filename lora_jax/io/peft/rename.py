@@ -4,7 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lora_jax.io.formats.resolve import resolve
+from lora_jax.errors import CheckpointError
+from lora_jax.io.formats.resolve import is_flat, resolve
 from lora_jax.io.peft.config import LORA, peft_type_of, setting
 from lora_jax.io.peft.files import PeftFiles, table_name
 from lora_jax.io.peft.match import exact_key
@@ -41,6 +42,19 @@ def resolved(files: PeftFiles, known: Collection[str]) -> PeftFiles:
         saved={_moved(name, owners[name], names): value for name, value in files.saved.items()},
         unscaled=frozenset(names.get(name, name) for name in files.unscaled),
     )
+
+
+def check_names(files: PeftFiles) -> None:
+    """Refuse to write names that no model has: kohya's, which only a model can take apart.
+
+    Raises:
+      CheckpointError: there are some.
+    """
+    if flat := sorted(name for name in files.modules if is_flat(name)):
+        raise CheckpointError(
+            f"{files.where} has kohya's names, with _ for every dot ({flat[0]}), which no other program finds: give "
+            "the model that takes them apart (--base for lora-jax compose, --like for convert), or merge it."
+        )
 
 
 def _moved(name: str, owner: str, names: Mapping[str, str]) -> str:

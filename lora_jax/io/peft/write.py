@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.errors import CheckpointError
-from lora_jax.io.formats.resolve import is_flat
 from lora_jax.io.peft.base import BASE
 from lora_jax.io.peft.config import CONFIG
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.keys import PREFIX, WEIGHTS, unparse
+from lora_jax.io.peft.rename import check_names
 from lora_jax.publish import place, publish
 
 
@@ -48,11 +48,7 @@ def write_peft(path: str | PathLike[str], files: PeftFiles, *, overwrite: bool =
     if not files.modules and not files.saved:
         raise CheckpointError(f"Nothing to write to {where}: the adapter is empty")
     files.check_scales()
-    if flat := sorted(name for name in files.modules if is_flat(name)):
-        raise CheckpointError(
-            f"{files.where} has kohya's names, with _ for every dot ({flat[0]}), which PEFT would not find: give the "
-            "model that tells them apart (--base for lora-jax compose, --like for convert), or merge it."
-        )
+    check_names(files)
     arrays, text = _tensors(files), _config(files)
     metadata = {"format": "pt"} | ({BASE: json.dumps(dict(files.base))} if files.base else {})
     write = lambda folder: _write(folder, arrays, metadata, text)  # noqa: E731

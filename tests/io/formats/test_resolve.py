@@ -15,6 +15,7 @@ from lora_jax.cli import main
 from lora_jax.io.formats.resolve import resolve
 from lora_jax.io.inspect import inspect
 from lora_jax.io.peft import merge_checkpoint, read_peft
+from lora_jax.io.peft.mlx import write_mlx
 
 PREFIXES = [
     "", "base_model.model.", "_orig_mod.", "module.", "model.", "model.model.", "base_model.model.model.",
@@ -124,6 +125,8 @@ def test_compose_knows_modules_by_any_name(tmp_path: Path, capsys: pytest.Captur
     check(load(tmp_path / "out"), 1 + 3 + 2)
     assert main(["compose", str(three), str(three), "--out", str(tmp_path / "flat")])
     assert "--base" in capsys.readouterr().err
+    with pytest.raises(lora.CheckpointError, match="has kohya's names"):
+        write_mlx(tmp_path / "mlx", read_peft(three))
     given = ["--base", str(base(tmp_path / "base"))]
     assert not main(["compose", str(three), str(three), "--out", str(tmp_path / "flat"), *given])
     assert set(read_peft(tmp_path / "flat").modules) == set(FACTORS)
