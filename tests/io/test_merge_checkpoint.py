@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax.io.hf import changes
+from lora_jax.io.hf import merge as merge_module
 from lora_jax.io.peft import Module, PeftFiles, merge_checkpoint, write_peft
 
 CASES = sorted(str(file.parent.relative_to(GOLDEN)) for file in GOLDEN.rglob("expected.safetensors"))
@@ -639,3 +640,30 @@ def test_a_vocabulary_has_one_size(tmp_path: Path) -> None:
         )
         with pytest.raises(lora.CheckpointError, match=message):
             merge_checkpoint(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("file", "cut", "said"),
+    [
+        ("model.safetensors", False, "cannot be read: No such file"),
+        ("tokenizer.json", False, "cannot be read: No such file"),
+        ("model.safetensors", True, "ends in the middle of"),
+    ],
+)  # fmt: skip
+def test_a_base_that_changes_meanwhile_is_named(
+    file: str, cut: bool, said: str, small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = small
+
+    def disturbed(*given: Any) -> Any:
+        if cut:
+            os.truncate(base / file, (base / file).stat().st_size - 200)
+        else:
+            os.remove(base / file)
+        return items(*given)
+
+    items = merge_module._items
+    monkeypatch.setattr(merge_module, "_items", disturbed)
+    with pytest.raises(lora.CheckpointError, match=rf"base/{file} {said}"):
+        merge_checkpoint(base, adapter, tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "lora"]

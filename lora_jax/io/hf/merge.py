@@ -17,7 +17,7 @@ from lora_jax.io.hf.changes import Rounding, changed
 from lora_jax.io.hf.folder import CONFIG, INDEX, Checkpoint, Shard, dump, open_checkpoint
 from lora_jax.io.hf.plan import Plan, on_base, plan
 from lora_jax.io.hf.provenance import check_not_merged, fingerprints, noted
-from lora_jax.io.hf.tensors import Item, Tensor, new_item, write_file
+from lora_jax.io.hf.tensors import Item, Tensor, new_item, opened, write_file
 from lora_jax.io.hf.ties import untied_config
 from lora_jax.io.hf.vocabulary import resized_config
 from lora_jax.io.peft.files import PeftFiles
@@ -215,7 +215,8 @@ def _copy_others(source: Checkpoint, planned: Plan, beside: Path) -> None:
     for file in source.others:
         target = beside / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.path / file, target)
+        with opened(source.path / file) as given, target.open("xb") as copy:
+            shutil.copyfileobj(given, copy)
     config = source.config
     if planned.untied:
         config = untied_config(config)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,23 +45,43 @@ class Tensor(NamedTuple):
         """Its bytes, a megabyte at a time. A piece is overwritten by the next one."""
         buffer = memoryview(bytearray(min(_PIECE, self.nbytes)))
         left = self.nbytes
-        with self.file.open("rb") as file:
+        with opened(self.file) as file:
             file.seek(self.begin)
             while left:
                 count = file.readinto(buffer[: min(left, len(buffer))])
                 if not count:
-                    raise CheckpointError(
-                        f"{self.file} ends in the middle of {self.name}: it changed while it was read"
-                    )
+                    raise self._cut()
                 yield buffer[:count]
                 left -= count
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows of the tensor seen as a matrix whose columns are its last axis."""
         dtype, columns = FLOATS[self.dtype], self.shape[-1]
-        return np.fromfile(
-            self.file, dtype, (stop - start) * columns, offset=self.begin + start * columns * dtype.itemsize
-        ).reshape(stop - start, columns)
+        count = (stop - start) * columns
+        with opened(self.file) as file:
+            file.seek(self.begin + start * columns * dtype.itemsize)
+            values = np.fromfile(file, dtype, count)
+        if len(values) < count:
+            raise self._cut()
+        return values.reshape(stop - start, columns)
+
+    def _cut(self) -> CheckpointError:
+        return CheckpointError(f"{self.file} ends in the middle of {self.name}: it changed while it was read")
+
+
+def opened(file: Path) -> BufferedReader:
+    """A file of a base, to be read.
+
+    Raises:
+      CheckpointError: it cannot be opened, as where it was removed in the meantime.
+    """
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read: {error.strerror or error}. It was there at the start: leave the base alone until "
+            "the merge is done."
+        ) from None
 
 
 class Item(NamedTuple):
