@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -39,7 +40,7 @@ def place(path: str | os.PathLike[str]) -> Path:
     """Where something is to be written: the path itself, or what it links to.
 
     Raises:
-      CheckpointError: it is a link to nothing, or no path can be that long.
+      CheckpointError: it is a link to nothing, or no path can be that long or have such letters.
     """
     where = Path(path).expanduser().absolute()
     try:
@@ -47,10 +48,15 @@ def place(path: str | os.PathLike[str]) -> Path:
             raise CheckpointError(
                 f"{where} exists as a link to {os.readlink(where)}, where nothing is: remove the link"
             )
-        where.exists()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(where)
         return where.resolve() if where.is_symlink() else where
     except OSError as error:
         raise unwritable(where, error) from None
+    except ValueError as error:  # A zero byte, or letters that names of files cannot have in this locale.
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{str(where)!r} can be no path here ({error}): choose another") from None
 
 
 def publish(where: Path, write: Callable[[Path], None], *, replace: Callable[[Path], None] | None = None) -> None:
@@ -73,6 +79,7 @@ def publish(where: Path, write: Callable[[Path], None], *, replace: Callable[[Pa
             new = folder / _NEW
             new.mkdir()
             write(new)
+            _share(new)
             if where.exists():
                 _carry_over(where, new)
             _flush(new)
@@ -225,6 +232,15 @@ def _link(source: Any, target: Any) -> None:
         if error.errno in _FAILING:
             raise
         shutil.copy2(source, target, follow_symlinks=False)  # There are file systems without links.
+
+
+def _share(folder: Path) -> None:
+    """Give files the rights that the umask leaves, as the folder has them; safetensors gives them to the owner only."""
+    mode = stat.S_IMODE(os.stat(folder).st_mode) & 0o666
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if not os.path.islink(path := os.path.join(parent, name)):
+                os.chmod(path, mode)
 
 
 def _flush(folder: Path) -> None:

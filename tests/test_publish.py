@@ -151,3 +151,23 @@ def test_a_link_that_is_discarded_leaves_what_it_leads_to(tmp_path: Path) -> Non
     (tmp_path / "link").symlink_to("real")
     discard(tmp_path / "link")
     assert os.listdir(tmp_path) == ["real"] and os.listdir(tmp_path / "real") == ["file"]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_what_can_be_no_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="can be no path here"):
+        place(f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077], ids=oct)
+def test_rights_are_those_of_the_umask(tmp_path: Path, umask: int) -> None:
+    def write(folder: Path) -> None:
+        (folder / "ours").touch(0o600)
+
+    before = os.umask(umask)
+    try:
+        publish(tmp_path / "a", write)
+    finally:
+        os.umask(before)
+    found = [path.stat().st_mode & 0o777 for path in (tmp_path / "a", tmp_path / "a" / "ours")]
+    assert found == [0o777 & ~umask, 0o666 & ~umask]
