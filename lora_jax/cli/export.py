@@ -9,6 +9,7 @@ import tyro
 from lora_jax.cli.parse import Verb
 from lora_jax.io.inspect import detect
 from lora_jax.io.own import orbax
+from lora_jax.io.peft.config import LORA, peft_type_of
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.mlx import write_mlx
 from lora_jax.io.peft.portability import Portability, row
@@ -73,8 +74,9 @@ class Export(Verb):
         fields = {"base_model_name_or_path": self.base_model, "task_type": self.task_type}
         given = {field: value for field, value in fields.items() if value is not None}
         files = replace(files, config={**files.config, **given})
-        # PEFT itself reads also what has no one rank.
-        return uniform(files) if self.server != "peft" or can_be_uniform(files) else files
+        # PEFT itself reads also what has no one rank, and its other types.
+        plain = can_be_uniform(files) and peft_type_of(files.config) is LORA
+        return uniform(files) if self.server != "peft" or plain else files
 
 
 class ExportJob:

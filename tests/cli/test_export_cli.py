@@ -65,9 +65,10 @@ def test_json_has_the_verdicts(adapter: lora.Adapter, capsys: Any) -> None:
     assert {each["server"] for each in json.loads(capsys.readouterr().out)["portability"]} == {*SERVERS}
 
 
-def test_peft_takes_also_what_cannot_have_one_rank(tmp_path: Path) -> None:
-    assert main(["export", str(GOLDEN / "vera"), str(tmp_path / "out"), "--for", "peft"]) == 0
-    assert read_peft(tmp_path / "out").config["peft_type"] == "VERA"
+@pytest.mark.parametrize(("name", "peft_type"), [("vera", "VERA"), ("adalora_conv2", "ADALORA"), ("rslora", "LORA")])
+def test_peft_takes_its_other_types_as_they_are(name: str, peft_type: str, tmp_path: Path) -> None:
+    assert main(["export", str(GOLDEN / name), str(tmp_path / "out"), "--for", "peft"]) == 0
+    assert read_peft(tmp_path / "out").config["peft_type"] == peft_type
 
 
 def test_files_of_other_tools_are_exported_and_said_to_be_read_by_none(adapter: lora.Adapter, capsys: Any) -> None:
@@ -96,6 +97,7 @@ REFUSED = {
     "export GOLDEN/lora_bias out --for sglang": "sglang misreads",
     "export GOLDEN/tokens out --for llama.cpp": "embed: it takes factors only",
     "export GOLDEN/conv2 out --for mlx": "it adapts no convolutions",
+    "export GOLDEN/ln_tuning out --for peft": "its LoRA needs a module with factors",
     "export GOLDEN/vera out --for vllm": "lora_jax.peft.save(..., uniform=True)",
 }
 

@@ -82,6 +82,7 @@ def _rank_above(limit: int) -> Feature:
 
 FEATURES: Mapping[str, Feature] = {
     "type": lambda files: None if peft_type_of(files.config) is LORA else peft_type_of(files.config).label,
+    "empty": lambda files: None if files.modules else "",
     "dora": lambda files: next((n for n, module in files.modules.items() if module.magnitude is not None), None),
     "dora_table": lambda files: next(
         (n for n, module in files.modules.items() if module.magnitude is not None and module.kind == "embedding"), None
@@ -114,6 +115,7 @@ _EXPORT = "lora-jax export makes them one"
 
 KNOWN: Mapping[str, Mapping[Server, tuple[Verdict, str]]] = {
     "type": {"vllm": _PLAIN, "sglang": _PLAIN, "llama.cpp": _PLAIN, "mlx": _PLAIN},
+    "empty": {"peft": ("refuses", f"its LoRA needs a module with factors, and there is none: {_MERGE}")},
     "dora": {"vllm": _DORA, "sglang": _DORA, "llama.cpp": _DORA},
     "dora_table": {"mlx": ("misreads", f"its DoRA of a table has a magnitude for each row: {_MERGE}")},
     "lora_bias": {"vllm": _BIAS, "sglang": _FACTORS, "llama.cpp": _BIAS, "mlx": _BIAS},
