@@ -11,8 +11,8 @@ import pytest
 
 HERE = Path(__file__).parent
 WRITERS = ("own", "peft", "merge", "convert", "back", "compose", "compose_own")
-QUICK = [("own", "kill", 9), ("peft", "kill", 2), ("peft", "ENOSPC+", 2), ("merge", "ENOSPC+", 3)]
-"""Of every run: writer, fault, and 9 for each ninth moment."""
+QUICK = [("own", "kill", 30), ("peft", "ENOSPC+", 5), ("merge", "kill", 5)]
+"""Of every run: writer, fault, and 5 for each fifth moment."""
 FULL = {"kill": 1, "ENOSPC": 3, "ENOSPC+": 1, "EIO": 3, "EIO+": 3}
 
 
