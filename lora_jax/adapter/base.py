@@ -66,6 +66,6 @@ def _is_merged(paths: list[str], adapter: Adapter, leaves: Mapping[str, Any], re
         return False  # Whole tensors and DoRA's gains cannot be taken off.
     without = scale(Adapter({path: adapter[path] for path in paths}), -1.0)
     restored = sampled({path: exact_sum(leaves[path], [without[path]]) for path in paths})
-    size = {path: sampled({path: jnp.abs(leaves[path])})[path] for path in paths}
+    size = sampled({path: jnp.abs(leaves[path]) for path in paths})
     rounding = {path: 4 * float(jnp.finfo(leaves[path].dtype).eps) for path in paths}
     return all(abs(restored[path] - recorded[path]) <= rounding[path] * size[path] for path in paths)

@@ -9,7 +9,10 @@ from lora_jax.io.formats.signatures import check_bytes
 PEFT_FILE = "adapter_model.safetensors"
 """Factors as PEFT saves them, with `adapter_config.json` beside."""
 
-FILES = (PEFT_FILE, "adapters.safetensors", "pytorch_lora_weights.safetensors")
+MLX_FILE = "adapters.safetensors"
+"""Factors as mlx-lm saves them, likewise."""
+
+FILES = (PEFT_FILE, MLX_FILE, "pytorch_lora_weights.safetensors")
 """What PEFT, mlx-lm and diffusers call the file of an adapter in its folder."""
 
 OWN = "_CHECKPOINT_METADATA"

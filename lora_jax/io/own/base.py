@@ -20,8 +20,9 @@ def describe_base(params: Any) -> dict[str, Any] | None:
     """Shapes and dtypes of all parameters, and samples of the values of those that have some, as JSON can hold them."""
     if params is None:
         return None
-    shapes = _fingerprint(params)
-    return {"sha256": _digest(shapes), "parameters": shapes, "values": sampled(named_leaves(params)[0])}
+    leaves, _ = named_leaves(params)
+    shapes = _fingerprint(leaves)
+    return {"sha256": _digest(shapes), "parameters": shapes, "values": sampled(leaves)}
 
 
 def check_shapes(where: str, notes: Mapping[str, Any], params: Any) -> None:
@@ -30,7 +31,7 @@ def check_shapes(where: str, notes: Mapping[str, Any], params: Any) -> None:
     Raises:
       CheckpointError: a parameter is missing, new, or has another shape or dtype.
     """
-    given, base = _fingerprint(params), notes["base"]
+    given, base = _fingerprint(named_leaves(params)[0]), notes["base"]
     if base is not None and base["sha256"] == _digest(given):
         return
     expected = base["parameters"] if base is not None else _adapted(notes)
@@ -74,8 +75,7 @@ def _adapted(notes: Mapping[str, Any]) -> dict[str, str]:
     return {path: spell(jax.ShapeDtypeStruct(site["shape"], site["dtype"])) for path, site in sites.items()}
 
 
-def _fingerprint(params: Any) -> dict[str, str]:
-    leaves, _ = named_leaves(params)
+def _fingerprint(leaves: Mapping[str, Any]) -> dict[str, str]:
     return {path: spell(leaf) for path, leaf in sorted(leaves.items()) if is_array(leaf)}
 
 

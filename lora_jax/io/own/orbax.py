@@ -27,7 +27,7 @@ from lora_jax.adapter.origin import note
 from lora_jax.adapter.sharding import checksum_place
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError, LoraError, listed
-from lora_jax.io.formats.recognise import refuse_as_own
+from lora_jax.io.formats.recognise import OWN, refuse_as_own
 from lora_jax.io.own import manifest
 from lora_jax.io.own.base import base_shapes, check_shapes, recorded_values
 from lora_jax.io.own.stored import check_stored
@@ -38,8 +38,6 @@ from lora_jax.publish import place, steady
 from lora_jax.regular import check_regular
 
 _KEY = "lora_jax"
-_METADATA = "_CHECKPOINT_METADATA"
-"""The file in which Orbax keeps the custom metadata of a checkpoint."""
 _Result = TypeVar("_Result")
 _BROKEN = (ValueError, TypeError, LookupError, AttributeError, OSError, RuntimeError)
 
@@ -154,10 +152,11 @@ def _load(where: Any, shown: str, params: Any, base: str, sharding: Any) -> Adap
         _guarded(shown, check_shapes, shown, notes, params)
     adapter = _with_arrays(where, shown, notes, sharding)
     if params is not None:
-        check_parameters(adapter, named_leaves(params)[0])
-    if params is not None and base == "same":
-        recorded = _guarded(shown, recorded_values, notes)
-        _guarded(shown, check_values, shown, recorded, named_leaves(params)[0], adapter)
+        leaves, _ = named_leaves(params)
+        check_parameters(adapter, leaves)
+        if base == "same":
+            recorded = _guarded(shown, recorded_values, notes)
+            _guarded(shown, check_values, shown, recorded, leaves, adapter)
     return adapter
 
 
@@ -165,7 +164,7 @@ def _with_arrays(where: Any, shown: str, notes: Any, sharding: Any) -> Adapter:
     abstract = _guarded(shown, _abstract, where, notes)
     _guarded(shown, manifest.check_sites, shown, abstract)
     _check_dtypes(shown, abstract)
-    if "://" not in shown:
+    if not _is_remote(shown):
         expected = {path: manifest.arrays(update) for path, update in abstract.items()}
         _guarded(shown, check_stored, shown, Path(where), expected)
     places = sharding(abstract) if callable(sharding) and not isinstance(sharding, Sharding) else sharding
@@ -286,7 +285,7 @@ def _read(where: Any, shown: str) -> dict[str, Any]:
     """What a checkpoint says about its adapter, checked."""
     if not where.exists():
         raise CheckpointError(f"There is nothing at {shown}. Check the path; lora_jax.save creates such a directory.")
-    if "://" not in shown:
+    if not _is_remote(shown):
         refuse_as_own(Path(shown))
         check_regular(Path(where))
     notes = _guarded(shown, _custom_metadata, where)
@@ -296,7 +295,7 @@ def _read(where: Any, shown: str) -> dict[str, Any]:
 
 def _custom_metadata(where: Any) -> Any:
     """Ours of the metadata of a checkpoint, from its file: what `ocp.metadata` reads it keeps (200 kB every time)."""
-    found = json.loads((where / _METADATA).read_text(encoding="utf-8"))
+    found = json.loads((where / OWN).read_text(encoding="utf-8"))
     return (found.get("custom_metadata") or {}).get(_KEY)
 
 

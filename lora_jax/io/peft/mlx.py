@@ -3,22 +3,19 @@
 import json
 import re
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from lora_jax.errors import CheckpointError
-from lora_jax.io.peft.config import CONFIG
+from lora_jax.io.formats.recognise import MLX_FILE
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.module import Module
 from lora_jax.io.peft.portability import row
 from lora_jax.io.peft.rename import check_names
 from lora_jax.io.peft.uniform import uniform
+from lora_jax.io.peft.write import fill, storable
 from lora_jax.publish import place, publish
-
-WEIGHTS = "adapters.safetensors"
 
 _LAYER = re.compile(r"^(?:.*?\.)?\d+\.")
 """What stands before the name of a module within its layer."""
@@ -51,19 +48,18 @@ def write_mlx(path: str | PathLike[str], files: PeftFiles) -> None:
     found = row(made, "mlx", form=False)
     if found.verdict != "reads":
         raise CheckpointError(f"{files.where} cannot be written for mlx-lm. {'; '.join(found.reasons)}")
-    arrays = {key: array for name, module in made.modules.items() for key, array in _arrays(name, module).items()}
-    for key, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise CheckpointError(f"{key} holds NaN or infinity, so nothing is written: the training diverged")
+    arrays = storable(
+        {key: each for name, module in made.modules.items() for key, each in _arrays(name, module).items()}
+    )
     text = json.dumps(_config(made), indent=2, sort_keys=True) + "\n"
-    publish(where, lambda folder: _write(folder, arrays, text))
+    publish(where, lambda folder: fill(folder, MLX_FILE, arrays, {"format": "mlx"}, text))
 
 
 def _arrays(name: str, module: Module) -> dict[str, np.ndarray]:
     found = {"lora_a": module.a.T, "lora_b": module.b.T}
     if module.magnitude is not None:
         found["m"] = module.magnitude.reshape(-1)
-    return {f"{name}.{part}": np.asarray(array, order="C") for part, array in found.items()}
+    return {f"{name}.{part}": array for part, array in found.items()}
 
 
 def _config(files: PeftFiles) -> dict[str, Any]:
@@ -78,11 +74,3 @@ def _config(files: PeftFiles) -> dict[str, Any]:
             "keys": sorted({_LAYER.sub("", name, count=1) for name in files.modules}),
         },
     }
-
-
-def _write(folder: Path, arrays: dict[str, np.ndarray], text: str) -> None:
-    save_file(arrays, folder / WEIGHTS, metadata={"format": "mlx"})
-    (folder / CONFIG).write_text(text, encoding="utf-8")
-    found = load_file(folder / WEIGHTS)
-    if found.keys() != arrays.keys() or any(found[key].tobytes() != array.tobytes() for key, array in arrays.items()):
-        raise OSError(f"{WEIGHTS}: what was written reads back as something else")

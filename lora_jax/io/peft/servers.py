@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax.io.peft import config as peft_config
 from lora_jax.io.peft.config import LORA, peft_type_of
 from lora_jax.io.peft.files import PeftFiles, base_tables, full_tensors, token_rows
+from lora_jax.io.peft.module import Module
 from lora_jax.io.peft.uniform import HEADS
 
 Server = Literal["vllm", "sglang", "llama.cpp", "mlx", "peft"]
@@ -27,8 +28,8 @@ Feature = Callable[[PeftFiles], str | None]
 """The first module or tensor that has the feature; empty where the whole adapter has it, None where nothing has."""
 
 
-def _kind(*kinds: str) -> Feature:
-    return lambda files: next((name for name, module in files.modules.items() if module.kind in kinds), None)
+def _module(has: Callable[[Module], bool]) -> Feature:
+    return lambda files: next((name for name, module in files.modules.items() if has(module)), None)
 
 
 def _set(*fields: str) -> Feature:
@@ -83,11 +84,9 @@ def _rank_above(limit: int) -> Feature:
 FEATURES: Mapping[str, Feature] = {
     "type": lambda files: None if peft_type_of(files.config) is LORA else peft_type_of(files.config).label,
     "empty": lambda files: None if files.modules else "",
-    "dora": lambda files: next((n for n, module in files.modules.items() if module.magnitude is not None), None),
-    "dora_table": lambda files: next(
-        (n for n, module in files.modules.items() if module.magnitude is not None and module.kind == "embedding"), None
-    ),
-    "lora_bias": lambda files: next((n for n, module in files.modules.items() if module.b_bias is not None), None),
+    "dora": _module(lambda module: module.magnitude is not None),
+    "dora_table": _module(lambda module: module.magnitude is not None and module.kind == "embedding"),
+    "lora_bias": _module(lambda module: module.b_bias is not None),
     "own_scale": _scaled(lambda alpha, own, r, root: alpha / own),
     "scale": _scaled(lambda alpha, own, r, root: alpha / r),
     "patterns": _scaled(lambda alpha, own, r, root: alpha / (sqrt(r) if root else r)),
@@ -98,8 +97,8 @@ FEATURES: Mapping[str, Feature] = {
     "tokens": lambda files: next(iter(token_rows(files.saved)), None),
     "tables": lambda files: next((n for n in base_tables(files) if n.rpartition(".")[0] not in files.modules), None),
     "table": lambda files: next((n for n in base_tables(files) if n.rpartition(".")[0] in files.modules), None),
-    "conv": _kind("conv"),
-    "experts": _kind("parameter"),
+    "conv": _module(lambda module: module.kind == "conv"),
+    "experts": _module(lambda module: module.kind == "parameter"),
     "vllm_rank": _rank_above(VLLM_RANKS[-1]),
 }
 

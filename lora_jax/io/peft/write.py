@@ -51,17 +51,36 @@ def write_peft(path: str | PathLike[str], files: PeftFiles, *, overwrite: bool =
     check_names(files)
     arrays, text = _tensors(files), _config(files)
     metadata = {"format": "pt"} | ({BASE: json.dumps(dict(files.base))} if files.base else {})
-    write = lambda folder: _write(folder, arrays, metadata, text)  # noqa: E731
+    write = lambda folder: fill(folder, WEIGHTS, arrays, metadata, text)  # noqa: E731
     publish(where, write, replace=_check_replaceable if overwrite else None)
 
 
-def _write(folder: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str], text: str) -> None:
+def storable(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays by key, as a file may have them: finite, and contiguous.
+
+    safetensors 0.8.0 writes wrong values for strided ones without a word.
+
+    Raises:
+      CheckpointError: one holds NaN or infinity.
+    """
+    for key, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{key} holds NaN or infinity, so nothing is written: the training diverged")
+    return {key: np.asarray(array, order="C") for key, array in sorted(arrays.items())}
+
+
+def fill(folder: Path, weights: str, arrays: dict[str, np.ndarray], metadata: dict[str, str], text: str) -> None:
+    """Write the weights and the config of an adapter into a new directory, and read them back.
+
+    Raises:
+      OSError: the disk is full or broken.
+    """
     try:
-        save_file(arrays, folder / WEIGHTS, metadata=metadata)
+        save_file(arrays, folder / weights, metadata=metadata)
         (folder / CONFIG).write_text(text, encoding="utf-8")
-        found = load_file(folder / WEIGHTS)
+        found = load_file(folder / weights)
     except SafetensorError as error:  # An error of the disk too.
-        raise OSError(f"{WEIGHTS}: {error}") from None
+        raise OSError(f"{weights}: {error}") from None
     same = found.keys() == arrays.keys() and all(_alike(found[key], array) for key, array in arrays.items())
     if not same or (folder / CONFIG).read_text(encoding="utf-8") != text:
         raise OSError(errno.EIO, "what was written reads back as something else")
@@ -72,7 +91,7 @@ def _alike(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _tensors(files: PeftFiles) -> dict[str, np.ndarray]:
-    """Arrays by key. Contiguous: safetensors 0.8.0 writes wrong values for strided ones without a word."""
+    """Arrays by key."""
     keyed = {
         unparse(name, part, module.form): array[:, None] if (module.form, part) == ("adalora", "values") else array
         for name, module in files.modules.items()
@@ -81,10 +100,7 @@ def _tensors(files: PeftFiles) -> dict[str, np.ndarray]:
     for name, array in files.saved.items():
         owner, _, leaf = name.rpartition(".")
         keyed[f"{PREFIX}{owner}.base_layer.{leaf}" if owner in files.modules else f"{PREFIX}{name}"] = array
-    for key, array in keyed.items():
-        if not np.isfinite(array).all():
-            raise CheckpointError(f"{key} holds NaN or infinity, so nothing is written: the training diverged")
-    return {key: np.asarray(array, order="C") for key, array in sorted(keyed.items())}
+    return storable(keyed)
 
 
 def _config(files: PeftFiles) -> str:
