@@ -184,7 +184,7 @@ def test_package_is_typed() -> None:
 
 
 def test_library_does_not_import_the_application() -> None:
-    names = "('lora_jax.train', 'lora_jax.bench', 'lora_jax.cli', 'tyro')"
+    names = "('lora_jax.train', 'lora_jax.text', 'lora_jax.bench', 'lora_jax.cli', 'tyro')"
     code = f"import sys, lora_jax; print([m for m in sys.modules if m.startswith({names})])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert shown.stdout.strip() == "[]"
