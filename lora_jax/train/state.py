@@ -16,7 +16,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from lora_jax.errors import CheckpointError
-from lora_jax.io.own.write import from_elsewhere, guarded, plain_name
+from lora_jax.io.own.write import copied, elsewhere, guarded, plain_name
 from lora_jax.publish import discard, publish, steady
 
 _KEPT = 2
@@ -97,7 +97,9 @@ def read_arrays(where: Path, like: Any) -> Any:
 
 
 def _fill(where: Path, tree: Any, folder: Path) -> None:
-    from_elsewhere(folder, lambda path: guarded(where, lambda: ocp.save(str(path), tree)))
+    with elsewhere() as made:
+        guarded(where, lambda: ocp.save(str(made), tree))
+        copied(made, folder)
     listed = {path.relative_to(folder).as_posix(): _facts(path) for path in folder.rglob("*") if path.is_file()}
     (folder / _MANIFEST).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
 

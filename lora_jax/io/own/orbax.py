@@ -34,6 +34,7 @@ from lora_jax.io.own.stored import check_stored
 from lora_jax.io.own.write import guarded as _guarded_writing
 from lora_jax.io.own.write import plain_name, write
 from lora_jax.paths import named_leaves
+from lora_jax.processes import gathered
 from lora_jax.publish import place, steady
 from lora_jax.regular import check_regular
 
@@ -52,7 +53,8 @@ def save(
 ) -> None:
     """Write an adapter, and nothing of the base, to a directory.
 
-    Arrays are kept bit for bit, bfloat16 and sharded ones included. Every process of a multi-host program must call it.
+    Arrays are kept bit for bit, bfloat16 and sharded ones included. Every process of a multi-host program must call it:
+    the first one writes, once all have sent it their parts.
 
     Differs from PEFT, which needs `adapter_config.json` and the base model to make sense of the arrays: here the
     checkpoint says by itself what it holds.
@@ -89,6 +91,7 @@ def save(
         check_parameters(adapter, named_leaves(params)[0])
     warn_if_moved([adapter])
     arrays = {name: {field: _array(leaf) for field, leaf in manifest.arrays(adapter[name]).items()} for name in adapter}
+    arrays = gathered(arrays)
     if bad := _not_finite(arrays):
         raise CheckpointError(
             f"{listed(bad)} of the adapter holds NaN or infinity, so nothing is written to {where}: the training "

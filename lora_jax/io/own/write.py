@@ -6,7 +6,6 @@ broken its threads would raise whatever they like, or never end.
 
 import errno
 import filecmp
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -14,12 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from lora_jax.errors import CheckpointError, LoraError
-from lora_jax.publish import publish
+from lora_jax.processes import said_by_the_first, written_by_the_first
+from lora_jax.publish import publish, unwritable
 
 _SPECIAL = set("[]*?{}\\")
 """Characters that Orbax takes for a pattern in the path of a checkpoint."""
@@ -34,18 +32,19 @@ def write(
 
     Args:
       where: the directory to create.
-      arrays: a tree of arrays.
+      arrays: a tree of arrays, none of them spread over processes.
       notes: what JSON can hold.
       replace: as of `publish`.
 
     Raises:
       CheckpointError: it cannot be written, something is there already, or what was written is not what is there.
     """
-    save = lambda to: guarded(where, lambda: ocp.save(str(to), arrays, custom_metadata=dict(notes)))  # noqa: E731
-    if jax.process_count() == 1:
-        publish(where, lambda folder: from_elsewhere(folder, save), replace=replace)
-    else:
-        _together(where, save, replace)
+    try:
+        with elsewhere() as made:
+            guarded(where, lambda: ocp.save(str(made), arrays, custom_metadata=dict(notes)))
+            written_by_the_first(where, lambda: publish(where, lambda folder: copied(made, folder), replace=replace))
+    except OSError as error:
+        raise unwritable(where, error) from None
 
 
 def guarded(where: Any, run: Callable[[], Any]) -> Any:
@@ -59,40 +58,29 @@ def guarded(where: Any, run: Callable[[], Any]) -> Any:
         raise CheckpointError(f"{where} cannot be written: {type(error).__name__}: {reason}") from error
 
 
-def from_elsewhere(folder: Path, save: Callable[[Path], None]) -> None:
-    """Have a checkpoint written to the temporary directory, copy it, and compare the copy."""
+@contextmanager
+def elsewhere() -> Iterator[Path]:
+    """A new path in the temporary directory, the same one in every process of a program, as Orbax needs it."""
     with tempfile.TemporaryDirectory(prefix="lora_jax-") as spare:
-        made = Path(spare) / "adapter"
-        save(made)
-        shutil.copytree(made, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
-        for path in made.rglob("*"):
-            copy = folder / path.relative_to(made)
-            if path.is_file() and not filecmp.cmp(path, copy, shallow=False):
-                raise OSError(errno.EIO, f"{copy.name} reads back as something else")
-
-
-def _together(where: Path, save: Callable[[Path], None], replace: Callable[[Path], None] | None) -> None:
-    """Have all processes write one checkpoint beside the path, and the first one put it there."""
-    beside, first = where.parent / f".{where.name[:60]}.together", jax.process_index() == 0
-    if first:
-        where.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)
-    multihost_utils.sync_global_devices(f"lora_jax.save {where}")
-    save(beside)
-    failed: LoraError | None = None
-    if first:
+        folder = Path(said_by_the_first(spare))
+        folder.mkdir(exist_ok=True)  # On other machines it is not there.
         try:
-            publish(where, lambda folder: _moved(beside, folder), replace=replace)
-        except LoraError as error:
-            failed = error
-        shutil.rmtree(beside, ignore_errors=True)
-    if not bool(multihost_utils.broadcast_one_to_all(failed is None)):
-        raise failed or CheckpointError(f"{where} was not written: the first process says why")
+            yield folder / "adapter"
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _moved(source: Path, folder: Path) -> None:
-    for name in os.listdir(source):
-        os.rename(source / name, folder / name)
+def copied(made: Path, folder: Path) -> None:
+    """Copy a checkpoint, and compare the copy.
+
+    Raises:
+      OSError: the disk is full or broken.
+    """
+    shutil.copytree(made, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    for path in made.rglob("*"):
+        copy = folder / path.relative_to(made)
+        if path.is_file() and not filecmp.cmp(path, copy, shallow=False):
+            raise OSError(errno.EIO, f"{copy.name} reads back as something else")
 
 
 @contextmanager

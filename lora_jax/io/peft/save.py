@@ -39,6 +39,7 @@ from lora_jax.io.peft.uniform import leveled, short_heads
 from lora_jax.io.peft.write import write_peft
 from lora_jax.methods import Dora, Rows, Shift, Vera
 from lora_jax.paths import bias_beside, named_leaves
+from lora_jax.processes import gathered, written_by_the_first
 
 
 def save(
@@ -103,10 +104,10 @@ def save(
       (['query'], (2, 4))
     """
     files = peft_files(
-        adapter, names, sites=sites, params=params, base_model=base_model, task_type=task_type,
+        gathered(adapter), names, sites=sites, params=params, base_model=base_model, task_type=task_type,
         save_embedding_layers=save_embedding_layers, uniform=uniform,
     )  # fmt: skip
-    write_peft(path, files, overwrite=overwrite)
+    written_by_the_first(path, lambda: write_peft(path, files, overwrite=overwrite))
 
 
 def peft_files(
