@@ -65,8 +65,9 @@ class Finetune(Verb):
         if saved is not None and (changed := _changed(replace(self, data=_absolute(self.data)), saved)):
             raise OptionError(f"a run is resumed with its own options: leave out {', '.join(map(flag, changed))}")
         self.training.check()
+        training = self.training if self.training.lr is not None else replace(self.training, lr=_RATE)
         require("pretrain_steps", self.pretrain_steps, above=0)
-        folder, config, seq_len = Folder(self.out), self.adapter.config, self.training.seq_len
+        folder, config, seq_len = Folder(self.out), self.adapter.config, self.training.length
         shape = replace(SIZES[self.model], remat=self.remat)
         target = split(*self._text(), seq_len)
         if saved is not None and folder.read_config()["text"]["sha256"] != target.sha256:
@@ -76,7 +77,7 @@ class Finetune(Verb):
                 shape=shape,
                 recipe=Recipe(steps=self.pretrain_steps, seq_len=seq_len),
                 config=config,
-                training=self.training,
+                training=training,
                 source=split("Python source", python_source(), seq_len),
                 target=target,
                 record=self._record(shape, target),
@@ -106,6 +107,8 @@ class Finetune(Verb):
         }
 
 
+_RATE = 3e-3
+"""Of the small base model, if none is given."""
 _OF_A_CALL = ("out", "resume", "overwrite", "json")
 """Options that do not say what a run is."""
 

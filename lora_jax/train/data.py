@@ -113,7 +113,7 @@ def split(name: str, text: bytes, seq_len: int, share: float = 0.1) -> Corpus:
     if len(text) < 2 * need:
         raise TextError(
             f"{name} has {len(text):,} bytes, but {2 * need:,} are needed: one training and one held-out sequence of "
-            f"--seq-len {seq_len} and the byte after each"
+            f"--length {seq_len} and the byte after each"
         )
     data = np.frombuffer(text, np.uint8)
     cut = len(data) - max(need, int(len(data) * share))

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
 
 import lora_jax as lora
 from lora_jax.report.terminal import Progress
+from lora_jax.train.best import Best
 from lora_jax.train.data import Bytes, Corpus, batch, windows
 from lora_jax.train.loop import train
-from lora_jax.train.metrics import Metrics, cross_entropy, evaluate
+from lora_jax.train.metrics import Metrics, cross_entropy, evaluate, read_metrics
 from lora_jax.train.options import TrainingOptions
 from lora_jax.train.state import State, load_state, save_state
+from lora_jax.train.step import Report, distinct, training_step
 
 EVALUATED = 64
 """Held-out sequences per evaluation."""
@@ -27,7 +29,7 @@ Apply = Callable[..., jax.Array]
 def finetune(
     adapted: Apply,
     base: Any,
-    adapter: lora.Adapter,
+    adapter: Any,
     corpus: Corpus,
     options: TrainingOptions,
     key: jax.Array,
@@ -46,7 +48,7 @@ def finetune(
       options: how.
       key: `jax.random` key for dropout.
       directory: where states are written; a state found there is continued.
-      metrics_path: where metrics are written; the record at step 0 is the base.
+      metrics_path: where metrics are written; the first record holds the base's held-out loss too.
       report: makes a reporter, given the step to start at.
       say: is told what a person should know about states that are found.
 
@@ -57,43 +59,54 @@ def finetune(
       Interrupted: Ctrl-C was pressed or SIGTERM came; the state is on disk.
       TrainingError: a loss is not finite.
     """
-    start: Any = adapter
-    tx = lora.optimizer(options.optimizer, start)
-    rates = np.asarray(jax.vmap(options.rate)(np.arange(options.steps)))
-    held_out = windows(corpus.held_out, options.seq_len, EVALUATED)
-    state = load_state(directory, State(start, tx.init(start)), say)
+    how = options.how
+    tx = how.transformation(adapter)
+    rates = np.asarray(jax.vmap(how.rate)(np.arange(options.steps)))
+    held_out = windows(corpus.held_out, options.length, EVALUATED)
+    state = load_state(directory, State(*distinct((adapter, tx.init(adapter)))), say)
     metrics = Metrics(metrics_path, state.step)
+    best = Best(read_metrics(metrics_path), options.patience)
 
-    @jax.jit
-    def step(adapter: Any, opt_state: Any, base: Any, tokens: Bytes, key: jax.Array) -> tuple[Any, Any, jax.Array]:
-        def loss_fn(adapter: Any) -> jax.Array:
-            return cross_entropy(adapted(base, adapter, tokens[:, :-1], lora_key=key), tokens).mean()
+    def losses(base: Any, adapter: Any, tokens: Bytes, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        each = cross_entropy(adapted(base, adapter, tokens[:, :-1], lora_key=key), tokens)
+        count = jnp.float32(tokens.size - len(tokens))
+        return each.mean() * count, count
 
-        loss, grads = jax.value_and_grad(loss_fn)(adapter)
-        updates, opt_state = tx.update(grads, opt_state, adapter)
-        return optax.apply_updates(adapter, updates), opt_state, loss
+    def evaluated(state: State) -> float:
+        weights = how.evaluated(state.optimizer, state.weights)
+        return evaluate(partial(adapted, base, weights), held_out).nats
 
-    def record(done: int, loss: float) -> None:
-        metrics.write(done, {"train/loss": loss, "train/learning_rate": float(rates[done - 1])})
-
-    def evaluated(done: int, adapter: Any) -> None:
-        loss = evaluate(partial(adapted, base, adapter), held_out)
-        metrics.write(done, {"eval/loss": loss.nats, "eval/bits_per_byte": loss.bits})
+    def record(state: State, report: Report) -> str:
+        values = {name: float(value) for name, value in report._asdict().items()}
+        values["learning_rate"] = float(rates[state.step - 1])
+        if options.when.evaluate(state.step):
+            values["eval_loss"] = evaluated(state)
+            best.seen(state.step, values["eval_loss"])
+        if state.step == 1:
+            values["base_eval_loss"] = start
+        metrics.write(state.step, values)
+        return f"loss {values['loss']:.3f}"
 
     def save(state: State) -> None:
         metrics.flush()  # First: a state on disk says that everything up to its step is there.
         save_state(directory, state)
 
-    if state.step == 0:
-        evaluated(0, adapter)
-    return train(
+    def batches(index: int) -> Bytes:
+        rows = options.batch * options.accumulate
+        tokens = batch(corpus.train, options.seed, index, rows, options.length)
+        return tokens.reshape(options.accumulate, options.batch, -1)
+
+    start = evaluated(state) if state.step == 0 else 0.0
+    step = training_step(losses, tx)
+    last = train(
         state,
         lambda adapter, opt_state, tokens, key: step(adapter, opt_state, base, tokens, key),
-        lambda index: batch(corpus.train, options.seed, index, options.batch_size, options.seq_len),
+        batches,
         key,
-        options.schedule,
+        options.when,
         save,
         report(state.step),
         record,
-        evaluated,
-    ).weights
+        lambda: best.over,
+    )
+    return how.evaluated(last.optimizer, last.weights)

@@ -72,12 +72,14 @@ class FinetuneJob:
         self._result: dict[str, Any] = {"out": folder.path}
         self._model = Transformer(plan.shape)
         self._plain, self._adapted = jax.jit(self._model.apply), jax.jit(lora.adapt(self._model.apply))
-        tokens = jax.ShapeDtypeStruct((1, plan.training.seq_len), jnp.uint8)
+        tokens = jax.ShapeDtypeStruct((1, plan.training.length), jnp.uint8)
         self._abstract = jax.eval_shape(self._model.init, jax.random.key(0), tokens)
         self._sites = lora.find_sites(self._model.apply, self._abstract, tokens)
         self._init_key, self._step_key = jax.random.split(jax.random.key(plan.training.seed))
         self._start = jax.jit(lambda key, base: lora.init(key, plan.config, base, self._sites))
-        jax.eval_shape(self._start, self._init_key, self._abstract)  # What selects nothing is refused here.
+        # What selects nothing is refused here, and so is an optimizer that there is not.
+        adapter = jax.eval_shape(self._start, self._init_key, self._abstract)
+        jax.eval_shape(plan.training.how.transformation(adapter).init, adapter)
 
     def run(self) -> None:
         """Do it all, and say what happens.
@@ -199,7 +201,7 @@ class FinetuneJob:
             self._result.setdefault("samples", {})[title] = written
 
     def _held_out(self, text: Corpus) -> Bytes:
-        return windows(text.held_out, self._plan.training.seq_len, EVALUATED)
+        return windows(text.held_out, self._plan.training.length, EVALUATED)
 
     def _title(self, title: str) -> None:
         self._terminal.title(title)

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, and stopping in order."""
+"""The training loop: steps, what follows each of them, checkpoints, and stopping in order."""
 
 import math
 from collections.abc import Callable
@@ -9,12 +9,12 @@ import jax
 
 from lora_jax.errors import LoraError
 from lora_jax.report.terminal import Progress
-from lora_jax.train.data import Bytes
 from lora_jax.train.state import State
+from lora_jax.train.step import Report
 from lora_jax.train.stop import deferred
 
-Step = Callable[[Any, Any, Bytes, jax.Array], tuple[Any, Any, jax.Array]]
-"""Maps weights, optimizer state, tokens and a random key to new weights, new optimizer state and the loss."""
+Step = Callable[[Any, Any, Any, jax.Array], tuple[Any, Any, Report]]
+"""Maps weights, optimizer state, a batch and a random key to new weights, new optimizer state and a report."""
 
 
 class TrainingError(LoraError, RuntimeError):
@@ -41,26 +41,28 @@ class Schedule:
 def train(
     state: State,
     step: Step,
-    batches: Callable[[int], Bytes],
+    batches: Callable[[int], Any],
     key: jax.Array,
     schedule: Schedule,
     save: Callable[[State], None],
     reporter: Progress,
-    record: Callable[[int, float], None] = lambda done, loss: None,
-    evaluate: Callable[[int, Any], None] = lambda done, weights: None,
+    record: Callable[[State, Report], str] = lambda state, report: f"loss {float(report.loss):.3f}",
+    over: Callable[[], bool] = lambda: False,
+    named: Callable[[int], str] = lambda index: "",
 ) -> State:
-    """Train from wherever `state` is to the last step.
+    """Train from wherever `state` is to the last step, or until it is over.
 
     Args:
       state: where to begin.
       step: the compiled training step; it may donate the weights and the optimizer's state.
-      batches: maps the number of a step, from 0, to its tokens.
+      batches: maps the number of a step, from 0, to its batch.
       key: `jax.random` key; each step gets one folded from it and the number of the step.
       schedule: when to do what.
       save: writes a state to disk.
       reporter: shows progress.
-      record: called after each step with the steps done and the loss.
-      evaluate: called with the steps done and the weights.
+      record: called after each step with the state and what the step said; what it returns is shown.
+      over: whether to stop early; asked after each step and before the first.
+      named: says which examples are in the batch of a step, for the error about its loss.
 
     Returns:
       The state after the last step, which is on disk too.
@@ -70,23 +72,29 @@ def train(
       Interrupted: Ctrl-C was pressed or SIGTERM came; the state is on disk.
     """
     with deferred() as stop, reporter.shown():
-        for index in range(state.step, schedule.steps):
-            step_key = jax.random.fold_in(key, index)
-            weights, optimizer, mean = step(state.weights, state.optimizer, batches(index), step_key)
-            done, loss = index + 1, float(mean)
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss is {loss} at step {done}: try a lower learning rate or more warmup steps"
-                )
-            state = State(weights, optimizer, done)
-            record(done, loss)
-            reporter.update(done, f"loss {loss:.3f}")
-            if schedule.evaluate(done):
-                evaluate(done, state.weights)
+        while state.step < schedule.steps and not over():
+            index = state.step
+            weights, optimizer, report = step(
+                state.weights, state.optimizer, batches(index), jax.random.fold_in(key, index)
+            )
+            _check(report, index, named)
+            state = State(weights, optimizer, index + 1)
+            reporter.update(state.step, record(state, report))
             last = stop.number is not None
-            if last or schedule.checkpoint(done):
+            if last or over() or schedule.checkpoint(state.step):
                 save(state)
             if last:
                 break
         stop.message = f"stopped after step {state.step} of {schedule.steps}"
     return state
+
+
+def _check(report: Report, index: int, named: Callable[[int], str]) -> None:
+    """Refuse a loss or a gradient that is not finite."""
+    for what, value in (("loss", float(report.loss)), ("norm of the gradient", float(report.norm))):
+        if not math.isfinite(value):
+            where = f", whose batch holds {examples}" if (examples := named(index)) else ""
+            raise TrainingError(
+                f"the {what} is {value} at step {index + 1}{where}: try a lower learning rate, more warm-up steps, or "
+                "look at these examples"
+            )

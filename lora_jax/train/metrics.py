@@ -84,9 +84,9 @@ class Metrics:
       >>> import tempfile
       >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
       >>> metrics = Metrics(path)
-      >>> metrics.write(1, {"train/loss": 2.5})
+      >>> metrics.write(1, {"loss": 2.5})
       >>> read_metrics(path)
-      [{'step': 1, 'train/loss': 2.5}]
+      [{'step': 1, 'loss': 2.5}]
     """
 
     def __init__(self, path: Path, step: int = 0):
@@ -148,7 +148,7 @@ def plot_loss(metrics: Path, image: Path, title: str) -> None:
     """Draw training and held-out loss over steps, and the base model's held-out loss as a line.
 
     Args:
-      metrics: the JSON lines of a run; its record at step 0 is the base model. What is missing is not drawn.
+      metrics: the JSON lines of a run. What is missing is not drawn.
       image: the PNG to write.
       title: what was trained on what.
     """
@@ -157,8 +157,8 @@ def plot_loss(metrics: Path, image: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     records = read_metrics(metrics)
-    train = [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
-    held_out = [(record["step"], record["eval/loss"]) for record in records if "eval/loss" in record]
+    train = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    held_out = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -166,7 +166,7 @@ def plot_loss(metrics: Path, image: Path, title: str) -> None:
         axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="adapted, training batch")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:blue", marker="o", markersize=4, label="adapted, held out")
-    for base in (loss for step, loss in held_out if step == 0):
+    for base in (record["base_eval_loss"] for record in records if "base_eval_loss" in record):
         axes.axhline(base, color="tab:gray", linestyle="--", label=f"base, held out ({base:.3f})")
     axes.set(title=title, xlabel="step", ylabel="loss (nats per byte)")
     axes.grid(alpha=0.3)

@@ -22,8 +22,9 @@ from lora_jax.report.terminal import Progress
 from lora_jax.train.data import Corpus, batch
 from lora_jax.train.loop import Schedule, train
 from lora_jax.train.metrics import cross_entropy
-from lora_jax.train.options import warmup_cosine
+from lora_jax.train.optimizer import Optimizer
 from lora_jax.train.state import State, load_state, read_arrays, save_state, write_arrays
+from lora_jax.train.step import Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +106,14 @@ def pretrain(
     tx = _optimizer(recipe, sites)
 
     @jax.jit
-    def step(variables: Any, state: Any, tokens: jax.Array, key: jax.Array) -> tuple[Any, Any, jax.Array]:
+    def step(variables: Any, state: Any, tokens: jax.Array, key: jax.Array) -> tuple[Any, Any, Report]:
         def loss_fn(variables: Any) -> jax.Array:
             return cross_entropy(model.apply(variables, tokens[:, :-1]), tokens).mean()
 
         loss, grads = jax.value_and_grad(loss_fn)(variables)
         updates, state = tx.update(grads, state, variables)
-        return optax.apply_updates(variables, updates), state, loss
+        report = Report(loss, jnp.float32(tokens.size), optax.tree.norm(grads))
+        return optax.apply_updates(variables, updates), state, report
 
     key = jax.random.key(recipe.seed)
     variables = jax.jit(model.init)(key, jnp.zeros((1, recipe.seq_len), jnp.uint8))
@@ -130,11 +132,14 @@ def _optimizer(recipe: Recipe, sites: Sites) -> optax.GradientTransformation:
         leaves, treedef = named_leaves(variables)
         return rebuild(treedef, {path: _matrix(sites, path) for path in leaves})
 
+    def rate(peak: float) -> optax.Schedule:
+        return Optimizer(peak=peak, warmup=recipe.warmup, steps=recipe.steps, final=0.05).rate
+
     return optax.contrib.muon(
-        warmup_cosine(recipe.learning_rate, recipe.warmup, recipe.steps, 0.05),
+        rate(recipe.learning_rate),
         ns_steps=4,
         weight_decay=recipe.weight_decay,
-        adam_learning_rate=warmup_cosine(recipe.adam_learning_rate, recipe.warmup, recipe.steps, 0.05),
+        adam_learning_rate=rate(recipe.adam_learning_rate),
         muon_weight_dimension_numbers=matrices,
     )
 

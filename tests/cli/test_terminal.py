@@ -344,7 +344,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ("finetune --iters 4", "--steps"),
         ("finetune --use-dora", "--method dora"),
         ("finetune --fine-tune-type dora", "--method"),
-        ("finetune --max_seq_length 4", "--seq-len"),
+        ("finetune --max_seq_length 4", "--length"),
         ("finetune --output_dir x", "--out"),
         ("compose a b --out c --combination_type svd", "--method"),
         ("compose a b --out c --svd_rank 4", "--rank"),

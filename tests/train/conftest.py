@@ -7,7 +7,7 @@ import pytest
 
 from lora_jax.cli import main
 
-TINY = "finetune --model tiny --seq-len 32 --batch-size 4 --pretrain-steps 8 --steps 6 --eval-every 3 --dropout 0.1"
+TINY = "finetune --model tiny --length 32 --batch 4 --pretrain-steps 8 --steps 6 --eval-every 3 --dropout 0.1"
 
 
 @pytest.fixture(scope="session")
