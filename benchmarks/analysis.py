@@ -22,7 +22,7 @@ from lora_jax.train.pretrain import Recipe, cache_path, load_cached
 def base_of(folder: Path) -> tuple[Transformer, Any, Any]:
     """The model of a run, its parameters, and text of the kind it was pre-trained on."""
     config = json.loads((folder / "config.json").read_text())
-    seq_len, steps = config["options"]["training"]["seq_len"], config["options"]["pretrain_steps"]
+    seq_len, steps = config["options"]["training"]["length"], config["options"]["pretrain_steps"]
     model, source = Transformer(TransformerConfig(**config["model"])), split("Python source", python_source(), seq_len)
     tokens = jnp.asarray(source.held_out[: 16 * seq_len].reshape(16, seq_len))
     abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)
