@@ -1,0 +1,116 @@
+"""Reading a checkpoint's tensors into parameters: each stack is allocated once, and filled from the files."""
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.errors import CheckpointError, listed, nearest
+from lora_jax.io.hf.tensors import FLOATS, Tensor, opened
+from lora_jax.models.tensors import Leaf
+
+Place = Callable[[Leaf], jax.sharding.Sharding]
+_ALIGNED = 64
+"""Bytes at which JAX takes an array of the host as it is, on CPUs."""
+
+
+def check_tensors(where: Path, leaves: Iterable[Leaf], tensors: Mapping[str, Tensor]) -> None:
+    """Hold a checkpoint's tensors against those that the config describes.
+
+    Raises:
+      CheckpointError: one is missing, unexpected, of another shape, or not of floats.
+    """
+    wanted = {name: leaf.shape for leaf in leaves for _, name in leaf.members()}
+    missing = [name for name in wanted if name not in tensors]
+    unexpected = [name for name in tensors if name not in wanted]
+    if missing:
+        raise CheckpointError(
+            f"{where} lacks {len(missing)} tensors that its config.json describes: {listed(missing)}. Nearest there: "
+            f"{nearest(missing[0], tensors, separator='.')}. Download the model again, or correct config.json."
+        )
+    if unexpected:
+        raise CheckpointError(
+            f"{where} holds {len(unexpected)} tensors that its config.json does not describe: {listed(unexpected)}. "
+            "They would be left out of what the model computes: correct config.json, or remove them."
+        )
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {tensors[name].shape}, and config.json describes {shape}. They belong to "
+                "different models."
+            )
+        if tensors[name].dtype not in FLOATS:
+            raise CheckpointError(
+                f"{where}: {name} holds {tensors[name].dtype}; only {', '.join(FLOATS)} are read. Give the directory "
+                "of the unquantised model."
+            )
+
+
+def read_parameters(
+    leaves: Iterable[Leaf], tensors: Mapping[str, Tensor], dtype: Any, place: Place | None
+) -> dict[str, Any]:
+    """All parameters as a nested dict.
+
+    Args:
+      leaves: what to read.
+      tensors: where it is.
+      dtype: of the parameters; None for that of the files.
+      place: where a parameter lies; None for the default device.
+    """
+    params: dict[str, Any] = {}
+    for leaf in leaves:
+        inner = params
+        for part in leaf.path[:-1]:
+            inner = inner.setdefault(part, {})
+        inner[leaf.path[-1]] = _read(leaf, tensors, dtype, place)
+    return params
+
+
+def _read(leaf: Leaf, tensors: Mapping[str, Tensor], dtype: Any, place: Place | None) -> jax.Array:
+    members = {index: tensors[name] for index, name in leaf.members()}
+    own = jnp.result_type(*{FLOATS[tensor.dtype] for tensor in members.values()})
+    dtype = jax.dtypes.canonicalize_dtype(own if dtype is None else dtype)
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        return _filled(leaf, members, dtype, index or (slice(None),) * len(leaf.whole))
+
+    if place is None:
+        return jax.device_put(part(None), may_alias=True)
+    return jax.make_array_from_callback(leaf.whole, place(leaf), part)
+
+
+def _filled(leaf: Leaf, members: Mapping[Any, Tensor], dtype: np.dtype[Any], index: tuple[slice, ...]) -> np.ndarray:
+    """The part of a parameter that an index selects, read from the files."""
+    ranges = [range(*each.indices(size)) for each, size in zip(index, leaf.whole, strict=True)]
+    out = _aligned(tuple(map(len, ranges)), dtype)
+    count = len(leaf.stack)
+    for at in product(*(range(len(each)) for each in ranges[:count])):
+        tensor = members[tuple(each[place] for each, place in zip(ranges, at, strict=False))]
+        _fill(out[at], tensor, index[count:])
+    return out
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An empty array that starts where a CPU's device need not copy it."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNED, np.uint8)
+    start = -raw.ctypes.data % _ALIGNED
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _fill(out: np.ndarray, tensor: Tensor, index: tuple[slice, ...]) -> None:
+    """Read a tensor, or a part of it, into an array of the part's shape."""
+    own = FLOATS[tensor.dtype]
+    if own == out.dtype and out.shape == tensor.shape:
+        with opened(tensor.file) as file:
+            file.seek(tensor.begin)
+            if file.readinto(out.reshape(-1).view(np.uint8).data) < tensor.nbytes:
+                raise CheckpointError(
+                    f"{tensor.file} ends in the middle of {tensor.name}: it changed while it was read"
+                )
+    else:
+        out[...] = np.memmap(tensor.file, own, "r", tensor.begin, tensor.shape)[index]
