@@ -18,6 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import lora_jax as lora
+from lora_jax import data, text
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_jax"
@@ -25,7 +26,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-FACES = {"lora_jax": lora, "lora_jax.io.peft": lora.peft}
+FACES = {"lora_jax": lora, "lora_jax.io.peft": lora.peft, "lora_jax.data": data, "lora_jax.text": text}
 """Packages whose names are imported at their first use."""
 
 Graph = dict[str, set[str]]
@@ -184,7 +185,7 @@ def test_package_is_typed() -> None:
 
 
 def test_library_does_not_import_the_application() -> None:
-    names = "('lora_jax.train', 'lora_jax.text', 'lora_jax.bench', 'lora_jax.cli', 'tyro')"
+    names = "('lora_jax.train', 'lora_jax.text', 'lora_jax.data', 'lora_jax.bench', 'lora_jax.cli', 'tyro')"
     code = f"import sys, lora_jax; print([m for m in sys.modules if m.startswith({names})])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert shown.stdout.strip() == "[]"

@@ -4,7 +4,19 @@
 `[text]` brings what they need.
 """
 
+from typing import TYPE_CHECKING
+
 from lora_jax import lazy as _lazy
+
+if TYPE_CHECKING:  # What type checkers and editors see; a test holds it equal to the names below.
+    from lora_jax.text.chat import Chat as Chat
+    from lora_jax.text.chat import encode_chat as encode_chat
+    from lora_jax.text.chat import mark_chat as mark_chat
+    from lora_jax.text.errors import MessagesError as MessagesError
+    from lora_jax.text.errors import TemplateError as TemplateError
+    from lora_jax.text.errors import TokenizerError as TokenizerError
+    from lora_jax.text.files import read_tokenizer as read_tokenizer
+    from lora_jax.text.tokenizer import Tokenizer as Tokenizer
 
 _lazy.face(
     __name__,

@@ -32,6 +32,7 @@ def encode_chat(
     tools: Tools | None = None,
     *,
     turns: Turns = "all",
+    start: int = 0,
     now: datetime | None = None,
 ) -> Chat:
     """Encode a conversation, and find what the assistant says in it.
@@ -44,6 +45,7 @@ def encode_chat(
       messages: each with `role`, and mostly `content`.
       tools: JSON schemas of functions that the model may call.
       turns: all that the assistant says, or only what it says `last`.
+      start: number of messages at the beginning whose answers do not count.
       now: what templates that write a date take it to be; by default the present.
 
     Raises:
@@ -60,7 +62,7 @@ def encode_chat(
       >>> encode_chat(Tokenizer(backend, template=template), chat)
       Chat(tokens=array([0, 4, 2, 1, 4, 3], dtype=int32), assistant=array([False, False, False, False, False,  True]))
     """
-    text, spans = mark_chat(tokenizer, messages, tools, turns=turns, now=now)
+    text, spans = mark_chat(tokenizer, messages, tools, turns=turns, start=start, now=now)
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
     assistant = inside(encoding.offsets, spans)
     if not assistant.any():
@@ -74,6 +76,7 @@ def mark_chat(
     tools: Tools | None = None,
     *,
     turns: Turns = "all",
+    start: int = 0,
     now: datetime | None = None,
 ) -> tuple[str, list[Span]]:
     """The text of a conversation, and where in it the assistant speaks: what `encode_chat` encodes.
@@ -88,20 +91,26 @@ def mark_chat(
     template = tokenizer.chat_template(bool(tools))
     now = now or datetime.now()
     text = template.render(messages, tools, now=now)
-    answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    if not answers:
-        roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages))
-        raise MessagesError(f"no message is the assistant's (the roles are {roles}): there is nothing to train on")
-    asked = answers if turns == "all" else answers[-1:]
-    if template.marks:
-        spans = template.spans(messages, tools, now=now)
-        if turns == "last" and spans:
-            spans = spans[-1:]
+    asked = _asked(messages, turns, start)
+    if not template.marks:
+        spans = [_answer(template, text, messages, tools, turn, now) for turn in asked]
     else:
-        spans = [_answer(template, text, messages, tools, i, now) for i in asked]
+        spans = template.spans(messages, tools, now=now)
+        if turns == "last" or start:
+            first, _ = _answer(template, text, messages, tools, asked[0], now)
+            spans = [span for span in spans if span[0] >= first]
     if not any(text[begin:end].strip() for begin, end in spans):
         raise MessagesError("the chat template leaves no text of the assistant's: there is nothing to train on")
     return text, spans
+
+
+def _asked(messages: Messages, turns: Turns, start: int) -> list[int]:
+    """Numbers of the messages that are wanted."""
+    answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and i >= start]
+    if not answers:
+        roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages[start:]))
+        raise MessagesError(f"no message is the assistant's (the roles are {roles}): there is nothing to train on")
+    return answers if turns == "all" else answers[-1:]
 
 
 def _answer(template: Template, text: str, messages: Messages, tools: Tools | None, turn: int, now: datetime) -> Span:

@@ -1,0 +1,113 @@
+"""Counts of what was read and encoded, so that nothing is left out in silence."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from lora_jax.data.errors import BadLine, DataError
+from lora_jax.report.report import Report
+from lora_jax.report.tables import Table
+
+_TOLD = 5
+
+
+@dataclass(repr=False)
+class ReadCounts(Report):
+    """What became of the lines of a file.
+
+    Attributes:
+      file: its path.
+      kind: what its lines are.
+      read: lines that are not blank; of a plain text the pieces it was cut into.
+      kept: lines that are examples.
+      bad: how many others there are, by what is wrong with them.
+      notes: the first of them, with their numbers.
+    """
+
+    file: str
+    kind: str = ""
+    read: int = 0
+    kept: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def refuse(self, line: int, error: BadLine, strict: bool) -> None:
+        """Count a bad line, or raise if there may be none.
+
+        Raises:
+          DataError: `strict`, naming file and line.
+        """
+        note = f"{self.file}:{line}: {error}"
+        if strict:
+            raise DataError(f"{note}. Correct the line, or leave bad lines out by not being strict")
+        _count(self.bad, self.notes, error.reason, note)
+
+    def table(self) -> Table:
+        """A row for each count."""
+        rows = [("read", f"{self.read:,}"), ("kept", f"{self.kept:,}"), *_left_out(self.bad)]
+        return Table((f"lines of {self.file} ({self.kind})", "number"), rows, notes=self.notes)
+
+
+@dataclass(repr=False)
+class EncodeCounts(Report):
+    """What became of examples when they were encoded.
+
+    Attributes:
+      file: where they are from.
+      examples: that can be trained on; a long text gives several.
+      tokens: in all of these.
+      trained: how many of the tokens are trained on.
+      longest: tokens of the longest of these.
+      truncated: examples of which the end was cut off.
+      cut_off: tokens that this took.
+      split: texts that were too long, and became several examples.
+      dropped: examples that were left out, by reason.
+      notes: the first of them, with the numbers of their lines.
+    """
+
+    file: str
+    examples: int = 0
+    tokens: int = 0
+    trained: int = 0
+    longest: int = 0
+    truncated: int = 0
+    cut_off: int = 0
+    split: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def refuse(self, line: int, error: BadLine, strict: bool) -> None:
+        """Count an example that is left out, or raise if none may be.
+
+        Raises:
+          DataError: `strict`, naming file and line.
+        """
+        note = f"{self.file}:{line}: {error}"
+        if strict:
+            raise DataError(f"{note}. Change the example, or leave such examples out by not being strict")
+        _count(self.dropped, self.notes, error.reason, note)
+
+    def table(self) -> Table:
+        """A row for each count."""
+        share = f" ({self.trained / self.tokens:.1%})" if self.tokens else ""
+        rows = [
+            ("examples", f"{self.examples:,}"),
+            ("tokens", f"{self.tokens:,}"),
+            ("trained on", f"{self.trained:,}{share}"),
+            ("longest", f"{self.longest:,}"),
+            ("truncated", f"{self.truncated:,}"),
+            ("tokens cut off", f"{self.cut_off:,}"),
+            ("long texts split", f"{self.split:,}"),
+            *_left_out(self.dropped),
+        ]
+        return Table((f"examples of {self.file}", "number"), rows, notes=self.notes)
+
+
+def _count(counter: Counter[str], notes: list[str], reason: str, note: str) -> None:
+    counter[reason] += 1
+    if len(notes) < _TOLD:
+        notes.append(note)
+
+
+def _left_out(bad: Counter[str]) -> Iterable[tuple[str, str]]:
+    return ((f"left out: {reason}", f"{bad[reason]:,}") for reason in sorted(bad))
