@@ -61,6 +61,7 @@ class EncodeCounts(Report):
       truncated: examples of which the end was cut off.
       cut_off: tokens that this took.
       split: texts that were too long, and became several examples.
+      endless: whole examples whose answer holds no token at which generation stops, so that it would go on.
       dropped: examples that were left out, by reason.
       notes: the first of them, with the numbers of their lines.
     """
@@ -73,6 +74,7 @@ class EncodeCounts(Report):
     truncated: int = 0
     cut_off: int = 0
     split: int = 0
+    endless: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
@@ -98,6 +100,7 @@ class EncodeCounts(Report):
             ("truncated", f"{self.truncated:,}"),
             ("tokens cut off", f"{self.cut_off:,}"),
             ("long texts split", f"{self.split:,}"),
+            *[("answers without a token that ends them", f"{self.endless:,}")] * bool(self.endless),
             *_left_out(self.dropped),
         ]
         return Table((f"examples of {self.file}", "number"), rows, notes=self.notes)

@@ -157,6 +157,8 @@ class _Encoder:
         if len(tokens) > length:
             self._counts.truncated += 1
             self._counts.cut_off += len(tokens) - length
+        else:
+            self._counts.endless += not np.isin(tokens[trained], self._tokenizer.eos_ids).any()
         return Example(tokens[:length].copy(), trained[:length].copy(), record.line)
 
     def _split(self, record: Record, tokens: NDArray[np.int32], trained: NDArray[np.bool_]) -> list[Example]:

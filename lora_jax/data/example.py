@@ -13,7 +13,7 @@ from lora_jax.data.errors import DataError
 from lora_jax.data.records import Kind
 
 TrainOn = Literal["answers", "everything"]
-Turns = Literal["all", "last"]
+Turns = Literal["all", "last", "each"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,8 @@ class Options:
     Attributes:
       length: tokens of an example at most; what is beyond is cut off, and a long text becomes several examples.
       train_on: completions and what the assistant says, or everything.
-      turns: all that the assistant says, or only what it says last.
+      turns: all that the assistant says, or only what it says last; or each answer in an example of its own, which ends
+        with it, as the model meets it when it answers.
       chat: whether prompts and completions are put into the chat template; by default if the tokenizer has one.
       strict: raise at the first example that has to be left out, instead of counting it.
       now: what templates that write a date take it to be.

@@ -28,7 +28,7 @@ class Marked:
 
 
 def marks(record: Record, records: Records, tokenizer: Tokenizer, options: Options) -> tuple[Marked, ...]:
-    """The texts of an example: one, or of a preference the chosen and the rejected.
+    """The texts of an example: mostly one; of a preference both answers, of a conversation maybe several.
 
     Raises:
       BadLine: the chat template refuses the conversation.
@@ -39,13 +39,24 @@ def marks(record: Record, records: Records, tokenizer: Tokenizer, options: Optio
         if records.kind in ("text", "label"):
             return (Marked(values["text" if records.kind == "text" else "input"], None, ends=not records.plain),)
         if records.kind == "messages":
-            return (_chat(values["messages"], 0, values.get("tools"), tokenizer, options),)
+            return tuple(
+                _chat(values["messages"][:end], start, values.get("tools"), tokenizer, options)
+                for start, end in _parts(values["messages"], options)
+            )
         answers = ("completion",) if records.kind == "completion" else ("chosen", "rejected")
         return tuple(_answered(values, answer, tokenizer, options) for answer in answers)
     except MessagesError as error:
         raise BadLine("refused by the chat template", str(error)) from error
     except TemplateError as error:
         raise DataError(f"{records.file}:{record.line}: {error}") from error
+
+
+def _parts(messages: Sequence[Any], options: Options) -> list[tuple[int, int]]:
+    """The first messages that are taken as an example, up to which number, and from which on answers count."""
+    if options.turns != "each":
+        return [(0, len(messages))]
+    answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    return [(i, i + 1) for i in answers] or [(0, len(messages))]
 
 
 def _answered(values: Any, answer: str, tokenizer: Tokenizer, options: Options) -> Marked:
@@ -66,5 +77,6 @@ def _chat(messages: list[Any], start: int, tools: Any, tokenizer: Tokenizer, opt
     if options.train_on == "everything":
         text, spans = tokenizer.render(messages, tools, now=options.now), None
     else:
-        text, spans = mark_chat(tokenizer, messages, tools, turns=options.turns, start=start, now=options.now)
+        turns = "last" if options.turns == "last" else "all"
+        text, spans = mark_chat(tokenizer, messages, tools, turns=turns, start=start, now=options.now)
     return Marked(text, spans, begins=False, ends=False)

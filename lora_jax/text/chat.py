@@ -88,56 +88,86 @@ def mark_chat(
       TemplateError: there is no template, or it does not tell answers from the rest.
       MessagesError: the template refuses the conversation, or the assistant says nothing in it.
     """
-    template = tokenizer.chat_template(bool(tools))
-    now = now or datetime.now()
-    text = template.render(messages, tools, now=now)
+    talk = _Talk(tokenizer.chat_template(bool(tools)), messages, tools, now or datetime.now())
     asked = _asked(messages, turns, start)
-    if not template.marks:
-        spans = [_answer(template, text, messages, tools, turn, now) for turn in asked]
-    else:
-        spans = template.spans(messages, tools, now=now)
-        if turns == "last" or start:
-            first, _ = _answer(template, text, messages, tools, asked[0], now)
-            spans = [span for span in spans if span[0] >= first]
-    if not any(text[begin:end].strip() for begin, end in spans):
+    spans = _marked(talk, asked) if talk.template.marks else [_answer(talk, turn) for turn in asked]
+    if not any(talk.text[begin:end].strip() for begin, end in spans):
         raise MessagesError("the chat template leaves no text of the assistant's: there is nothing to train on")
-    return text, spans
+    return talk.text, spans
+
+
+class _Talk:
+    """A conversation and its text."""
+
+    def __init__(self, template: Template, messages: Messages, tools: Tools | None, now: datetime):
+        self.template, self.messages, self._tools, self._now = template, messages, tools, now
+        self.text = self.first(len(messages))
+
+    def first(self, count: int, generation_prompt: bool = False) -> str:
+        """The text of the first messages."""
+        given = self.messages[:count]
+        return self.template.render(given, self._tools, generation_prompt=generation_prompt, now=self._now)
+
+    def blocks(self) -> list[Span]:
+        """Where the template has `{% generation %}`."""
+        return self.template.spans(self.messages, self._tools, now=self._now)
 
 
 def _asked(messages: Messages, turns: Turns, start: int) -> list[int]:
     """Numbers of the messages that are wanted."""
-    answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and i >= start]
+    answers = [i for i in _answers(messages) if i >= start]
     if not answers:
         roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages[start:]))
         raise MessagesError(f"no message is the assistant's (the roles are {roles}): there is nothing to train on")
     return answers if turns == "all" else answers[-1:]
 
 
-def _answer(template: Template, text: str, messages: Messages, tools: Tools | None, turn: int, now: datetime) -> Span:
+def _answers(messages: Messages) -> list[int]:
+    return [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+
+
+def _marked(talk: _Talk, asked: list[int]) -> list[Span]:
+    """The blocks of the template that belong to the messages that are wanted."""
+    spans, answers = talk.blocks(), _answers(talk.messages)
+    if asked == answers:
+        return spans
+    if len(spans) == len(answers):
+        return spans[-len(asked) :]
+    first, _ = _answer(talk, asked[0])
+    return [span for span in spans if span[0] >= first]
+
+
+def _answer(talk: _Talk, turn: int) -> Span:
     """Where message number `turn` is in the text of all messages."""
     try:
-        before = template.render(messages[:turn], tools, generation_prompt=True, now=now)
-        last = turn == len(messages) - 1
-        whole = text if last else template.render(messages[: turn + 1], tools, now=now)
+        before = talk.first(turn, generation_prompt=True)
+        whole = talk.text if turn == len(talk.messages) - 1 else talk.first(turn + 1)
     except MessagesError as error:
         raise MessagesError(f"{error}. This was met up to message {turn + 1}, an answer") from error
     if not whole.startswith(before):
-        raise TemplateError(_untold(turn, "what comes before it", before, whole))
-    if not text.startswith(whole):
-        raise TemplateError(_untold(turn, "it", whole, text))
+        prompt, answer = _parting(before, whole)
+        raise TemplateError(
+            f"the place of message {turn + 1}, an answer, cannot be told: the chat template ends the prompt for it by "
+            f"{prompt!r}, where the answer itself has {answer!r}. Let answers begin as their prompt ends, or "
+            "write {% generation %} around answers in chat_template.jinja"
+        )
+    if not talk.text.startswith(whole):
+        # Some templates end the last message with the token that ends a text.
+        whole = whole.removesuffix(talk.template.special.get("eos_token", ""))
+    if not talk.text.startswith(whole):
+        alone, followed = _parting(whole, talk.text)
+        raise TemplateError(
+            f"the place of message {turn + 1}, an answer, cannot be told: the chat template writes it differently once "
+            f"others follow ({alone!r} becomes {followed!r}). Train on the last answer of each conversation only "
+            "(turns='last'), or write {% generation %} around answers in chat_template.jinja"
+        )
     return len(before), len(whole)
 
 
-def _untold(turn: int, what: str, alone: str, followed: str) -> str:
-    """Why the place of an answer cannot be told, and what to do."""
-    at = next(
-        (i for i, (a, b) in enumerate(zip(alone, followed, strict=False)) if a != b), min(len(alone), len(followed))
-    )
-    return (
-        f"the place of message {turn + 1}, an answer, cannot be told: the chat template writes {what} differently once "
-        f"more follows ({alone[at : at + 20]!r} becomes {followed[at : at + 20]!r}). Train on the last answer of each "
-        "conversation only (turns='last'), or write {% generation %} around answers in chat_template.jinja"
-    )
+def _parting(one: str, other: str) -> tuple[str, str]:
+    """How two texts go on where they part, for an error."""
+    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[at : at + 20], other[at : at + 20]
 
 
 def inside(offsets: Sequence[Span], spans: Iterable[Span]) -> NDArray[np.bool_]:

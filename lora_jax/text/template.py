@@ -28,6 +28,7 @@ class Template:
 
     Attributes:
       marks: whether it says itself which text is generated, by `{% generation %}`.
+      special: the same.
 
     Raises:
       TemplateError: it is not Jinja.
@@ -49,7 +50,7 @@ class Template:
             line = "" if number is None else f", line {number}"
             raise TemplateError(f"the chat template is not Jinja{line}: {error}") from error
         self.marks = any(data.data == _OPEN for data in tree.find_all(jinja2.nodes.TemplateData))
-        self._special = dict(special or {})
+        self.special = dict(special or {})
 
     def render(
         self,
@@ -62,7 +63,8 @@ class Template:
         """The conversation as one text.
 
         Args:
-          messages: each with `role`, and mostly `content`; fields that are None are left out.
+          messages: each with `role`, and mostly `content`; fields that are None are left out. What was thought before
+            an answer may be `reasoning_content`, `thinking` or `reasoning`.
           tools: JSON schemas of functions that the model may call.
           generation_prompt: end with what begins an answer.
           now: what templates that write a date take it to be; by default the present.
@@ -93,16 +95,23 @@ class Template:
     def _run(
         self, program: Any, messages: Messages, tools: Tools | None, generation_prompt: bool, now: datetime | None
     ) -> str:
-        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        given = list(map(_message, messages))
         try:
             return program.render(
-                **self._special, messages=given, tools=tools or None, documents=None,
+                **self.special, messages=given, tools=tools or None, documents=None,
                 add_generation_prompt=generation_prompt, strftime_now=(now or datetime.now()).strftime,
             )  # fmt: skip
         except Exception as error:  # A template is a program of somebody else's, and fails as programs do.
             raise MessagesError(
                 f"the chat template refuses the conversation: {error or type(error).__name__}"
             ) from error
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without fields that are None, and with what was thought under each of the names that templates know."""
+    held = {key: value for key, value in message.items() if value is not None}
+    thought = next((held[key] for key in ("reasoning_content", "thinking", "reasoning") if key in held), None)
+    return held if thought is None else {"thinking": thought, **held, "reasoning_content": thought}
 
 
 def _split(text: str) -> tuple[str, list[Span]]:

@@ -112,6 +112,22 @@ def test_classes_to_evaluate_on_are_those_of_training(tmp_path: Path) -> None:
     )
 
 
+def test_each_answer_may_be_an_example(tmp_path: Path) -> None:
+    """Then templates that take out what was thought before tell where it is."""
+    thoughts = [CHAT[0], {"role": "assistant", "content": "<think>so</think>x"}, *LONGER[2:]]
+    found = shown(tmp_path, {"messages": thoughts}, tokenizer("thinking"), turns="each")
+    assert [text.partition("[")[2] for text in found] == ["<think>so</think>x<|im_end|>\n]", "B<|im_end|>\n]"]
+    assert "so" not in found[1]
+
+
+def test_answers_at_which_nothing_ends_are_counted(tmp_path: Path) -> None:
+    line = {"messages": LONGER}
+    assert encoded(tmp_path, line, tokenizer("mistral")).counts.endless == 0
+    endless = encoded(tmp_path, line, tokenizer("chatml")).counts
+    assert endless.endless == 1
+    assert "answers without a token that ends them" in repr(endless)
+
+
 def test_what_is_too_long_is_cut_off_and_counted(tmp_path: Path) -> None:
     found = encoded(tmp_path, [PROMPT, {"prompt": "Q", "completion": "A" * 50}], tokenizer(bos=True), length=20)
     assert [len(each) for each in found] == [len(tokenizer().encode("the Q the Ä")) + 2, 20]

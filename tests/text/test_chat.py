@@ -104,12 +104,37 @@ def test_names_set_in_a_generation_block_stay_in_it() -> None:
     assert Template(scope).render(TWO) == "21"
 
 
+def test_a_prompt_that_answers_do_not_begin_with_names_both() -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    with pytest.raises(TemplateError, match=r"message 2, .*ends the prompt for it by 'A:', .* has '  one '\."):
+        said(template, TWO)
+
+
+def test_the_token_that_ends_a_text_may_be_after_the_last_message_only() -> None:
+    ended = TEMPLATES["chatml"] + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    assert said(ended, TWO) == ["  one <|im_end|>\n", "two, Ünder<|im_end|>\n</s>"]
+
+
+def test_thoughts_may_have_any_of_their_names() -> None:
+    template = "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.content }}{% endfor %}"
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        assert Template(template).render([{"role": "assistant", name: "so", "content": "x"}]) == "so|so|x"
+    assert Template(template).render([{"role": "assistant", "thinking": None, "content": "x"}]) == "||x"
+
+
+def test_blocks_belong_to_answers_in_order_or_by_their_place() -> None:
+    assert said("generation", TWO, start=2) == SAID["generation"][1:]
+    two_blocks = TEMPLATES["generation"].replace(
+        "{{- message.content }}", "{{- message.content }}{% endgeneration %}{% generation %}"
+    )
+    assert said(two_blocks, TWO, turns="last") == ["two, Ünder", "<|im_end|>"]
+
+
 UNTOLD = {
     "thinking": (
         [{**TWO[0]}, {"role": "assistant", "content": "<think>so</think>one"}, *TWO[2:]],
         "message 2, an answer",
     ),
-    "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}": (TWO, "message 2"),
 }
 
 
