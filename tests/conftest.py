@@ -54,14 +54,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Most of the time of the tests is XLA's compiler's: programs are kept for the next run, and not optimised.
 
-    With `--full` they are, as they are for users.
+    With `--full` those of the shared table are, as they are for users.
     """
-    full = config.getoption("--full")
-    settings.load_profile("full" if full else "covering")
-    jax.config.update("jax_disable_most_optimizations", not full)
+    settings.load_profile("full" if config.getoption("--full") else "covering")
+    jax.config.update("jax_disable_most_optimizations", True)
     if cache := getattr(config, "cache", None):
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Optimise the programs of the shared table with `--full`."""
+    optimised = item.config.getoption("--full") and item.path.parent.name == "table"
+    jax.config.update("jax_disable_most_optimizations", not optimised)
 
 
 @pytest.hookimpl(wrapper=True)

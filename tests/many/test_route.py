@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TOLERANCE, assert_close, assert_gradients_close, assert_same, cast_floats, random_adapter
+from helpers import (
+    TOLERANCE,
+    assert_close,
+    assert_gradients_close,
+    assert_same,
+    cast_floats,
+    compiled,
+    random_adapter,
+)
 from table import CASES, Case
 
 import lora_jax as lora
@@ -80,7 +88,7 @@ def axes(case: Case) -> Any:
 def each_alone(case: Case, adapters: Sequence[lora.Adapter], ids: Sequence[int]) -> Any:
     """What every example gives alone with its adapter, in one batch."""
     fn, params, args = case.model
-    adapted = lora.adapt(fn)
+    adapted = compiled(lora.adapt(fn))
     found = [adapted(params, [adapters[slot - 1]] if slot else [], *example(args, i)) for i, slot in enumerate(ids)]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts) if is_array(parts[0]) else parts[0], *found)
 
@@ -109,7 +117,7 @@ def reference(case: Case) -> list[Any]:
 @pytest.mark.parametrize("strategy", get_args(Form))
 @rows(ROWS, lambda case: not refused(case))
 def test_every_example_is_as_it_is_alone(case: Case, strategy: Form) -> None:
-    routed = lora.route(case.model.fn, batch_axes=axes(case), strategy=strategy)
+    routed = compiled(lora.route(case.model.fn, batch_axes=axes(case), strategy=strategy))
     found = routed(case.model.params, adapters_of(case), ids_of(case), *case.model.args)
     assert_close(arrays(found), reference(case))
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, cast_floats, random_adapter
+from helpers import assert_close, cast_floats, compiled, random_adapter
 from table import CASES, Case
 
 import lora_jax as lora
@@ -91,8 +91,8 @@ def test_constant_weights_are_a_weighted_sum_of_adapters(case: Case) -> None:
         with pytest.raises(lora.ParameterError, match=r"(?i)leave .* out"):
             lora.route(fn)(params, bank, router, *args)
         return
-    found = lora.route(fn)(params, bank, router, *args)
-    expected = lora.adapt(fn)(params, [lora.scale(adapters[0], 0.5), lora.scale(adapters[1], -2.0)], *args)
+    found = compiled(lora.route(fn))(params, bank, router, *args)
+    expected = compiled(lora.adapt(fn))(params, [lora.scale(adapters[0], 0.5), lora.scale(adapters[1], -2.0)], *args)
     is_array = lambda leaf: hasattr(leaf, "shape")  # noqa: E731
     found, expected = ([leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)] for tree in (found, expected))
     assert_close(found, expected)
