@@ -557,3 +557,19 @@ def test_maxtext_names_follow_its_configuration(config: dict[str, object], known
 def test_a_decoder_of_maxtext_without_a_map_is_refused() -> None:
     with pytest.raises(lora.MatchError, match="decoder_block='gemma3'; there are deepseek, llama2, "):
         lora.peft.maxtext_names({"decoder_block": "gemma3"})
+
+
+@pytest.mark.parametrize(
+    ("of", "names"),
+    [
+        (site("m/layers/mlp/experts/up/weight", (2, 2, 3, 4), "bboi", "ragged"),
+         ["m.layers.0.mlp.experts.0.up", "m.layers.0.mlp.experts.1.up", "m.layers.1.mlp.experts.0.up", "m.layers.1.mlp.experts.1.up"]),
+        (site("m/layers/3/mlp/experts/up/weight", (2, 3, 4), "boi", "ragged"), ["m.layers.3.mlp.experts.0.up", "m.layers.3.mlp.experts.1.up"]),
+        (site("m/layers/3/mlp/experts/1/up/weight", (3, 4), "oi", "ragged"), ["m.layers.3.mlp.experts.1.up"]),
+        (site("m/layers/mlp/experts/up_proj", (2, 2, 3, 4), "bboi", "ragged"), ["m.layers.0.mlp.experts.up_proj", "m.layers.1.mlp.experts.up_proj"]),
+    ],
+)  # fmt: skip
+def test_experts_with_names_of_pytorch_are_numbered(of: Site, names: list[str]) -> None:
+    targets = Names().targets(of)
+    assert [target.name for target in targets] == names
+    assert {target.parameter for target in targets} == {of.path.endswith("_proj")}

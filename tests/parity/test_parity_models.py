@@ -16,7 +16,9 @@ import torch
 from helpers import assert_close
 from torch_models import MODELS, saved
 from torch_side import run
+from transformers import AutoModelForCausalLM
 
+from lora_jax import models
 from lora_jax.models import empty_cache, load
 
 LENGTH = 1100
@@ -80,3 +82,17 @@ def test_greedy_decoding_takes_the_tokens_that_transformers_takes(name: str, tmp
         logits, cache = step(model.params, taken[-1], cache=cache)
         taken.append(logits.argmax(-1))
     assert jnp.concatenate(taken, 1).tolist() == want[:, 40:].tolist()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mixtral", *(pytest.param(name, marks=pytest.mark.full) for name in ("qwen2", "gpt2", "gpt_oss", "gemma2"))],
+)
+def test_transformers_loads_what_is_saved(name: str, tmp_path: Path):
+    saved(tmp_path / "m", name)
+    model = models.load(tmp_path / "m", unrolled=name == "mixtral")
+    changed = jax.tree.map(lambda leaf: leaf * 1.1, model.params)
+    models.save(tmp_path / "n", model, params=changed)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "n", attn_implementation="eager").eval()
+    tokens = TOKENS[:, :50]
+    assert_close(np.asarray(model.apply(changed, jnp.asarray(tokens))), run(theirs, torch.from_numpy(tokens)))

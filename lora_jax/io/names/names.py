@@ -7,7 +7,7 @@ flattened, kernels transposed, stacked layers taken apart. A rule says only what
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 from lora_jax.adapter.site import Site
@@ -17,6 +17,12 @@ from lora_jax.io.names.rules import NUMBERS, Rule, filled, holes, without_params
 
 LAYERS = ("layers", "layer", "blocks", "block", "h")
 """What a stack of layers is called, so that the identity numbers them after that."""
+
+_EXPERTS = ("experts",)
+"""The same for experts whose weights are modules of their own, with PyTorch's `weight` as the last component."""
+
+_DECLARED = ("gate_up_proj", "down_proj")
+"""Parameters of one module of experts, in the order in which transformers declares them, which decides PEFT's names."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class Names:
 
     The identity drops the collection `params`, the last component (`kernel`) and turns `layers_0` into `layers.0`,
     unless `literal`. Layers that are stacked for `scan` below one `layers` (or `layer`, `blocks`, `block`, `h`) are
-    numbered there: `layers/attn/query/kernel` is `layers.{i}.attn.query`.
+    numbered there: `layers/attn/query/kernel` is `layers.{i}.attn.query`. Experts are numbered below `experts` if the
+    last component is PyTorch's: `layers/experts/up/weight` is `layers.{i}.experts.{j}.up`.
 
     Attributes:
       rules: `Rule`s, or pairs of a path and a module, either of which may be several. The first that matches decides.
@@ -83,7 +90,7 @@ class Names:
           MatchError: no rule matches, or stacked axes and numbers in the name do not fit.
         """
         rule, known = self._rule(site.path)
-        stack = site.kind == "ragged" and rule is None
+        stack = rule is None and _is_parameter(site)
         templates = rule.templates if rule else (self._numbered(site),)
         counted = sorted(hole for hole in holes(templates) if hole not in known)
         over = len(site.batch_axes) - len(counted)
@@ -127,9 +134,10 @@ class Names:
                 )
 
     def order(self, path: str) -> int:
-        """Position of the rule for a path, for PEFT's nesting of parameters; 0 without rules."""
+        """Position of the rule for a path, for PEFT's nesting of parameters; transformers' order without rules."""
         rule, _ = self._rule(path)
-        return self._given().index(rule) if rule else 0
+        leaf = path.rpartition("/")[2]
+        return self._given().index(rule) if rule else _DECLARED.index(leaf) if leaf in _DECLARED else -1
 
     def module(self, path: str) -> str:
         """The PyTorch module that holds a whole parameter, such as a bias or a norm's scale.
@@ -167,15 +175,19 @@ class Names:
         return None, {}
 
     def _numbered(self, site: Site) -> str:
-        """The identity, with a number for the layers of a stack where the path has one place for it."""
-        stack = site.kind == "ragged"
+        """The identity, with numbers for the layers and experts of a stack where the path has a place for each."""
+        stack = _is_parameter(site)
         path = f"{site.path}/" if stack else site.path
         folder = without_params(path).rpartition("/")[0].split("/")
-        found = [place for place, part in enumerate(folder[:-1], 1) if part in LAYERS and not folder[place].isdigit()]
-        if len(site.batch_axes) - stack != 1 or len(found) != 1:
+        counted = LAYERS if stack or site.kind != "ragged" else (*LAYERS, *_EXPERTS)
+        found = [place for place, part in enumerate(folder[:-1], 1) if part in counted and not folder[place].isdigit()]
+        layers = sum(folder[place - 1] in LAYERS for place in found)
+        if len(site.batch_axes) - stack != len(found) or layers > 1:
             return self._identity(path)
-        before, after = "/".join(folder[: found[0]]), "/".join((*folder[found[0] :], ""))
-        return ".{i}.".join(self._identity(f"{part.rstrip('/')}/") for part in (before, after))
+        pieces = (folder[start:stop] for start, stop in pairwise([0, *found, len(folder)]))
+        named = [self._identity("/".join((*piece, ""))) for piece in pieces]
+        numbers = [*(f".{{{number}}}." for number in NUMBERS[: len(found)]), ""]
+        return "".join(part for pair in zip(named, numbers, strict=True) for part in pair)
 
     def _identity(self, path: str) -> str:
         module = without_params(path).rpartition("/")[0]
@@ -184,6 +196,11 @@ class Names:
     def _given(self) -> tuple[Rule, ...]:
         rules: Any = self.rules
         return rules
+
+
+def _is_parameter(site: Site) -> bool:
+    """Whether the identity takes a stack of experts for one parameter, which is called as the path."""
+    return site.kind == "ragged" and not site.path.endswith("/weight")
 
 
 def _all_of(site: Site) -> Part:

@@ -114,18 +114,16 @@ class TypeFields(NamedTuple):
     modules: dict[str, Module]
 
 
-def lora_fields(made: Mapping[str, ScaledModule]) -> TypeFields:
-    """The most frequent rank and alpha, and a pattern for every module that has others.
+def lora_fields(made: Mapping[str, ScaledModule], default: ScaledModule | None = None) -> TypeFields:
+    """The rank and alpha of `default`, or the most frequent ones, and a pattern for every module that has others.
 
     >>> one, two = (ScaledModule(Module("linear", np.ones((r, 3)), np.ones((2, r))), r, np.float32(2)) for r in (1, 4))
     >>> lora_fields({"q": one, "k": one, "v": two}).fields["rank_pattern"]
     {'^v': 4}
     """
     scales = {name: (each.rank, shortest_alpha(each.scale, each.rank)) for name, each in made.items()}
-    ranks = Counter(rank for rank, _ in scales.values())
-    alphas = Counter(alpha for _, alpha in scales.values())
-    rank = ranks.most_common(1)[0][0] if ranks else 8
-    alpha = alphas.most_common(1)[0][0] if alphas else 8.0
+    given = scales.values() if default is None else [(default.rank, shortest_alpha(default.scale, default.rank))]
+    rank, alpha = (Counter(each).most_common(1)[0][0] for each in zip(*given, strict=True)) if given else (8, 8.0)
     own = {exact_key(name): each for name, each in sorted(scales.items())}
     fields = {
         "r": rank,

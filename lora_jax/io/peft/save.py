@@ -19,6 +19,7 @@ from lora_jax.io.names.names import Names
 from lora_jax.io.names.torch_model import is_tied, torch_model
 from lora_jax.io.peft.base import base_of
 from lora_jax.io.peft.config import ADALORA, LORA, VERA, PeftType
+from lora_jax.io.peft.experts import one_for_experts, routers
 from lora_jax.io.peft.factors import FactorsWriter, ScaledModule, Source
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.match import saves, shortest, targets
@@ -171,6 +172,7 @@ class _Writer:
         self.factors = FactorsWriter(self.shifts, self.torch_model, leaves)
         # By the name that PEFT's patterns go by.
         self.made: dict[str, ScaledModule] = {}
+        self.expert: ScaledModule | None = None
         self.ties = False
 
     def files(self, *, uniform: bool) -> PeftFiles | None:
@@ -184,6 +186,8 @@ class _Writer:
         found = {name: self.factors.module(sources) for name, (_, sources) in all_sources.items()}
         self.made = {name: each for name, each in found.items() if each is not None}
         self.made = leveled(self.made) if uniform else self.made
+        if self.peft_type is LORA:
+            self.made, self.expert = one_for_experts(self.made)
         for name, made in [*self.made.items()]:
             order, sources = all_sources[name]
             if sources[0].target.parameter:
@@ -191,10 +195,13 @@ class _Writer:
             else:
                 modules[name] = made.module
                 self._tie(sources[0].update.site, name, made.module, modules)
-        plain = set(modules)
+        apart = routers(modules, stacks) if self.peft_type is LORA else set()
+        self.made = {f"{name}.weight" if name in apart else name: each for name, each in self.made.items()}
+        plain = set(modules) - apart
         for owner, stacked in stacks.items():
             modules |= self._nested(owner, stacked)
-        parameters = sorted(each.name for stacked in stacks.values() for each in stacked)
+        parameters = [each.name for stacked in stacks.values() for each in stacked]
+        parameters = sorted([*parameters, *(f"{name}.weight" for name in apart)])
         typed = self._type_fields()
         if typed is None:
             return None
@@ -212,7 +219,7 @@ class _Writer:
     def _type_fields(self) -> TypeFields | None:
         if self.peft_type is VERA:
             return vera_fields(self.made, self.seed)
-        return adalora_fields(self.made) if self.peft_type is ADALORA else lora_fields(self.made)
+        return adalora_fields(self.made) if self.peft_type is ADALORA else lora_fields(self.made, self.expert)
 
     def _sources(self) -> dict[str, tuple[tuple[int, int], list[Source]]]:
         """For each module its place in the map, and the updates that it is made of."""

@@ -1,0 +1,135 @@
+"""`models.save`: a model as a Hugging Face directory, with the files beside its weights as they were."""
+
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.errors import CheckpointError, ParameterError
+from lora_jax.io.hf.folder import CONFIG, INDEX, SINGLE, dump, open_checkpoint
+from lora_jax.io.hf.tensors import FLOATS, Item, opened, write_file
+from lora_jax.models.load import Model
+from lora_jax.models.tensors import Leaf, decoder_leaves
+from lora_jax.publish import place, publish
+
+SHARD_BYTES = 5_000_000_000
+"""The most bytes of one file, unless one tensor alone is larger: what transformers takes too."""
+
+
+def save(
+    directory: str | PathLike[str], model: Model, params: Mapping[str, Any] | None = None, *, overwrite: bool = False
+) -> None:
+    """Write a directory that transformers loads: the model's config and tokenizer as they were read, and its weights.
+
+    The directory is written beside its place and appears at once and whole. Weights are written one tensor at a time.
+
+    Args:
+      directory: the place.
+      model: as `load` gives it.
+      params: other parameters of the same model, such as merged ones; the model's own by default.
+      overwrite: replace a model that is there. Files that the new one does not have stay.
+
+    Raises:
+      CheckpointError: something is there, or the files beside the weights are no longer where the model was read.
+      ParameterError: the parameters are not those of this model.
+
+    Example:
+      >>> save("merged", model, lora.merge(model.params, adapter))  # doctest: +SKIP
+    """
+    where, base = place(directory), open_checkpoint(model.directory)
+    if where.resolve().is_relative_to(base.path.resolve()):
+        raise CheckpointError(f"{where} is inside of the model that it would be a copy of. Choose another directory.")
+    shards = _shards(list(_items(model, model.params if params is None else params)))
+    config = _config(model.source, shards.values())
+
+    def write(beside: Path) -> None:
+        for file in base.others:
+            target = beside / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with opened(base.path / file) as given, target.open("xb") as copy:
+                shutil.copyfileobj(given, copy)
+        dump(beside / CONFIG, config)
+        _write(beside, shards)
+
+    publish(where, write, replace=(lambda there: _check_replaceable(there, shards)) if overwrite else None)
+
+
+def _check_replaceable(where: Path, new: Collection[str]) -> None:
+    """Let a model be replaced by one with the same files of weights: others would be left beside them."""
+    weights = {file.name for file in where.glob("*.safetensors*")} if where.is_dir() else set()
+    if not weights or not (where / CONFIG).is_file():
+        raise CheckpointError(f"{where} exists and is no model, so it is left alone. Choose another path.")
+    if other := sorted(weights.difference({*new, INDEX} if len(new) > 1 else new)):
+        raise CheckpointError(f"{where} holds {other[0]}, which would stay beside the new model. Choose another path.")
+
+
+def _items(model: Model, params: Mapping[str, Any]) -> Iterator[Item]:
+    """Every tensor to be written; nothing is fetched from its device yet."""
+    layers = params.get(model.config.modules.root, {}).get(model.config.modules.layers, {})
+    leaves = decoder_leaves(model.config, unrolled="0" in layers)
+    _check_known(leaves, params)
+    names = {dtype: name for name, dtype in FLOATS.items()}
+    for leaf in leaves:
+        array = _found(leaf, params)
+        if array.dtype not in names:
+            raise ParameterError(f"{'/'.join(leaf.path)} is {array.dtype}; a directory holds {', '.join(FLOATS)}")
+        size = int(np.prod(leaf.shape, dtype=np.int64)) * array.dtype.itemsize
+        for index, name in leaf.members():
+            yield Item(name, names[array.dtype], leaf.shape, size, _pieces(array, index))
+
+
+def _check_known(leaves: list[Leaf], params: Mapping[str, Any]) -> None:
+    wanted = {leaf.path for leaf in leaves}
+    given = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
+    if unknown := sorted("/".join(path) for path in given - wanted):
+        raise ParameterError(f"{unknown[0]!r} is no parameter of this model, so the directory would not be it")
+
+
+def _found(leaf: Leaf, params: Any) -> Any:
+    path = "/".join(leaf.path)
+    for part in leaf.path:
+        if not isinstance(params, Mapping) or part not in params:
+            raise ParameterError(f"{path!r} is missing from the parameters")
+        params = params[part]
+    if jnp.shape(params) != leaf.whole:
+        raise ParameterError(f"{path!r} has shape {jnp.shape(params)}, and this model's is {leaf.whole}")
+    return params
+
+
+def _pieces(array: Any, index: tuple[int, ...]) -> Iterator[memoryview]:
+    """The bytes of one tensor of a stack."""
+    yield np.ascontiguousarray(np.asarray(array[index] if index else array)).reshape(-1).view(np.uint8).data
+
+
+def _config(source: Mapping[str, Any], shards: Iterable[list[Item]]) -> Mapping[str, Any]:
+    """The config as it was read, but for the dtype where that is another now: transformers would round to it."""
+    dtypes = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    found = {dtypes[item.dtype] for items in shards for item in items}
+    names = [name for name in ("dtype", "torch_dtype") if name in source] or ["dtype"]
+    return source if len(found) > 1 else {**source, **dict.fromkeys(names, found.pop())}
+
+
+def _shards(items: list[Item]) -> dict[str, list[Item]]:
+    """What each file holds."""
+    found: list[list[Item]] = [[]]
+    for item in items:
+        if found[-1] and sum(each.nbytes for each in found[-1]) + item.nbytes > SHARD_BYTES:
+            found.append([])
+        found[-1].append(item)
+    if len(found) == 1:
+        return {SINGLE: found[0]}
+    return {f"model-{1 + place:05}-of-{len(found):05}.safetensors": each for place, each in enumerate(found)}
+
+
+def _write(folder: Path, shards: Mapping[str, list[Item]]) -> None:
+    for name, items in shards.items():
+        write_file(folder / name, {"format": "pt"}, items, lambda count: None)
+    if len(shards) > 1:
+        weights = {item.name: name for name, items in shards.items() for item in items}
+        total = sum(item.nbytes for items in shards.values() for item in items)
+        dump(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))})
