@@ -1,8 +1,11 @@
 """`Batches`: the batch of a step, as a function of examples, seed and step alone."""
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lora_jax.data.errors import DataError
 from lora_jax.data.example import Example, Examples, Pair
@@ -34,6 +37,7 @@ class Batches:
       steps_per_epoch: batches in which every example is once.
       length: tokens of a row.
       fill: share of the places in the rows of an epoch that hold tokens.
+      trained: how many tokens are trained on in each row of an epoch (of a pair in both), the most first.
 
     Raises:
       DataError: an example is longer than the rows, or the rows do not divide among the processes.
@@ -81,6 +85,17 @@ class Batches:
         self.fill = sum(sizes) / (len(self._rows) * self.length)
         self._order = lru_cache(maxsize=2)(self._ordered)
 
+    @cached_property
+    def trained(self) -> NDArray[np.int64]:
+        """How many tokens are trained on in each row of an epoch, the most first."""
+        targets = [sum(int(each.trained.sum()) for each in _texts(item)) for item in self._examples]
+        return np.sort([sum(targets[i] for i in row) for row in self._rows])[::-1]
+
+    def lines(self, step: int) -> tuple[int, ...]:
+        """Numbers of the lines of the file that the examples of a step are from, those of all processes."""
+        found = {each.line for row in self._whole(step) for i in row for each in _texts(self._examples[i])}
+        return tuple(sorted(found))
+
     def _ordered(self, epoch: int) -> list[list[int]]:
         return shuffled(self._rows, self._seed, epoch)
 
@@ -89,13 +104,17 @@ class Batches:
 
     def __getitem__(self, step: int) -> Any:
         """The batch of a step: a `Batch`, a `LabelBatch` or a `PairBatch`, as the examples are."""
-        if step < 0:
-            raise DataError(f"step {step}: steps are numbered from 0")
-        epoch, place = divmod(step, self.steps_per_epoch)
-        rows = self._order(epoch)[place * self._batch : (place + 1) * self._batch]
+        rows = self._whole(step)
         rows = [*rows, *[[]] * (self._batch - len(rows))][self._slice]
         write = {"label": label_rows, "preference": pair_rows}.get(self._examples.kind, text_rows)
         return write([[self._examples[i] for i in row] for row in rows], self.length)
+
+    def _whole(self, step: int) -> list[list[int]]:
+        """The rows of a step that are not empty, of all processes."""
+        if step < 0:
+            raise DataError(f"step {step}: steps are numbered from 0")
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self._order(epoch)[place * self._batch : (place + 1) * self._batch]
 
     def __iter__(self) -> Iterator[Batch | LabelBatch | PairBatch]:
         """The batches of the first epoch."""
@@ -103,4 +122,8 @@ class Batches:
 
 
 def _size(item: Example | Pair) -> int:
-    return max(len(item.chosen), len(item.rejected)) if isinstance(item, Pair) else len(item)
+    return max(map(len, _texts(item)))
+
+
+def _texts(item: Example | Pair) -> tuple[Example, ...]:
+    return (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)

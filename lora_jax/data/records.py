@@ -1,5 +1,6 @@
 """`Record`: a line of a file as one of the kinds that can be trained on, told by its keys."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -17,7 +18,7 @@ KEYS: dict[Kind, tuple[str, ...]] = {
     "label": ("input", "label"),
     "preference": ("prompt", "chosen", "rejected"),
 }
-"""What a line of each kind has. `tools` may stand beside conversations."""
+"""What a line of each kind has. `tools` may stand beside conversations, as a list or as JSON in a text."""
 
 _TALKS = {"prompt", "completion", "chosen", "rejected"}
 _POSSIBLE = "; ".join(" + ".join(keys) for keys in KEYS.values())
@@ -123,12 +124,22 @@ def record(found: Mapping[str, Any], kind: Kind, keys: Mapping[str, str], line: 
     talks = [values[name] for name in KEYS[kind] if name in _TALKS]
     if len({type(each) for each in talks}) > 1:
         raise BadLine("texts and messages", f"{', '.join(KEYS[kind])} are of one type: texts, or lists of messages")
-    tools = found.get(keys.get("tools", "tools"))
-    if tools and kind not in ("text", "label"):
-        if not _objects(tools):
-            raise BadLine("tools are no list of objects", _type(tools))
+    if kind not in ("text", "label") and (tools := _tools(found.get(keys.get("tools", "tools")))):
         values["tools"] = tools
     return Record(values, line)
+
+
+def _tools(given: Any) -> Any:
+    """Tools as a list of objects; tables keep them as JSON in a text."""
+    tools = given
+    if isinstance(given, str):
+        try:
+            tools = json.loads(given or "null")
+        except (ValueError, RecursionError) as error:
+            raise BadLine("tools are not JSON", str(error)) from error
+    if tools is not None and not _objects(tools):
+        raise BadLine("tools are no list of objects", _type(tools))
+    return tools
 
 
 def _check(name: str, column: str, value: Any) -> None:

@@ -46,7 +46,7 @@ def read_tokenizer(directory: str | PathLike[str]) -> Tokenizer | None:
     configs = _json(folder / "generation_config.json"), _json(folder / "config.json")
     backend = _backend(folder, config)
     _add_tokens(backend, config, folder)
-    special = {name: text for name, text in _special(config) if text}
+    special = {name: text for name, text in _special(config, folder) if text}
     for name in _IDS:
         for token in _numbers(f"{name}_id", folder, *configs)[:1]:
             if name not in special and (text := backend.id_to_token(token)) is not None:
@@ -99,12 +99,14 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _special(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _special(config: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
     """Special tokens by name: a text, or an object with it."""
     for name, value in config.items():
         text = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(text, str):
             yield name, text
+        elif name in _IDS and value is not None:
+            raise TokenizerError(f"{folder}: {name} is {value!r}, where a text belongs, or an object with content")
 
 
 def _add_tokens(backend: Any, config: Mapping[str, Any], folder: Path) -> None:

@@ -113,6 +113,15 @@ def test_a_batch_depends_on_its_step_alone_and_epochs_differ() -> None:
     assert not np.array_equal(later[0].tokens, Batches(examples, batch=4, length=LENGTH, seed=4)[0].tokens)
 
 
+def test_steps_name_their_lines_and_rows_are_counted() -> None:
+    examples = texts([5, 6, 16, 2])
+    batches = Batches(examples, batch=2, length=LENGTH, seed=None, process=(1, 2))
+    assert [batches.lines(step) for step in (0, 1, 7)] == [(0, 1, 2, 3), (), ()][:1] * 3
+    assert Batches(examples, batch=1, length=LENGTH, seed=None).lines(3) == (0, 1, 3)
+    whole = Batches(examples, batch=2, length=LENGTH, seed=None)[0]
+    assert batches.trained.tolist() == sorted(whole.trained.sum(1).tolist(), reverse=True)
+
+
 def test_without_a_seed_the_order_is_that_of_the_examples() -> None:
     found = epoch(texts([3, 4, 5]), batch=2, length=LENGTH, seed=None, packed=False)
     firsts = [int(row[0]) for batch in found for row in batch.tokens]
@@ -148,6 +157,11 @@ def test_pairs_stay_together() -> None:
     (batch,) = epoch(Examples("preference", pairs, EncodeCounts("a")), batch=3)
     firsts = zip(batch.chosen.tokens[:, 0].tolist(), batch.rejected.tokens[:, 0].tolist(), strict=True)
     assert sorted(firsts) == [(1, 1), (4, 7), (8, 9)]
+    batches = Batches(Examples("preference", pairs, EncodeCounts("a")), batch=1, seed=None)
+    assert (batches.lines(1), batches.trained.tolist()) == (
+        (1,),
+        sorted((int(p.chosen.trained.sum() + p.rejected.trained.sum()) for p in pairs), reverse=True),
+    )
     assert batch.chosen.tokens.shape == batch.rejected.tokens.shape == (3, 64)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lora_jax.data import DataError, Dataset, Records, read, read_file
 from lora_jax.errors import LoraError
@@ -72,7 +74,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "empty": ({"prompt": "a", "completion": ""}, "'completion' is empty"),
     "mixed": ({"prompt": "a", "completion": CHAT}, "texts and messages"),
     "surrogate": ('{"prompt": "\\ud83d", "completion": "b"}', "half a character"),
-    "tools": ({"prompt": "a", "completion": "b", "tools": "x"}, "tools are no list of objects"),
+    "tools": ({"prompt": "a", "completion": "b", "tools": "x"}, "tools are not JSON"),
+    "tool": ({"prompt": "a", "completion": "b", "tools": {"x": 1}}, "tools are no list of objects"),
 }
 
 
@@ -108,6 +111,12 @@ def test_bad_messages(tmp_path: Path, case: str) -> None:
 def test_content_may_be_parts_of_text_or_nothing_beside_a_call(tmp_path: Path) -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": None}]
     assert reasons(read_file(write(tmp_path, {"messages": parts}))) == {}
+
+
+def test_tools_may_be_json_in_a_text(tmp_path: Path) -> None:
+    lines = [{"messages": CHAT, "tools": tools} for tools in ('[{"name": "f"}]', "", None, [])]
+    found = read_file(write(tmp_path, *lines))
+    assert [record.values.get("tools") for record in found] == [[{"name": "f"}], None, None, None]
 
 
 def test_labels_are_texts_or_whole_numbers(tmp_path: Path) -> None:
@@ -237,6 +246,34 @@ def test_a_text_without_lines_is_cut_at_spaces_or_anywhere(tmp_path: Path) -> No
         pieces = [record.values["text"] for record in read_file(tmp_path / "a.txt")]
         assert len(pieces) > 5
         assert "".join(pieces) == text
+
+
+def objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    keys = st.sampled_from(
+        ["prompt", "completion", "messages", "role", "content", "text", "input", "label", "tools", "x"]
+    )
+    return st.dictionaries(keys, inner, max_size=5)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | objects(inner),
+    max_leaves=8,
+)
+
+
+@given(st.lists(objects(values).map(dumped) | st.binary(max_size=20) | values.map(dumped), max_size=6))
+def test_whatever_is_in_a_file_is_read_or_counted_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, lines: Any
+) -> None:
+    path = write(tmp_path_factory.mktemp("any"), *lines)
+    try:
+        found = read_file(path)
+    except DataError:
+        return
+    counts = found.counts
+    assert counts.read == counts.kept + sum(counts.bad.values())
+    assert counts.kept == len(found) > 0
 
 
 def test_many_lines_are_read_fast(tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "added": ({"tokenizer_config.json": {"added_tokens_decoder": {"x": 1}}}, "added_tokens_decoder"),
     "moved": ({"tokenizer_config.json": {"added_tokens_decoder": {"9": {"content": "</s>"}}}}, "'</s>' is token 9"),
     "unknown": ({"tokenizer_config.json": {"eos_token": "<end>"}}, "eos_token is '<end>', which is not in the vocabul"),
+    "special": ({"tokenizer_config.json": {"eos_token": ["</s>"]}}, r"eos_token is \['</s>'\], where a text belongs"),
     "eos": ({"generation_config.json": {"eos_token_id": "1"}}, "eos_token_id is '1'"),
     "template": ({"tokenizer_config.json": {"chat_template": [1]}}, "chat_template is neither"),
 }
