@@ -97,7 +97,7 @@ REFUSED = {
     "export GOLDEN/lora_bias out --for sglang": "sglang misreads",
     "export GOLDEN/tokens out --for llama.cpp": "embed: it takes factors only",
     "export GOLDEN/conv2 out --for mlx": "it adapts no convolutions",
-    "export GOLDEN/ln_tuning out --for peft": "its LoRA needs a module with factors",
+    "export GOLDEN/ln_tuning out --for vllm": "it is no LoRA, as it has no factors",
     "export GOLDEN/vera out --for vllm": "lora_jax.peft.save(..., uniform=True)",
 }
 

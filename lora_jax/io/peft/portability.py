@@ -13,7 +13,6 @@ from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.keys import WEIGHTS
 from lora_jax.io.peft.read import read_peft
 from lora_jax.io.peft.servers import FEATURES, KNOWN, SERVERS, VLLM_RANKS, Server, Verdict
-from lora_jax.io.peft.without_factors import has_no_factors
 from lora_jax.report.report import Report
 from lora_jax.report.tables import Table
 
@@ -77,9 +76,7 @@ def portability(path: str | PathLike[str], subfolder: str | None = None) -> Port
     files = read_peft(path, subfolder)
     folder = Path(path).expanduser() / (subfolder or "")
     if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
-        # PEFT reads its own types without factors as they are.
-        known = {"peft": Row("peft", *_READS)} if has_no_factors(read_config(folder / CONFIG)) else {}
-        return Portability(tuple(known.get(server) or row(files, server) for server in SERVERS))
+        return Portability(tuple(row(files, server) for server in SERVERS))
     ours = is_mlx_config(str(folder), read_config(folder / CONFIG)) if folder.is_dir() else False
     told = ("these are not the files that it reads, which lora-jax export writes",)
     return Portability(tuple(Row(each, *_READS if ours and each == "mlx" else ("refuses", told)) for each in SERVERS))

@@ -89,9 +89,10 @@ def _read(path: Path, subfolder: str | None, alpha: float | None) -> PeftFiles:
     check_text(config_path)
     config, where = read_config(config_path), str(weights)
     if config is not None and has_no_factors(config):
-        config, arrays = as_lora(where, config, _read_arrays(weights, {})[0])
+        given, metadata = _read_arrays(weights, {})
+        config, arrays = as_lora(where, config, given)
         peft_config.check(str(config_path), config)
-        return _assemble(where, config, arrays, {}, alpha)
+        return replace(_assemble(where, config, arrays, {}, alpha), base=base_in(where, metadata))
     ours = None if is_mlx_config(where, config) else config
     if ours is not None:
         peft_config.check(str(config_path), ours)

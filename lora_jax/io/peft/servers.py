@@ -14,6 +14,7 @@ from lora_jax.io.peft.config import LORA, peft_type_of
 from lora_jax.io.peft.files import PeftFiles, base_tables, full_tensors, token_rows
 from lora_jax.io.peft.module import Module
 from lora_jax.io.peft.uniform import HEADS
+from lora_jax.io.peft.without_factors import as_own_type
 
 Server = Literal["vllm", "sglang", "llama.cpp", "mlx", "peft"]
 Verdict = Literal["reads", "misreads", "refuses"]
@@ -83,7 +84,8 @@ def _rank_above(limit: int) -> Feature:
 
 FEATURES: Mapping[str, Feature] = {
     "type": lambda files: None if peft_type_of(files.config) is LORA else peft_type_of(files.config).label,
-    "empty": lambda files: None if files.modules else "",
+    "own_type": lambda files: None if as_own_type(files) is None else "",
+    "empty": lambda files: None if files.modules or as_own_type(files) else "",
     "dora": _module(lambda module: module.magnitude is not None),
     "dora_table": _module(lambda module: module.magnitude is not None and module.kind == "embedding"),
     "lora_bias": _module(lambda module: module.b_bias is not None),
@@ -106,6 +108,7 @@ _MERGE = "merge it into the base (lora-jax merge)"
 _FACTORS: tuple[Verdict, str] = ("misreads", f"it takes factors only: {_MERGE}")
 _NO_FACTORS: tuple[Verdict, str] = ("refuses", f"it takes factors only: {_MERGE}")
 _PLAIN: tuple[Verdict, str] = ("refuses", "it reads plain LoRA only: lora-jax export, or merge it into the base")
+_OWN_TYPE: tuple[Verdict, str] = ("refuses", f"it is no LoRA, as it has no factors: {_MERGE}")
 _DORA: tuple[Verdict, str] = ("refuses", f"it has no DoRA: {_MERGE}")
 _CONV: tuple[Verdict, str] = ("refuses", f"it adapts no convolutions: {_MERGE}")
 _BIAS: tuple[Verdict, str] = ("refuses", f"it has no bias on B: {_MERGE}")
@@ -114,6 +117,7 @@ _EXPORT = "lora-jax export makes them one"
 
 KNOWN: Mapping[str, Mapping[Server, tuple[Verdict, str]]] = {
     "type": {"vllm": _PLAIN, "sglang": _PLAIN, "llama.cpp": _PLAIN, "mlx": _PLAIN},
+    "own_type": {"vllm": _OWN_TYPE, "sglang": _OWN_TYPE, "llama.cpp": _OWN_TYPE, "mlx": _OWN_TYPE},
     "empty": {"peft": ("refuses", f"its LoRA needs a module with factors, and there is none: {_MERGE}")},
     "dora": {"vllm": _DORA, "sglang": _DORA, "llama.cpp": _DORA},
     "dora_table": {"mlx": ("misreads", f"its DoRA of a table has a magnitude for each row: {_MERGE}")},

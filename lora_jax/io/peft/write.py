@@ -17,6 +17,7 @@ from lora_jax.io.peft.config import CONFIG
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.keys import PREFIX, WEIGHTS, unparse
 from lora_jax.io.peft.rename import check_names
+from lora_jax.io.peft.without_factors import as_own_type
 from lora_jax.publish import place, publish
 
 
@@ -24,7 +25,8 @@ def write_peft(path: str | PathLike[str], files: PeftFiles, *, overwrite: bool =
     """Write a PEFT adapter directory: `adapter_config.json` and `adapter_model.safetensors`.
 
     Both are written beside `path`, read back, and take their place together, so that a write that is cut short changes
-    nothing, and a reader never gets one of each.
+    nothing, and a reader never gets one of each. Rows or modules that are trained in full, without any factors, are
+    written as PEFT's TRAINABLE_TOKENS or LN_TUNING where those can say it, as PEFT loads no LoRA without factors.
 
     Args:
       path: the directory to create.
@@ -49,6 +51,7 @@ def write_peft(path: str | PathLike[str], files: PeftFiles, *, overwrite: bool =
         raise CheckpointError(f"Nothing to write to {where}: the adapter is empty")
     files.check_scales()
     check_names(files)
+    files = as_own_type(files) or files
     arrays, text = _tensors(files), _config(files)
     metadata = {"format": "pt"} | ({BASE: json.dumps(dict(files.base))} if files.base else {})
     write = lambda folder: fill(folder, WEIGHTS, arrays, metadata, text)  # noqa: E731
