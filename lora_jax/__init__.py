@@ -19,6 +19,7 @@ Merging:               `merge`, `absorb`, `merge_report`
 Composing:             `compose`, `compose_report`, `canonical`, `extract`, `extract_report`, `resize`
 Many adapters:         `route`, `routers`, `AdapterBank`, `AdapterCache`
 Analysis:              `analysis`
+Data and tokenizers:   `data`, `text`
 Saving and loading:    `save`, `load`, `load_config`, `peft`, `hub`
 Errors:                `LoraError`, `ConfigError`, `MatchError`, `ParameterError`, `MergeError`, `CheckpointError`,
                        `StorageError`
@@ -33,10 +34,12 @@ from lora_jax import lazy as _lazy
 
 if TYPE_CHECKING:  # What type checkers and editors see; a test holds it equal to the names below.
     from lora_jax import analysis as analysis
+    from lora_jax import data as data
     from lora_jax import methods as methods
     from lora_jax import nnx as nnx
     from lora_jax import optim as optim
     from lora_jax import rules as rules
+    from lora_jax import text as text
     from lora_jax.adapter.adapter import Adapter as Adapter
     from lora_jax.adapter.adapter import scale as scale
     from lora_jax.adapter.adapter import trainable as trainable
@@ -103,6 +106,7 @@ _lazy.face(
         "lora_jax.capture": "Captured capture redistribute",
         "lora_jax.compose": "canonical compose compose_report extract extract_report resize",
         "lora_jax.config.config": "LoraConfig",
+        "lora_jax.data": "",
         "lora_jax.errors": "CheckpointError ConfigError LoraError MatchError MergeError ParameterError StorageError",
         "lora_jax.init": "init initialisers loftq",
         "lora_jax.io.hub": "",
@@ -119,5 +123,6 @@ _lazy.face(
         "lora_jax.optim.frozen": "combine optimizer partition",
         "lora_jax.rules": "",
         "lora_jax.sites": "Explanation explain find_sites",
+        "lora_jax.text": "",
     },
 )

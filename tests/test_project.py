@@ -18,7 +18,6 @@ import pytest
 from packaging.requirements import Requirement
 
 import lora_jax as lora
-from lora_jax import data, text
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_jax"
@@ -26,7 +25,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-FACES = {"lora_jax": lora, "lora_jax.io.peft": lora.peft, "lora_jax.data": data, "lora_jax.text": text}
+FACES = {"lora_jax": lora, "lora_jax.io.peft": lora.peft, "lora_jax.data": lora.data, "lora_jax.text": lora.text}
 """Packages whose names are imported at their first use."""
 
 Graph = dict[str, set[str]]
@@ -148,7 +147,7 @@ def test_functions_are_not_hidden_by_modules_of_their_names() -> None:
 
 
 PUBLIC = [name for name in lora.__all__ if not inspect.ismodule(getattr(lora, name))]
-FAMILIES = (lora.analysis, lora.hub, lora.methods, lora.nnx, lora.optim, lora.peft, lora.routers)
+FAMILIES = (lora.analysis, lora.data, lora.hub, lora.methods, lora.nnx, lora.optim, lora.peft, lora.routers, lora.text)
 NAMED = [(lora, name) for name in PUBLIC]
 NAMED += [(module, name) for module in FAMILIES for name in module.__all__ if callable(getattr(module, name))]
 

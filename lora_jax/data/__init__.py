@@ -18,9 +18,7 @@ if TYPE_CHECKING:  # What type checkers and editors see; a test holds it equal t
     from lora_jax.data.example import Examples as Examples
     from lora_jax.data.example import Options as Options
     from lora_jax.data.example import Pair as Pair
-    from lora_jax.data.pack import fill as fill
     from lora_jax.data.pack import pack as pack
-    from lora_jax.data.pack import shuffled as shuffled
     from lora_jax.data.read import Dataset as Dataset
     from lora_jax.data.read import read as read
     from lora_jax.data.read import read_file as read_file
@@ -40,7 +38,7 @@ _lazy.face(
         "lora_jax.data.encode": "encode",
         "lora_jax.data.errors": "DataError",
         "lora_jax.data.example": "Example Examples Options Pair",
-        "lora_jax.data.pack": "fill pack shuffled",
+        "lora_jax.data.pack": "pack",
         "lora_jax.data.read": "Dataset read read_file",
         "lora_jax.data.records": "Record Records",
         "lora_jax.data.rows": "Batch LabelBatch PairBatch",

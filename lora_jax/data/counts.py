@@ -22,6 +22,16 @@ class ReadCounts(Report):
       kept: lines that are examples.
       bad: how many others there are, by what is wrong with them.
       notes: the first of them, with their numbers.
+
+    Example:
+      >>> ReadCounts("a.jsonl", "text", read=3, kept=2, bad=Counter({"not JSON": 1})).table()
+      ┏━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━┓
+      ┃ lines of a.jsonl (text) ┃ number ┃
+      ┡━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━┩
+      │ read                    │      3 │
+      │ kept                    │      2 │
+      │ left out: not JSON      │      1 │
+      └─────────────────────────┴────────┘
     """
 
     file: str
@@ -64,6 +74,10 @@ class EncodeCounts(Report):
       endless: whole examples whose answer holds no token at which generation stops, so that it would go on.
       dropped: examples that were left out, by reason.
       notes: the first of them, with the numbers of their lines.
+
+    Example:
+      >>> EncodeCounts("a.jsonl", examples=2, tokens=10, trained=4).as_dict()["trained"]
+      4
     """
 
     file: str
@@ -91,11 +105,11 @@ class EncodeCounts(Report):
 
     def table(self) -> Table:
         """A row for each count."""
-        share = f" ({self.trained / self.tokens:.1%})" if self.tokens else ""
+        share = f" ({self.trained / max(self.tokens, 1):.1%})"
         rows = [
             ("examples", f"{self.examples:,}"),
             ("tokens", f"{self.tokens:,}"),
-            ("trained on", f"{self.trained:,}{share}"),
+            *[("trained on", f"{self.trained:,}{share}")] * bool(self.trained),
             ("longest", f"{self.longest:,}"),
             ("truncated", f"{self.truncated:,}"),
             ("tokens cut off", f"{self.cut_off:,}"),

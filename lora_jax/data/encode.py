@@ -40,15 +40,13 @@ def encode(
 
     Example:
       >>> import pathlib, tempfile
-      >>> from tokenizers import Tokenizer as Backend, models, pre_tokenizers
-      >>> from lora_jax.data import read_file
-      >>> backend = Backend(models.WordLevel({"</s>": 0, "one": 1, "two": 2, "and": 3}, unk_token="</s>"))
-      >>> backend.pre_tokenizer = pre_tokenizers.Whitespace()
+      >>> from lora_jax.data import marked, read_file
+      >>> from lora_jax.text import byte_tokenizer
       >>> path = pathlib.Path(tempfile.mkdtemp(), "data.jsonl")
-      >>> _ = path.write_text('{"prompt": "one and ", "completion": "two"}')
-      >>> examples = encode(read_file(path), Tokenizer(backend, {"eos_token": "</s>"}))
-      >>> examples[0].tokens, examples[0].trained
-      (array([1, 3, 2, 0], dtype=int32), array([False, False,  True,  True]))
+      >>> _ = path.write_text('{"prompt": "1 + 1 =", "completion": " 2"}')
+      >>> examples = encode(read_file(path), byte_tokenizer())
+      >>> print(marked(examples[0], byte_tokenizer()))
+      1 + 1 =[ 2<|endoftext|>]
     """
     options = options or Options()
     counts = EncodeCounts(records.file)

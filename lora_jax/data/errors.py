@@ -4,7 +4,16 @@ from lora_jax.errors import LoraError
 
 
 class DataError(LoraError, ValueError):
-    """Data that cannot be trained on; the message names the file, mostly the line, and what to do."""
+    """Data that cannot be trained on; the message names the file, mostly the line, and what to do.
+
+    Example:
+      >>> from lora_jax.data import read
+      >>> try:
+      ...     read("/nowhere.jsonl")
+      ... except DataError as error:
+      ...     print(str(error)[:48])
+      /nowhere.jsonl is nothing, or a link to nothing.
+    """
 
 
 class BadLine(Exception):

@@ -61,6 +61,10 @@ class Example:
       trained: `[time]`, whether a token is a target, which is predicted from those before it; never the first.
       line: where it is from.
       label: the number of its class; -1 if it has none.
+
+    Example:
+      >>> len(Example(np.array([7, 8], np.int32), np.array([False, True]), line=1))
+      2
     """
 
     tokens: NDArray[np.int32]
@@ -79,6 +83,11 @@ class Pair:
     Attributes:
       chosen: the prompt with the better answer.
       rejected: the prompt with the other one.
+
+    Example:
+      >>> better, other = (Example(np.array([7, n], np.int32), np.array([False, True]), 1) for n in (8, 9))
+      >>> Pair(better, other).rejected.tokens
+      array([7, 9], dtype=int32)
     """
 
     chosen: Example
@@ -94,6 +103,11 @@ class Examples(Sequence[Any]):
       items: in the order of the file.
       counts: what became of the examples that were read.
       labels: names of the classes, in the order of their numbers; empty if there are none.
+
+    Example:
+      >>> one = Example(np.array([7, 8], np.int32), np.array([False, True]), 1)
+      >>> len(Examples("text", (one, one), EncodeCounts("a.jsonl")))
+      2
     """
 
     kind: Kind

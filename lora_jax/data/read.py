@@ -27,6 +27,13 @@ class Dataset:
       valid: to evaluate on while training; None if nothing was held out.
       test: from `test.jsonl`; None if there is none.
       sha256: of each file that was read, by its name.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp(), "a.txt")
+      >>> _ = path.write_text("a text")
+      >>> sorted(read(path, held_out=0).sha256)
+      ['a.txt']
     """
 
     train: Records
@@ -113,6 +120,13 @@ def read_file(
 
     Raises:
       DataError: there is no such file, or no example in it; a line is bad, and `strict` is set.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp(), "a.jsonl")
+      >>> _ = path.write_text('{"input": "good", "label": 1}')
+      >>> read_file(path).kind
+      'label'
     """
     file = Path(path).expanduser()
     names = dict(keys or {})

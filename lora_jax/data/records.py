@@ -31,6 +31,10 @@ class Record:
     Attributes:
       values: by the keys of its kind, and `tools` if there are any.
       line: its number in the file, from 1.
+
+    Example:
+      >>> Record({"prompt": "1 + 1 =", "completion": " 2"}, line=7).values["completion"]
+      ' 2'
     """
 
     values: Mapping[str, Any]
@@ -47,6 +51,11 @@ class Records(Sequence[Record]):
       records: in the order of the file.
       counts: what became of its lines.
       plain: whether they are pieces of one plain text, which neither begin nor end there.
+
+    Example:
+      >>> records = Records("a.jsonl", "text", (Record({"text": "one"}, 1),), ReadCounts("a.jsonl"))
+      >>> len(records), records[0].line
+      (1, 1)
     """
 
     file: str

@@ -17,6 +17,10 @@ class Batch(NamedTuple):
       trained: `[rows, time]`, bool: this token is a target, to be predicted from the tokens of its segment before it.
       segments: `[rows, time]`, int32: the number of the example in its row, from 1; 0 where there is none.
       positions: `[rows, time]`, int32: the number of the token in its example, from 0.
+
+    Example:
+      >>> text_rows([[Example(np.array([7, 8], np.int32), np.array([False, True]), 1)]], 4).trained
+      array([[False,  True, False, False]])
     """
 
     tokens: NDArray[np.int32]
@@ -33,6 +37,10 @@ class LabelBatch(NamedTuple):
       segments: `[rows, time]`, int32: 1 for tokens of the text, 0 where there is none.
       positions: `[rows, time]`, int32: the number of the token.
       labels: `[rows]`, int32: the number of the class; -1 for a row that is empty, as the last batch may have.
+
+    Example:
+      >>> label_rows([[Example(np.array([7], np.int32), np.array([False]), 1, label=3)], []], 4).labels
+      array([ 3, -1], dtype=int32)
     """
 
     tokens: NDArray[np.int32]
@@ -47,6 +55,11 @@ class PairBatch(NamedTuple):
     Attributes:
       chosen: the better ones.
       rejected: the others.
+
+    Example:
+      >>> better, other = (Example(np.array([7, n], np.int32), np.array([False, True]), 1) for n in (8, 9))
+      >>> pair_rows([[Pair(better, other)]], 3).rejected.tokens
+      array([[7, 9, 0]], dtype=int32)
     """
 
     chosen: Batch

@@ -36,10 +36,10 @@ def marked(example: Example, tokenizer: Tokenizer, colours: bool = False) -> str
       colours: for a terminal: green and bold instead of brackets.
 
     Example:
-      >>> from tokenizers import Tokenizer as Backend, models
-      >>> backend = Backend(models.WordLevel({"\x1b": 0, "yes": 1}, unk_token="\x1b"))
-      >>> print(marked(Example(np.array([0, 1], np.int32), np.array([False, True]), 1), Tokenizer(backend)))
-      \x1b[ yes]
+      >>> from lora_jax.text import byte_tokenizer
+      >>> tokens = np.array(byte_tokenizer().encode("\x1byes"), np.int32)
+      >>> print(marked(Example(tokens, np.arange(4) > 0, 1), byte_tokenizer()))
+      \x1b[yes]
     """
     begin, end = (_ON, _OFF) if colours else ("[", "]")
     parts = []
@@ -55,9 +55,16 @@ def show(example: Example, tokenizer: Tokenizer) -> None:
     Args:
       example: of `encode`; of a pair, one of both.
       tokenizer: that it was encoded with.
+
+    Example:
+      >>> from lora_jax.text import byte_tokenizer
+      >>> tokens = np.array(byte_tokenizer().encode("1+1=2"), np.int32)
+      >>> show(Example(tokens, np.arange(5) > 3, line=1), byte_tokenizer())
+      Line 1, 5 tokens, of which the 1 in [brackets] is trained on:
+        1+1=[2]
     """
     colours = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
-    count, trained = len(example), int(np.sum(example.trained))
-    how = "in green" if colours else "in [brackets]"
-    print(f"Line {example.line}, {count:,} tokens; the {trained:,} that are trained on are {how}:")
+    count, trained = int(np.sum(example.trained)), "in green" if colours else "in [brackets]"
+    said = f", of which the {count:,} {trained} {'is' if count == 1 else 'are'} trained on" if example.label < 0 else ""
+    print(f"Line {example.line}, {len(example):,} tokens{said}:")
     print("\n".join(f"  {line}".rstrip() for line in marked(example, tokenizer, colours).split("\n")), flush=True)

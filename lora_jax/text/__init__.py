@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lora_jax import lazy as _lazy
 
 if TYPE_CHECKING:  # What type checkers and editors see; a test holds it equal to the names below.
+    from lora_jax.text.byte_tokenizer import byte_tokenizer as byte_tokenizer
     from lora_jax.text.chat import Chat as Chat
     from lora_jax.text.chat import encode_chat as encode_chat
     from lora_jax.text.chat import mark_chat as mark_chat
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # What type checkers and editors see; a test holds it equal t
 _lazy.face(
     __name__,
     {
+        "lora_jax.text.byte_tokenizer": "byte_tokenizer",
         "lora_jax.text.chat": "Chat encode_chat mark_chat",
         "lora_jax.text.errors": "MessagesError TemplateError TokenizerError",
         "lora_jax.text.files": "read_tokenizer",

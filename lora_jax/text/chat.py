@@ -20,6 +20,10 @@ class Chat(NamedTuple):
     Attributes:
       tokens: `[time]`, int32.
       assistant: `[time]`, whether the assistant says this token.
+
+    Example:
+      >>> Chat(np.array([5, 6], np.int32), np.array([False, True])).assistant
+      array([False,  True])
     """
 
     tokens: NDArray[np.int32]
@@ -53,14 +57,14 @@ def encode_chat(
       MessagesError: the template refuses the conversation, or the assistant says nothing in it.
 
     Example:
-      >>> from tokenizers import Tokenizer as Backend, models, pre_tokenizers
-      >>> backend = Backend(models.WordLevel({"user": 0, "assistant": 1, "Hi": 2, "Ho": 3, ":": 4}, unk_token=":"))
-      >>> backend.pre_tokenizer = pre_tokenizers.Whitespace()
-      >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
-      >>> template += "{% if add_generation_prompt %}assistant:{% endif %}"
-      >>> chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-      >>> encode_chat(Tokenizer(backend, template=template), chat)
-      Chat(tokens=array([0, 4, 2, 1, 4, 3], dtype=int32), assistant=array([False, False, False, False, False,  True]))
+      >>> from lora_jax.text import byte_tokenizer
+      >>> template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+      >>> template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+      >>> talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+      >>> tokenizer = byte_tokenizer(template)
+      >>> chat = encode_chat(tokenizer, talk)
+      >>> tokenizer.decode(chat.tokens), tokenizer.decode(chat.tokens[chat.assistant])
+      ('<user>Hi<assistant>Ho', 'Ho')
     """
     text, spans = mark_chat(tokenizer, messages, tools, turns=turns, start=start, now=now)
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
@@ -87,6 +91,12 @@ def mark_chat(
     Raises:
       TemplateError: there is no template, or it does not tell answers from the rest.
       MessagesError: the template refuses the conversation, or the assistant says nothing in it.
+
+    Example:
+      >>> from lora_jax.text import byte_tokenizer
+      >>> template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+      >>> mark_chat(byte_tokenizer(template), [{"role": "assistant", "content": "Ho"}])
+      ('Ho', [(0, 2)])
     """
     talk = _Talk(tokenizer.chat_template(bool(tools)), messages, tools, now or datetime.now())
     asked = _asked(messages, turns, start)

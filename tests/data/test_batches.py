@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_jax.data import Batches, DataError, EncodeCounts, Example, Examples, Pair, fill, pack
+from lora_jax.data import Batches, DataError, EncodeCounts, Example, Examples, Pair, pack
+from lora_jax.data.pack import fill
 
 LENGTH = 16
 lengths = st.lists(st.integers(2, LENGTH), min_size=1, max_size=60)

@@ -95,6 +95,7 @@ def test_classes_are_numbered_by_their_names(tmp_path: Path) -> None:
     lines = [{"input": "the text", "label": label} for label in ("pos", "neg", "pos")]
     found = encoded(tmp_path, lines, its, length=4)
     assert found.labels == ("neg", "pos")
+    assert "trained on" not in repr(found.counts)
     assert [each.label for each in found] == [1, 0, 1]
     assert its.decode(found[0].tokens, skip_special=False) == "<s>the</s>"
     assert (found.counts.truncated, found.counts.cut_off) == (3, 3 * (2 + len(its.encode("the text")) - 4))
@@ -199,12 +200,12 @@ def test_show_marks_what_is_trained_on_and_spells_out_control_bytes(
     example = Example(ids, np.arange(len(ids)) >= len(ids) - 3, 7)
     show(example, its)
     assert capsys.readouterr().out == (
-        f"Line 7, {len(ids)} tokens; the 3 that are trained on are in [brackets]:\n  a\\x1b[2J\n  the[ ü]\n"
+        f"Line 7, {len(ids)} tokens, of which the 3 in [brackets] are trained on:\n  a\\x1b[2J\n  the[ ü]\n"
     )
     monkeypatch.setattr(sys.modules["lora_jax.data.show"], "is_terminal", lambda stream: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     show(example, its)
-    assert "in green:\n  a\\x1b[2J\n  the\x1b[1;32m ü\x1b[0m\n" in capsys.readouterr().out
+    assert "in green are trained on:\n  a\\x1b[2J\n  the\x1b[1;32m ü\x1b[0m\n" in capsys.readouterr().out
 
 
 def test_marks_within_a_character_lose_nothing() -> None:
