@@ -4,6 +4,9 @@
 cli/parse.py      arguments -> a job, or one line on what is wrong with them; what every verb has
 cli/words.py      options of PEFT and mlx-lm, and what they are called here
 cli/finetune.py   the verb `finetune`; every verb is a file with a dataclass of options
+cli/generate.py   `generate`: texts of a model, alone or with adapters
+cli/chat.py       `chat`: a conversation
+cli/evaluate.py   `evaluate`: loss and accuracy of base, adapted and merged
 cli/merge.py      `merge`: PEFT adapters into a Hugging Face checkpoint
 cli/compose.py    `compose`: several adapters into one
 cli/convert.py    `convert`: adapters between Orbax and PEFT

@@ -56,6 +56,9 @@ class Verb(ABC):
 
 VERBS = {
     "finetune": ("finetune", "Adapt a small language model to a text with LoRA."),
+    "generate": ("generate --model DIR --prompt TEXT", "Continue prompts with a model, alone or with adapters."),
+    "chat": ("chat --model DIR", "Talk with a model, alone or with an adapter."),
+    "evaluate": ("evaluate --model DIR --data FILE", "Loss and accuracy of base, adapted and merged on a file."),
     "merge": ("merge BASE ADAPTER [ADAPTER ...] OUT", "Merge PEFT adapters into a Hugging Face checkpoint."),
     "compose": ("compose ADAPTER [ADAPTER ...] --out OUT", "Make one adapter out of several."),
     "convert": ("convert ADAPTER OUT", "Convert an adapter to the other format, lora_jax's own or PEFT's."),

@@ -8,6 +8,8 @@ VERBS = {
     "fuse": "merge", "merge-and-unload": "merge",
     "add-weighted-adapter": "compose", "combine": "compose", "mix": "compose",
     "save": "convert", "serve": "export", "deploy": "export", "show": "inspect", "info": "inspect", "print": "inspect",
+    "complete": "generate", "infer": "generate", "inference": "generate", "sample": "generate", "talk": "chat",
+    "eval": "evaluate", "test": "evaluate", "perplexity": "evaluate", "score": "evaluate",
     "benchmark": "bench", "perf": "bench", "speed": "bench",
 }  # fmt: skip
 
@@ -31,6 +33,9 @@ OPTIONS = {
     "early-stopping-patience": "patience",
     "eval-steps": "eval-every", "save-steps": "checkpoint-every", "gradient-checkpointing": "remat",
     "resume-from-checkpoint": "resume", "overwrite-output-dir": "overwrite", "force": "overwrite",
+    "max-new-tokens": "max-tokens", "n-predict": "max-tokens", "num-predict": "max-tokens", "temp": "temperature",
+    "stop-strings": "stop", "prompt-file": "file", "system-prompt": "system", "base": "model",
+    "per-device-eval-batch-size": "batch", "merged-model": "merged",
     # mlx-lm's lora and fuse.
     "iters": "steps", "max-seq-length": "length", "fine-tune-type": "method", "keys": "targets",
     "num-layers": "targets", "lora-layers": "targets", "steps-per-eval": "eval-every", "save-every": "checkpoint-every",

