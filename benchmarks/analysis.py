@@ -9,28 +9,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 import lora_jax as lora
-from lora_jax.models import Transformer, TransformerConfig
+from lora_jax import models
 from lora_jax.report.tables import show
-from lora_jax.train.data import python_source, split
-from lora_jax.train.pretrain import Recipe, cache_path, load_cached
+from lora_jax.train.texts import python_source, rows_evenly, split
 
 
-def base_of(folder: Path) -> tuple[Transformer, Any, Any]:
-    """The model of a run, its parameters, and text of the kind it was pre-trained on."""
+def base_of(folder: Path) -> tuple[Any, Any]:
+    """The model of a run, and text of the kind it was pre-trained on."""
     config = json.loads((folder / "config.json").read_text())
-    seq_len, steps = config["options"]["training"]["length"], config["options"]["pretrain_steps"]
-    model, source = Transformer(TransformerConfig(**config["model"])), split("Python source", python_source(), seq_len)
-    tokens = jnp.asarray(source.held_out[: 16 * seq_len].reshape(16, seq_len))
-    abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    path = cache_path(model, Recipe(steps=steps, seq_len=seq_len), source)
-    params = load_cached(path, abstract)
-    if params is None:
-        raise SystemExit(f"{path} is gone: run lora-jax finetune again")
-    return model, params, tokens
+    return models.load(config["model"]["name"]), jnp.asarray(rows_evenly(split(python_source())[1], 16, 256))
 
 
 def main() -> None:
@@ -39,10 +29,10 @@ def main() -> None:
     options.add_argument("second", type=Path)
     options.add_argument("--images", type=Path, default=Path("."))
     args = options.parse_args()
-    model, params, tokens = base_of(args.first)
-    one, other = (lora.load(folder / "adapter") for folder in (args.first, args.second))
+    model, tokens = base_of(args.first)
+    params, sites = model.params, lora.find_sites(model.apply, model.params, tokens)
+    one, other = (lora.peft.load(folder / "adapter", params, sites) for folder in (args.first, args.second))
     captured = lora.capture(model.apply, params, [(tokens,)], "inputs")
-    sites = lora.find_sites(model.apply, params, tokens)
     task = "Python source, adapted to English"
     reports = {
         "spectra": (lora.analysis.spectra(one, params), f"Updates of rank 8: {task}"),

@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, median
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import lora_jax as lora
-from lora_jax.models import Transformer, TransformerConfig
-from lora_jax.report.terminal import Progress
-from lora_jax.train.data import Corpus, batch, python_source, python_topics, split, windows
-from lora_jax.train.metrics import cross_entropy, evaluate
-from lora_jax.train.pretrain import Recipe, cache_path, load_cached, pretrain, store
+from lora_jax.train import builtin
+from lora_jax.train.texts import python_topics, rows_at_random, rows_evenly, split
 
 LENGTH, SIZE, EVALUATIONS = 128, 8, 6
 
@@ -58,34 +54,36 @@ class Run(NamedTuple):
 
 def learn(name: str, steps: int, seed: int) -> Run:
     """Train one of `STARTS` on English text."""
-    model, base, sites, corpus = _task()
-    options = STARTS[name]
+    model, (english, end), options = builtin.base(), split(python_topics()), STARTS[name]
+    sites = lora.find_sites(model.apply, model.params, jax.ShapeDtypeStruct((1, LENGTH), jnp.int32))
     config = lora.LoraConfig(**{"alpha": 2 * options["rank"], **options})
-    adapter = lora.init(jax.random.key(seed), config, base, sites)
+    adapter = lora.init(jax.random.key(seed), config, model.params, sites)
     tx = lora.optimizer(_optimizer(name, options, steps), adapter)
-    adapted = jax.jit(lora.adapt(model.apply))
+    adapted = lora.adapt(model.apply)
+
+    def mean_loss(adapter: Any, tokens: Any) -> Any:
+        logits = adapted(model.params, adapter, tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     @jax.jit
     def step(adapter: Any, state: Any, tokens: Any) -> Any:
         def loss(adapter: Any) -> Any:
-            total = cross_entropy(adapted(base, adapter, tokens[:, :-1]), tokens).mean()
+            total = mean_loss(adapter, tokens)
             return total + 0.1 * lora.optim.orthogonality(adapter) if "adalora" in name else total
 
         updates, state = tx.update(jax.grad(loss)(adapter), state, adapter)
         return optax.apply_updates(adapter, updates), state
 
-    state, seconds = tx.init(adapter), []
-    held_out = windows(corpus.held_out, LENGTH, 128)
-    losses = [evaluate(lambda x: adapted(base, adapter, x), held_out).nats]
+    state, seconds, evaluate = tx.init(adapter), [], jax.jit(mean_loss)
+    held_out = jnp.asarray(rows_evenly(end, 128, LENGTH + 1))
+    losses = [float(evaluate(adapter, held_out))]
     for i in range(steps):
         began = time.perf_counter()
-        adapter, state = jax.block_until_ready(
-            step(adapter, state, jnp.asarray(batch(corpus.train, seed, i, SIZE, LENGTH)))
-        )
+        tokens = jnp.asarray(rows_at_random(english, seed, i, SIZE, LENGTH + 1))
+        adapter, state = jax.block_until_ready(step(adapter, state, tokens))
         seconds.append(time.perf_counter() - began)
         if (i + 1) % max(steps // EVALUATIONS, 1) == 0 or i + 1 == steps:
-            trained = adapter
-            losses.append(evaluate(lambda x, trained=trained: adapted(base, trained, x), held_out).nats)
+            losses.append(float(evaluate(adapter, held_out)))
     info = lora.summary(adapter)
     return Run(config.rank, info.trainable, info.nbytes, median(seconds), losses)
 
@@ -101,24 +99,6 @@ def _optimizer(name: str, options: Mapping[str, Any], steps: int) -> optax.Gradi
         target = options["rank"] * 2 // 3
         adamw = lora.optim.adalora(adamw, target_rank=target, total_steps=steps, warmup=steps // 10, final=steps // 3)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
-
-
-def _task() -> tuple[Transformer, Any, Any, Corpus]:
-    """The built-in transformer, pre-trained on Python's sources once and then read from the cache, and English text."""
-    model = Transformer(TransformerConfig())
-    tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.uint8)
-    abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    sites = lora.find_sites(model.apply, abstract, tokens)
-    recipe = Recipe(steps=300, seq_len=LENGTH)
-    source = split("Python's sources", python_source(), LENGTH)
-    path = cache_path(model, recipe, source)
-    base = load_cached(path, abstract)
-    if base is None:
-        with TemporaryDirectory() as folder:
-            report = lambda step: Progress("pre-training", recipe.steps, step)  # noqa: E731
-            base = pretrain(model, sites, source, recipe, Path(folder), report)
-        store(path, base)
-    return model, base, sites, split("Python's topics", python_topics(), LENGTH)
 
 
 def plot(results: Mapping[str, list[Run]], image: Path) -> None:

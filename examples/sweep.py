@@ -7,7 +7,6 @@ lanes, their curves in sweep-out/sweep.png, and the best adapter in sweep-out/ad
 
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 import lora_jax as lora
-from lora_jax.models import Transformer, TransformerConfig
 from lora_jax.report.terminal import Progress
-from lora_jax.train.data import batch, python_source, python_topics, split, windows
-from lora_jax.train.metrics import cross_entropy
-from lora_jax.train.pretrain import Recipe, cache_path, load_cached, pretrain, store
+from lora_jax.train import builtin
+from lora_jax.train.pretrain import Recipe
+from lora_jax.train.texts import python_topics, rows_at_random, rows_evenly, split
 
 LENGTH, SIZE, HELD_OUT = 128, 2, 32
 """Bytes per sequence; sequences per lane and step; sequences to evaluate on."""
@@ -72,22 +70,6 @@ class Course:
         self.stopped[ends] = step
 
 
-def base_model(steps: int) -> tuple[Transformer, Any, lora.Sites]:
-    """The built-in transformer, pre-trained on Python's sources, and its sites."""
-    model, tokens = Transformer(TransformerConfig()), jax.ShapeDtypeStruct((1, LENGTH), jnp.uint8)
-    abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    sites = lora.find_sites(model.apply, abstract, tokens)
-    recipe, source = Recipe(steps=steps, seq_len=LENGTH), split("Python's sources", python_source(), LENGTH)
-    path = cache_path(model, recipe, source)
-    base = load_cached(path, abstract)
-    if base is None:
-        with TemporaryDirectory() as folder:
-            report = lambda start: Progress("pre-training", steps, start)  # noqa: E731
-            base = pretrain(model, sites, source, recipe, Path(folder), report)
-        store(path, base)
-    return model, base, sites
-
-
 def main(
     steps: int = 150,
     eval_every: int = 15,
@@ -111,20 +93,22 @@ def main(
       out: folder for the picture and the best adapter.
     """
     console = Console()
-    model, base, sites = base_model(pretrain_steps)
+    model = builtin.base(Recipe(steps=pretrain_steps))
+    sites = lora.find_sites(model.apply, model.params, jax.ShapeDtypeStruct((1, LENGTH), jnp.int32))
     lanes = [Lane(rate, seed) for rate in learning_rates for seed in seeds]
     config = lora.LoraConfig(rank=rank)
-    adapters = lora.Adapter.stack([lora.init(jax.random.key(lane.seed), config, base, sites) for lane in lanes])
+    adapters = lora.Adapter.stack([lora.init(jax.random.key(lane.seed), config, model.params, sites) for lane in lanes])
     adapted = lora.adapt(model.apply)
 
     def loss_fn(adapter: lora.Adapter, tokens: jax.Array) -> jax.Array:
-        return cross_entropy(adapted(base, adapter, tokens[:, :-1]), tokens).mean()
+        logits = adapted(model.params, adapter, tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     course, reporter = Course(len(lanes), patience), Progress(f"training {len(lanes)} adapters", steps)
     with reporter.shown():
         adapters = train(loss_fn, adapters, lanes, steps, eval_every, course, reporter)
     out.mkdir(parents=True, exist_ok=True)
-    lora.save(out / "adapter", adapters.unstack()[course.best], params=base, overwrite=True)
+    lora.save(out / "adapter", adapters.unstack()[course.best], params=model.params, overwrite=True)
     plot(lanes, course, out / "sweep.png")
     console.print(table(lanes, course))
     console.print(f"The best adapter is in {out / 'adapter'}, the curves are in {out / 'sweep.png'}.")
@@ -141,13 +125,13 @@ def train(
     reporter: Progress,
 ) -> lora.Adapter:
     """Train a stack of adapters until the last step, or until no lane goes on."""
-    corpus = split("Python's topics", python_topics(), LENGTH)
-    held_out = jnp.asarray(windows(corpus.held_out, LENGTH, HELD_OUT))
+    english, end = split(python_topics())
+    held_out = jnp.asarray(rows_evenly(end, HELD_OUT, LENGTH))
     evaluate = jax.jit(jax.vmap(loss_fn, in_axes=(0, None)))
     step, state = training_step(loss_fn, adapters, lanes, steps)
     course.add(0, np.asarray(evaluate(adapters, held_out)))
     for done in range(1, steps + 1):
-        tokens = np.stack([batch(corpus.train, lane.seed, done, SIZE, LENGTH) for lane in lanes])
+        tokens = np.stack([rows_at_random(english, lane.seed, done, SIZE, LENGTH) for lane in lanes])
         adapters, state = step(adapters, state, tokens, course.active)
         if done % eval_every == 0 or done == steps:
             course.add(done, np.asarray(evaluate(adapters, held_out)))

@@ -1,12 +1,13 @@
 """From arguments to a job, or one line on what is wrong with them; and what every verb has."""
 
 import io
+import os
 import re
 import shutil
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -55,7 +56,7 @@ class Verb(ABC):
 
 
 VERBS = {
-    "finetune": ("finetune", "Adapt a small language model to a text with LoRA."),
+    "finetune": ("finetune", "Adapt a language model to your data with LoRA."),
     "generate": ("generate --model DIR --prompt TEXT", "Continue prompts with a model, alone or with adapters."),
     "chat": ("chat --model DIR", "Talk with a model, alone or with an adapter."),
     "evaluate": ("evaluate --model DIR --data FILE", "Loss and accuracy of base, adapted and merged on a file."),
@@ -177,11 +178,24 @@ def _tyro(kind: type[Verb], name: str, args: Sequence[str], **options: Any) -> A
 def _verb_help(name: str, kind: type[Verb]) -> str:
     """tyro's help as it is in a pipe, without its usage, its rules and what need not be said."""
     shown = io.StringIO()
-    with redirect_stdout(shown), suppress(SystemExit):
+    with redirect_stdout(shown), suppress(SystemExit), _narrow():
         _tyro(kind, name, ["--help"])
     lines = [re.sub(r"^ (\S.*)", r"\1:", line.rstrip()) for line in _shortened(shown.getvalue()).splitlines()[1:]]
     kept = [line for line in lines if not line or line.strip(" -:")]
     return "\n".join(_filled([f"usage: lora-jax {VERBS[name][0]} [OPTIONS]", *kept, "", _CODES]))
+
+
+@contextmanager
+def _narrow() -> Iterator[None]:
+    """A terminal on which tyro puts options below each other; beside each other they are wider than it."""
+    former = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(min(shutil.get_terminal_size().columns, _WIDTH))
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if former is not None:
+            os.environ["COLUMNS"] = former
 
 
 def _filled(lines: Sequence[str]) -> Iterator[str]:

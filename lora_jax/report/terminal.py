@@ -27,6 +27,7 @@ class Terminal:
 
     Args:
       as_json: say nothing but one JSON object at the end.
+      silent: say nothing at all, as a process of several that is not the first.
 
     Example:
       >>> terminal = Terminal()
@@ -37,8 +38,8 @@ class Terminal:
       head    16
     """
 
-    def __init__(self, as_json: bool = False):
-        self.as_json, self._shown = as_json, False
+    def __init__(self, as_json: bool = False, silent: bool = False):
+        self.as_json, self._silent, self._shown = as_json or silent, silent, False
 
     def say(self, text: str) -> None:
         """Print a line as it is: no markup, no wrapping, control bytes spelled out."""
@@ -74,7 +75,7 @@ class Terminal:
 
     def result(self, values: Mapping[str, Any]) -> None:
         """Print what `--json` prints; what no terminal shows is spelled out, C1 control bytes included."""
-        if self.as_json:
+        if self.as_json and not self._silent:
             text = json.dumps(plain_value(values), indent=1, ensure_ascii=False)
             print(
                 "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text),

@@ -9,20 +9,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jax import process_index
+
 from lora_jax.errors import LoraError
 from lora_jax.publish import discard, publish_file
 from lora_jax.train.lock import holder, locked
 
-_FIELDS = {"options": "model", "model": "layers", "lora": "rank", "text": "sha256", "versions": "jax"}
+_FIELDS = {"options": "model", "model": "sha256", "lora": "rank", "data": "", "versions": "jax"}
 """What the config of a run holds, and what each of that holds at least."""
 _LONGEST = 1 << 20
 """Bytes of a config that are read."""
 _ARRAYS = r"(_\w+|d|array_metadatas|manifest\.ocdbt|ocdbt\.process_\d+)(/.*)?"
 _ORBAX = rf"(_CHECKPOINT_METADATA|commit_success\.txt|orbax\.checkpoint|manifest\.json|(state|pytree)(/{_ARRAYS})?)"
 """What is in a directory that Orbax wrote, and its manifest."""
+_PEFT = r"(adapter_config\.json|adapter_model\.safetensors|README\.md)"
+_MODEL = r"[^/]+\.(json|safetensors|jinja|model|txt)"
 _WRITTEN = re.compile(
-    rf"config\.json|metrics\.jsonl|loss\.png|run\.lock|adapter(/{_ORBAX})?"
-    rf"|state(/(pretrain|finetune)(/\d+(\.orbax-checkpoint-tmp[^/]*)?(/{_ORBAX})?)?)?|(.*/)?\.[^/]+\.partial(/.*)?",
+    rf"config\.json|metrics\.jsonl|loss\.png|run\.lock|(adapter|best)(/{_PEFT})?|merged(/{_MODEL})?"
+    rf"|tensorboard(/events\.[^/]+)?|state(/(pretrain|finetune)(/(best|\d+)(\.orbax-checkpoint-tmp[^/]*)?(/{_ORBAX})?)?)?"
+    r"|(.*/)?\.[^/]+\.partial(/.*)?",
     re.DOTALL,
 )
 """All that a run writes."""
@@ -45,10 +50,14 @@ class Folder:
     def __init__(self, path: Path):
         self.path = path
         self.adapter = path / "adapter"
+        self.best = path / "best"
+        self.merged = path / "merged"
+        self.board = path / "tensorboard"
         self.metrics = path / "metrics.jsonl"
         self.image = path / "loss.png"
         self.config = path / "config.json"
         self.state = path / "state"
+        self.states = self.state / "finetune"
         self._lock = path / "run.lock"
 
     @property
@@ -84,10 +93,11 @@ class Folder:
 
     def _check_written(self, overwrite: bool) -> None:
         """Refuse links, which lead out of the folder, and what is no run's where a run's files are to be removed."""
-        for root in (self.config, self.metrics, self.image, self.adapter, self.state):
+        folders = (self.adapter, self.best, self.merged, self.board, self.state)
+        for root in (self.config, self.metrics, self.image, *folders):
             for path in _below(root):
                 name = path.relative_to(self.path).as_posix()
-                if reason := _unusual(path, directory=root in (self.adapter, self.state) if path == root else None):
+                if reason := _unusual(path, directory=root in folders if path == root else None):
                     raise self._foreign(f"{name} {reason}")
                 if (overwrite or root == self.state) and not _WRITTEN.fullmatch(name):
                     raise FolderError(f"{self.path} holds {name}, which no run wrote: move it, or choose another --out")
@@ -114,6 +124,9 @@ class Folder:
         Raises:
           FolderError: another run is going on in it, or `check` refuses it.
         """
+        if process_index():  # The first process holds it for all of a program.
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self._lock) as other:
             if other is not None:
@@ -146,7 +159,7 @@ class Folder:
         The former config is there until the new one takes its place, and no state without its metrics: what is left
         when this is cut short is a run that may be replaced or resumed.
         """
-        for path in (self.adapter, self.state, self.image, self.metrics):
+        for path in (self.adapter, self.best, self.merged, self.board, self.state, self.image, self.metrics):
             discard(path)
         publish_file(self.config, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -188,4 +201,4 @@ def _unusual(path: Path, directory: bool | None = False) -> str | None:
 
 
 def _holds(value: Any, key: str) -> bool:
-    return isinstance(value, dict) and key in value
+    return isinstance(value, dict) and (not key or key in value)

@@ -1,30 +1,38 @@
-"""The job behind `lora-jax finetune`: pre-train, freeze, adapt, evaluate, save, load, merge, verify, sample."""
+"""The job behind `lora-jax finetune`: start an adapter, train it, evaluate, save, check, and merge."""
 
-import re
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lora
-from lora_jax.errors import LoraError
-from lora_jax.models import Transformer, TransformerConfig, generate
+from lora_jax.errors import CheckpointError
+from lora_jax.io.hf.merge import merge_checkpoint
+from lora_jax.processes import written_by_the_first
+from lora_jax.publish import discard, publish_file
+from lora_jax.report.tables import Table
 from lora_jax.report.terminal import Progress, Terminal
-from lora_jax.train.data import Bytes, Corpus, windows
-from lora_jax.train.finetune import EVALUATED, finetune
+from lora_jax.train import builtin, start
+from lora_jax.train.best import Best
+from lora_jax.train.card import card
+from lora_jax.train.finetune import Trainer
 from lora_jax.train.folder import Folder
 from lora_jax.train.loop import TrainingError
-from lora_jax.train.metrics import evaluate, losses_table, plot_loss
+from lora_jax.train.material import Material
+from lora_jax.train.metrics import plot_loss
 from lora_jax.train.options import TrainingOptions
-from lora_jax.train.pretrain import Recipe, cache_path, load_cached, pretrain, store
+from lora_jax.train.pretrain import Recipe, pretrain
 from lora_jax.train.stop import deferred
+from lora_jax.train.tasks import Task
+from lora_jax.train.texts import python_source
 
-_PROMPT, _SAMPLE, _TEMPERATURE = 48, 200, 0.7
-_TOLERANCE = 1e-4
+_TOLERANCE, _ROUNDED = 1e-4, 5e-2
+"""By how much losses may differ of an adapter that was saved, and of one merged into a base of 16 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +40,34 @@ class Plan:
     """What is to be done.
 
     Attributes:
-      shape: the base model.
-      recipe: how it is pre-trained.
-      config: the adapter.
+      model: the base.
+      task: what is trained.
+      material: the data, encoded.
+      config: of the adapter.
       training: how it is trained.
-      source: the text the base is pre-trained on.
-      target: the text it is adapted to.
+      init_batches: how many batches an initialiser sees that starts from data.
+      source: an adapter on disk to start from, or None.
+      mesh: of the devices, or None.
+      merge: whether to write the merged model too.
+      tensorboard: whether to write TensorBoard's files.
       record: all this as JSON, for people and for resuming.
+      unmade: how the built-in model is pre-trained, if that has to be done first; `model` is it before.
+      load: reads a model.
     """
 
-    shape: TransformerConfig
-    recipe: Recipe
+    model: Any
+    task: Task
+    material: Material
     config: lora.LoraConfig
     training: TrainingOptions
-    source: Corpus
-    target: Corpus
+    init_batches: int
+    source: Path | None
+    mesh: Any
+    merge: bool
+    tensorboard: bool
     record: dict[str, Any]
+    unmade: Recipe | None
+    load: Callable[[Path], Any]
 
 
 class FinetuneJob:
@@ -63,6 +83,7 @@ class FinetuneJob:
 
     Raises:
       MatchError: the adapter's config selects nothing.
+      LoraError: something else that is asked for cannot be done.
     """
 
     def __init__(self, plan: Plan, folder: Folder, *, resumed: bool, overwrite: bool, resume: str, terminal: Terminal):
@@ -70,15 +91,23 @@ class FinetuneJob:
         self._plan, self._folder, self._resumed, self._overwrite = plan, folder, resumed, overwrite
         self._terminal = terminal
         self._result: dict[str, Any] = {"out": folder.path}
-        self._model = Transformer(plan.shape)
-        self._plain, self._adapted = jax.jit(self._model.apply), jax.jit(lora.adapt(self._model.apply))
-        tokens = jax.ShapeDtypeStruct((1, plan.training.length), jnp.uint8)
-        self._abstract = jax.eval_shape(self._model.init, jax.random.key(0), tokens)
-        self._sites = lora.find_sites(self._model.apply, self._abstract, tokens)
+        model = plan.model
+        tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
+        shown = (tokens, tokens) if plan.material.task == "classify" else (tokens,)
+        self._sites = lora.find_sites(model.apply, model.params, *shown)
         self._init_key, self._step_key = jax.random.split(jax.random.key(plan.training.seed))
-        self._start = jax.jit(lambda key, base: lora.init(key, plan.config, base, self._sites))
-        # What selects nothing is refused here, and so is an optimizer that there is not.
-        adapter = jax.eval_shape(self._start, self._init_key, self._abstract)
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse here what selects nothing, an optimizer that there is not, and an adapter that does not fit."""
+        plan = self._plan
+        if plan.source is not None:
+            adapter: Any = start.read(plan.source, plan.model.params, self._sites)
+        else:
+            # What starts from data selects the same as what does not.
+            config = replace(plan.config, init="default") if start.needed(plan.config) else plan.config
+            draw = partial(lora.init, config=config, sites=self._sites)
+            adapter = jax.eval_shape(lambda key, params: draw(key, params=params), self._init_key, plan.model.params)
         jax.eval_shape(plan.training.how.transformation(adapter).init, adapter)
 
     def run(self) -> None:
@@ -87,7 +116,7 @@ class FinetuneJob:
         Raises:
           FolderError: another run is going on in the folder, or has changed it since it was checked.
           Interrupted: Ctrl-C was pressed or SIGTERM came; the state is on disk.
-          TrainingError: a loss is not finite, or the merged model is not the adapted one.
+          TrainingError: a loss is not finite, or the saved adapter is not the trained one.
         """
         began = time.monotonic()
         with self._folder.claimed(resume=self._resumed, overwrite=self._overwrite):
@@ -103,105 +132,150 @@ class FinetuneJob:
     def _run(self) -> None:
         if not self._resumed:
             with deferred():
-                self._folder.start(self._plan.record)
-        base = self._base()
-        adapter = self._finetune(base)
-        self._compare(base, adapter)
+                self._once(lambda: self._folder.start(self._plan.record))
+        if self._plan.unmade is not None:
+            self._plan = replace(self._plan, model=self._pretrained(self._plan.unmade))
+        self._plan.material.tell(self._terminal)
+        trainer = self._trainer()
+        adapter, best, found = trainer.train(self._start())
+        losses = self._compare(trainer, adapter)
         with deferred():
-            self._save(base, adapter)
-        self._sample(base, self._verify(base))
-        with deferred():
-            self._folder.finish()
+            self._save(adapter, best, found, losses)
+            self._verify(trainer, losses)
+            if self._plan.merge:
+                self._merge(trainer, losses)
+            self._once(self._folder.finish)
+        self._next()
 
-    def _base(self) -> Any:
-        plan, say = self._plan, self._terminal.say
-        size = sum(leaf.size for leaf in jax.tree.leaves(self._abstract))
-        self._title(f"Base model: {plan.shape.layers} layers of width {plan.shape.width}, {size:,} parameters")
-        path = cache_path(self._model, plan.recipe, plan.source)
-        if (cached := load_cached(path, self._abstract)) is not None:
-            say(f"Pre-trained on {plan.source.name} by an earlier run; read from {path}")
-            return cached
-        say(f"Pre-training on {plan.source.name}: {plan.source.train.size:,} bytes")
-        report, states = partial(Progress, "pre-training", plan.recipe.steps), self._folder.state / "pretrain"
-        base = pretrain(self._model, self._sites, plan.source, plan.recipe, states, report, say)
+    def _pretrained(self, recipe: Recipe) -> Any:
+        """The built-in model, made now and kept for the next run."""
+        text, say = python_source(), self._terminal.say
+        self._terminal.title(
+            f"The built-in model is pre-trained on the source of Python's library: {len(text):,} bytes"
+        )
+        states, blank = self._folder.state / "pretrain", builtin.blank()
+        params = pretrain(blank, text, recipe, states, partial(Progress, "pre-training", recipe.steps), say)
         try:
-            store(path, base)
-            say(f"Kept for the next run in {path}")
-        except LoraError as error:
+            path = builtin.keep(recipe, params)
+        except CheckpointError as error:
             say(f"Not kept for the next run: {error}")
-        return base
+            return replace(self._plan.model, params=params)
+        say(f"Kept for the next run in {path}")
+        return self._plan.load(path)
 
-    def _finetune(self, base: Any) -> lora.Adapter:
+    def _trainer(self) -> Trainer:
         plan, folder = self._plan, self._folder
-        fresh = self._start(self._init_key, base)
-        self._title(f"Adapter: {plan.config.method} of rank {plan.config.rank}; the base stays frozen")
-        summary = lora.summary(fresh, self._abstract)
-        self._terminal.show(summary)
-        self._result["adapter"] = summary.as_dict()
-        self._title(f"Fine-tuning on {plan.target.name}: {plan.target.train.size:,} bytes")
-        return finetune(
-            self._adapted,
-            base,
-            fresh,
-            plan.target,
-            plan.training,
-            self._step_key,
-            folder.state / "finetune",
-            folder.metrics,
-            partial(Progress, "fine-tuning", plan.training.steps),
-            self._terminal.say,
+        return Trainer(
+            task=plan.task,
+            base=plan.model.params,
+            batches=plan.material.batches,
+            named=plan.material.named,
+            held_out=plan.material.held_out,
+            options=plan.training,
+            key=self._step_key,
+            mesh=plan.mesh,
+            states=folder.states,
+            metrics=folder.metrics,
+            board=folder.board if plan.tensorboard else None,
+            report=partial(Progress, "fine-tuning", plan.training.steps),
+            say=self._terminal.say,
         )
 
-    def _compare(self, base: Any, adapter: lora.Adapter) -> None:
-        plain, adapted = partial(self._plain, base), partial(self._adapted, base, adapter)
-        texts = {text.name: self._held_out(text) for text in (self._plan.source, self._plan.target)}
-        losses = {name: (evaluate(plain, text), evaluate(adapted, text)) for name, text in texts.items()}
-        self._title("Loss on held-out text")
-        self._terminal.show(losses_table(losses))
-        self._result["losses"] = {name: {"base": base, "adapted": adapted} for name, (base, adapted) in losses.items()}
+    def _start(self) -> lora.Adapter:
+        """The adapter before the first step."""
+        plan = self._plan
+        if plan.source is not None:
+            adapter, how = start.read(plan.source, plan.model.params, self._sites), f"from {plan.source}"
+        else:
+            adapter, how = self._fresh(), f"{plan.config.method} of rank {plan.config.rank}"
+        start.check_exportable(adapter, self._sites, plan.model.params)
+        self._terminal.title(f"Adapter: {how}; the base stays frozen")
+        summary = lora.summary(adapter, plan.model.params)
+        self._terminal.show(summary)
+        self._result["adapter"] = summary.as_dict()
+        self._terminal.title(f"Fine-tuning on {plan.material.name}")
+        return adapter
 
-    def _save(self, base: Any, adapter: lora.Adapter) -> None:
+    def _fresh(self) -> lora.Adapter:
+        plan, captured = self._plan, None
+        if what := start.needed(plan.config):
+            batches = map(plan.material.batches, range(plan.init_batches))
+            captured = start.captured_from(plan.task.plain, plan.config, plan.model.params, batches, what)
+        return start.fresh(self._init_key, plan.config, plan.model.params, self._sites, captured)
+
+    def _compare(self, trainer: Trainer, adapter: lora.Adapter) -> dict[str, dict[str, float]]:
+        """Means over the held-out data, or over the first batches where nothing is held out."""
+        if not trainer.held_out:
+            return {}
+        scores = {"base": trainer.evaluate(None), "adapted": trainer.evaluate(adapter)}
+        self._terminal.title("On held-out data")
+        rows = [(name, f"{each['loss']:.4f}", f"{each['accuracy']:.1%}") for name, each in scores.items()]
+        self._terminal.show(Table(("model", "loss", "right"), rows))
+        self._result["losses"] = scores
+        return scores
+
+    def _save(self, adapter: lora.Adapter, best: Any, found: Best, losses: dict[str, dict[str, float]]) -> None:
         plan, folder = self._plan, self._folder
-        lora.save(folder.adapter, adapter, config=plan.config, params=base, overwrite=True)
-        plot_loss(folder.metrics, folder.image, f"LoRA of rank {plan.config.rank} on {plan.target.name}")
-        self._title(f"Files in {folder.path}")
-        written = {folder.adapter: "the adapter", folder.metrics: "losses", folder.image: "the loss curve"}
+        kept = {folder.adapter: adapter, **({} if best is None else {folder.best: best})}
+        means = {f"{name} on held-out data": each["loss"] for name, each in losses.items()}
+        for where, each in kept.items():
+            self._write(where, each, card(plan.record, means))
+        title = f"LoRA of rank {plan.config.rank} on {plan.material.name}"
+        self._once(lambda: plot_loss(folder.metrics, folder.image, title))
+        self._terminal.title(f"Files in {folder.path}")
+        written = {
+            folder.adapter: "the adapter, in PEFT's format",
+            folder.metrics: "losses",
+            folder.image: "their curve",
+        }
+        if best is not None:
+            written[folder.best] = f"the adapter of step {found.step}, the best on held-out data"
         for path, what in {**written, folder.config: "every option, resolved"}.items():
             self._terminal.say(f"{path}: {what}")
 
-    def _verify(self, base: Any) -> Any:
-        """Load the adapter, merge it, and compare the merged model with the adapted one."""
-        loaded = lora.load(self._folder.adapter, base)
-        merged = lora.merge(base, loaded)
-        tokens = self._held_out(self._plan.target)[:16, :-1]
-        adapted = np.asarray(self._adapted(base, loaded, tokens))
-        difference = float(np.abs(self._plain(merged, tokens) - adapted).max())
-        bound = _TOLERANCE * float(np.abs(adapted).max())
-        if not difference <= bound:
-            raise TrainingError(
-                f"merged and adapted logits differ by {difference:.2e}, more than {bound:.2e}: do not merge"
-            )
-        self._title("Adapter loaded from disk and merged into the base")
-        self._terminal.say(f"Logits of merged and adapted model agree: largest difference {difference:.1e}")
-        self._result["difference"] = difference
-        return merged
+    def _write(self, where: Path, adapter: lora.Adapter, text: str) -> None:
+        name = self._plan.record["model"]["name"]
+        lora.peft.save(where, adapter, sites=self._sites, params=self._plan.model.params, base_model=name,
+                       task_type=self._plan.material.peft_task, overwrite=True)  # fmt: skip
+        self._once(lambda: publish_file(where / "README.md", text.encode()))
 
-    def _sample(self, base: Any, merged: Any) -> None:
-        text = self._plan.target.held_out.tobytes()
-        prose = re.search(rb"\n\n(?=[A-Z].{%d})" % _PROMPT, text)
-        start = prose.end() if prose else 0
-        prompt = text[start : start + _PROMPT]
-        tokens = jnp.frombuffer(prompt, jnp.uint8)[None]
-        self._title("Samples, from a held-out beginning")
-        for title, variables in {"base": base, "adapted": merged}.items():
-            sample = generate(variables, self._model, tokens, _SAMPLE, temperature=_TEMPERATURE, key=self._step_key)
-            # Decoded as one text, so that a character cut in two at the seam stays whole.
-            written = (prompt + np.asarray(sample[0]).tobytes()).decode(errors="replace")
-            self._terminal.quote(title, written)
-            self._result.setdefault("samples", {})[title] = written
+    def _verify(self, trainer: Trainer, losses: dict[str, dict[str, float]]) -> None:
+        """Load the adapter again, and compare its loss with the trained one's."""
+        loaded = lora.peft.load(self._folder.adapter, self._plan.model.params, self._sites)
+        if losses:
+            self._agree(trainer.evaluate(loaded), losses, "loaded from disk")
 
-    def _held_out(self, text: Corpus) -> Bytes:
-        return windows(text.held_out, self._plan.training.length, EVALUATED)
+    def _merge(self, trainer: Trainer, losses: dict[str, dict[str, float]]) -> None:
+        """Write the merged model, and compare its loss with the adapted one's."""
+        folder, model = self._folder, self._plan.model
+        self._once(lambda: discard(folder.merged))
+        self._once(lambda: merge_checkpoint(model.directory, folder.adapter, folder.merged))
+        self._terminal.say(f"{folder.merged}: the merged model")
+        if losses:
+            merged = self._plan.load(folder.merged)
+            narrow = min(leaf.dtype.itemsize for leaf in jax.tree.leaves(merged.params)) < 4
+            found = replace(trainer, base=merged.params).evaluate(None)
+            self._agree(found, losses, "merged into the base", _ROUNDED if narrow else _TOLERANCE)
 
-    def _title(self, title: str) -> None:
-        self._terminal.title(title)
+    def _agree(
+        self, found: dict[str, float], losses: dict[str, dict[str, float]], what: str, tolerance: float = _TOLERANCE
+    ) -> None:
+        usual, loss = losses["adapted"]["loss"], found["loss"]
+        difference = abs(loss - usual)
+        if not difference <= tolerance * max(1.0, usual):
+            raise TrainingError(f"the adapter {what} has a loss of {loss:.6f}, not {usual:.6f}")
+        self._terminal.say(f"Adapter {what}: the loss differs by {difference:.1e}")
+        self._result.setdefault("differences", {})[what] = difference
+
+    def _once(self, write: Any) -> None:
+        """Write in one process, and let the others wait for it."""
+        written_by_the_first(self._folder.path, write)
+
+    def _next(self) -> None:
+        """What to do with it now."""
+        base, adapter = self._plan.record["model"]["name"], self._folder.adapter
+        self._terminal.title("Next")
+        self._terminal.say(f"lora-jax generate --model {base} --adapter {adapter} --prompt TEXT")
+        if not self._plan.merge:
+            self._terminal.say(f"lora-jax merge {base} {adapter} {self._folder.merged}")
+        self._terminal.say(f"lora-jax export {adapter} {self._folder.path / 'served'} --for vllm")

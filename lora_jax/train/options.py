@@ -4,9 +4,12 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from lora_jax.config.config import LoraConfig
+from lora_jax.data.example import TrainOn, Turns
+from lora_jax.data.records import Kind
 from lora_jax.errors import LoraError
 from lora_jax.paths import ALL_LINEAR
 from lora_jax.train.loop import Schedule
@@ -24,7 +27,7 @@ class AdapterOptions:
     rank: int = 8
     """Rank of the low-rank updates."""
     alpha: float | None = None
-    """The updates are scaled by alpha / rank; 2 * rank by default."""
+    """The scale is alpha / rank; 2 * rank by default."""
     targets: tuple[str, ...] = (ALL_LINEAR,)
     """Names of what to adapt, such as `q_proj v_proj`, or one regex of whole paths; all-linear is every linear layer
     but the output head."""
@@ -192,6 +195,67 @@ class TrainingOptions:
             rate_pattern=_pairs("rate_pattern", self.rate_pattern, float),
             target_rank=self.target_rank,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How data are read."""
+
+    keys: tuple[str, ...] = ()
+    """What the file calls its keys, such as `prompt=question completion=answer`."""
+    kind: Kind | None = None
+    """What its lines are, where their keys leave it open."""
+    strict: bool = False
+    """Stop at a bad line, and at an example that has to be left out; otherwise they are counted and told."""
+    held_out: float = 0.05
+    """Share of the examples, or their number, to evaluate on, where there is no valid.jsonl; 0 for none."""
+    train_on: TrainOn = "answers"
+    """Train on answers only, or on everything."""
+    turns: Turns = "all"
+    """Train on all that the assistant says, or only on what it says last."""
+    template: Literal["auto", "yes", "no"] = "auto"
+    """Whether prompts and completions are written by the chat template; auto does so where the model has one."""
+    date: str | None = None
+    """The day for chat templates that write it, such as 2026-01-31; by default the one on which the run begins."""
+
+    def check(self) -> None:
+        """Refuse what is out of range.
+
+        Raises:
+          OptionError: something is.
+        """
+        require("held_out", self.held_out, least=0)
+        try:
+            _ = self.now, self.renamed
+        except OptionError:
+            raise
+        except ValueError:
+            raise OptionError(f"--date must be a day such as 2026-01-31, not {self.date!r}") from None
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """What the file calls its keys, by what they are called here.
+
+        Raises:
+          OptionError: one is spelled as none can be.
+        """
+        found = {}
+        for each in self.keys:
+            name, mark, column = each.partition("=")
+            if not (name and mark and column):
+                raise OptionError(f"--keys takes KEY=NAME, such as prompt=question, not {each!r}")
+            found[name] = column
+        return found
+
+    @property
+    def in_template(self) -> bool | None:
+        """`template` as `lora_jax.data` takes it."""
+        return {"auto": None, "yes": True, "no": False}[self.template]
+
+    @property
+    def now(self) -> datetime:
+        """`date` as `lora_jax.data` takes it."""
+        return datetime.fromisoformat(self.date) if self.date else datetime.now()
 
 
 def require(name: str, value: Any, *, above: float = -math.inf, least: float = -math.inf) -> None:

@@ -1,11 +1,8 @@
-"""A base model to adapt: a `Transformer` trained on Python source once, then read from a cache."""
+"""Pre-training of the built-in model: the whole of a small decoder, on the source of Python's standard library."""
 
-import json
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import lora_jax as lora
 from lora_jax.adapter.site import Sites
-from lora_jax.errors import CheckpointError
-from lora_jax.models import Transformer, transformer
+from lora_jax.data.rows import Batch
 from lora_jax.paths import named_leaves, rebuild
 from lora_jax.report.terminal import Progress
-from lora_jax.train.data import Corpus, batch
 from lora_jax.train.loop import Schedule, train
-from lora_jax.train.metrics import cross_entropy
 from lora_jax.train.optimizer import Optimizer
-from lora_jax.train.state import State, load_state, read_arrays, save_state, write_arrays
+from lora_jax.train.state import State, load_state, save_state
 from lora_jax.train.step import Report
+from lora_jax.train.tasks import task
+from lora_jax.train.texts import rows_at_random
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a base is pre-trained: Muon for matrices, Adam for the rest, warm-up and cosine decay for both."""
 
-    steps: int
-    seq_len: int
-    batch_size: int = 8
+    steps: int = 300
+    length: int = 256
+    batch: int = 8
     warmup: int = 20
     learning_rate: float = 0.02
     adam_learning_rate: float = 0.005
@@ -41,90 +38,59 @@ class Recipe:
     seed: int = 0
 
 
-def cache_path(model: Transformer, recipe: Recipe, corpus: Corpus) -> Path:
-    """Where a base is cached, under a name that depends on everything its weights depend on."""
-    facts = {
-        "model": asdict(replace(model.config, remat=False)),  # changes memory, not weights
-        "code": sha256(Path(transformer.__file__).read_bytes()).hexdigest(),
-        "recipe": asdict(recipe),
-        "text": corpus.sha256,
-    }
-    digest = sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return _cache_folder() / f"base-{digest[:20]}"
-
-
-def _cache_folder() -> Path:
-    if own := os.environ.get("LORA_JAX_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_jax"
-
-
-def load_cached(path: Path, like: Any) -> Any | None:
-    """The parameters cached at `path`, or None if there are none that fit `like`."""
-    try:
-        return read_arrays(path, like) if path.exists() else None
-    except CheckpointError:
-        return None
-
-
-def store(path: Path, variables: Any) -> None:
-    """Cache parameters; another process that did the same at once does no harm.
-
-    Raises:
-      CheckpointError: the cache folder cannot be written to.
-    """
-    write_arrays(path, variables)
-
-
 def pretrain(
-    model: Transformer,
-    sites: Sites,
-    corpus: Corpus,
+    model: Any,
+    text: bytes,
     recipe: Recipe,
     directory: Path,
     report: Callable[[int], Progress],
     say: Callable[[str], None] = print,
 ) -> Any:
-    """Train a model from scratch.
+    """Train all parameters of a model of bytes.
 
     Args:
-      model: the model.
-      sites: its sites; they tell Muon which axes of a kernel are inputs and which are outputs.
-      corpus: the text.
+      model: of `lora_jax.models`; its parameters are where it begins.
+      text: the bytes, each of which is the token of its number.
       recipe: how.
       directory: where states are written; a state found there is continued.
       report: makes a reporter, given the step to start at.
       say: is told what a person should know about states that are found.
 
     Returns:
-      The variables.
+      The parameters.
 
     Raises:
       Interrupted: Ctrl-C was pressed or SIGTERM came; the state is on disk.
       TrainingError: the loss is not finite.
     """
-    tx = _optimizer(recipe, sites)
+    sites = lora.find_sites(model.apply, model.params, jax.ShapeDtypeStruct((1, 8), np.int32))
+    tx, plain = _optimizer(recipe, sites), task("sft", model).plain
+    assert plain is not None
 
     @jax.jit
-    def step(variables: Any, state: Any, tokens: jax.Array, key: jax.Array) -> tuple[Any, Any, Report]:
-        def loss_fn(variables: Any) -> jax.Array:
-            return cross_entropy(model.apply(variables, tokens[:, :-1]), tokens).mean()
+    def step(params: Any, state: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, Report]:
+        def loss_fn(params: Any) -> jax.Array:
+            score = plain(params, batch)
+            return score.loss / score.number
 
-        loss, grads = jax.value_and_grad(loss_fn)(variables)
-        updates, state = tx.update(grads, state, variables)
-        report = Report(loss, jnp.float32(tokens.size), optax.tree.norm(grads))
-        return optax.apply_updates(variables, updates), state, report
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, state = tx.update(grads, state, params)
+        report = Report(loss, jnp.float32(batch.tokens.size), optax.tree.norm(grads))
+        return optax.apply_updates(params, updates), state, report
 
-    key = jax.random.key(recipe.seed)
-    variables = jax.jit(model.init)(key, jnp.zeros((1, recipe.seq_len), jnp.uint8))
-    state = load_state(directory, State(variables, tx.init(variables)), say)
-    batches = partial(_batch, corpus, recipe)
+    state = load_state(directory, State(model.params, tx.init(model.params)), say)
+    data = np.frombuffer(text, np.uint8)
     schedule = Schedule(steps=recipe.steps, checkpoint_every=recipe.steps, eval_every=recipe.steps)
-    return train(state, step, batches, key, schedule, partial(save_state, directory), report(state.step)).weights
+    key = jax.random.key(recipe.seed)
+    save = partial(save_state, directory)
+    return train(state, step, partial(_batch, data, recipe), key, schedule, save, report(state.step)).weights
 
 
-def _batch(corpus: Corpus, recipe: Recipe, step: int) -> np.ndarray:
-    return batch(corpus.train, recipe.seed, step, recipe.batch_size, recipe.seq_len)
+def _batch(data: np.ndarray, recipe: Recipe, step: int) -> Batch:
+    """Rows from random places, as a function of the seed and the step alone."""
+    tokens = rows_at_random(data, recipe.seed, step, recipe.batch, recipe.length)
+    positions = np.broadcast_to(np.arange(recipe.length, dtype=np.int32), tokens.shape)
+    return Batch(tokens, np.ones(tokens.shape, bool), np.ones(tokens.shape, np.int32), positions)
 
 
 def _optimizer(recipe: Recipe, sites: Sites) -> optax.GradientTransformation:

@@ -3,7 +3,7 @@
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def converted(value: Any, kind: Any) -> Any:
@@ -27,7 +27,7 @@ def converted(value: Any, kind: Any) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if is_dataclass(kind) and isinstance(value, dict):
         return kind(**converted_fields(value, kind))  # type: ignore[operator]
-    if origin is UnionType:
+    if origin in (UnionType, Union):
         return None if value is None else converted(value, args[0])
     if origin is tuple and isinstance(value, list):
         return tuple(converted(each, args[0]) for each in value)

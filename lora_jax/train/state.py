@@ -17,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from lora_jax.errors import CheckpointError
 from lora_jax.io.own.write import copied, elsewhere, guarded, plain_name
+from lora_jax.processes import gathered, written_by_the_first
 from lora_jax.publish import discard, publish, steady
 
 _KEPT = 2
@@ -43,7 +44,12 @@ def save_state(directory: Path, state: State) -> None:
       CheckpointError: the disk is full, read-only or broken.
     """
     write_arrays(directory / str(state.step), {"weights": state.weights, "optimizer": state.optimizer})
-    kept = [step for step in _steps(directory) if step <= state.step][-_KEPT:]
+    written_by_the_first(directory, lambda: _forget(directory, state.step))
+
+
+def _forget(directory: Path, last: int) -> None:
+    """Delete all states but the newest two up to the last one."""
+    kept = [step for step in _steps(directory) if step <= last][-_KEPT:]
     for name in os.listdir(directory):
         if (found := _NAME.fullmatch(name)) and int(found[1]) not in kept:
             discard(directory / found[1])
@@ -79,10 +85,15 @@ def load_state(directory: Path, start: State, say: Callable[[str], None] = print
 def write_arrays(where: Path, tree: Any) -> None:
     """Write a tree of arrays, whole or not at all; what is there already is replaced.
 
+    Every process of a program calls it, and the first one writes.
+
     Raises:
       CheckpointError: the disk is full, read-only or broken.
     """
-    publish(where, partial(_fill, where, tree), replace=lambda old: None)
+    tree = gathered(tree)
+    with elsewhere() as made:
+        guarded(where, lambda: ocp.save(str(made), tree))
+        written_by_the_first(where, lambda: publish(where, partial(_fill, made), replace=lambda old: None))
 
 
 def read_arrays(where: Path, like: Any) -> Any:
@@ -96,10 +107,8 @@ def read_arrays(where: Path, like: Any) -> Any:
     return jax.tree.map(jnp.asarray, steady(where, lambda: _read(where, empty)))
 
 
-def _fill(where: Path, tree: Any, folder: Path) -> None:
-    with elsewhere() as made:
-        guarded(where, lambda: ocp.save(str(made), tree))
-        copied(made, folder)
+def _fill(made: Path, folder: Path) -> None:
+    copied(made, folder)
     listed = {path.relative_to(folder).as_posix(): _facts(path) for path in folder.rglob("*") if path.is_file()}
     (folder / _MANIFEST).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
 

@@ -1,311 +1,241 @@
-"""`lora-jax finetune`: the whole job on tiny settings, resuming bit for bit, and refusals that write nothing."""
+"""`lora-jax finetune`: from a model's directory and examples to PEFT's adapter, metrics and a merged model."""
 
 import json
-import os
 import shlex
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same
+from helpers import assert_close
+from safetensors.numpy import load_file
 
 import lora_jax as lora
+from lora_jax import models
 from lora_jax.cli import main
 from lora_jax.cli.finetune import Finetune
 from lora_jax.errors import CheckpointError
-from lora_jax.models import Transformer, TransformerConfig
 from lora_jax.report.terminal import Progress
-from lora_jax.train import data, pretrain
 from lora_jax.train.job import FinetuneJob
 from lora_jax.train.loop import TrainingError
-from lora_jax.train.metrics import Metrics, cross_entropy, evaluate, plot_loss, read_metrics
-from lora_jax.train.options import AdapterOptions, TrainingOptions, flag
+from lora_jax.train.metrics import Metrics, plot_loss, read_metrics
+from lora_jax.train.options import AdapterOptions, DataOptions, TrainingOptions, flag
 
 
-def interrupt(title: str, step: int) -> Callable[..., None]:
+def test_the_files_of_a_run(whole: Path, model: Path, data: Path) -> None:
+    assert sorted(path.name for path in whole.iterdir()) == ["adapter", "config.json", "loss.png", "metrics.jsonl"]
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    records = read_metrics(whole / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert all({"step", "loss", "tokens", "norm", "learning_rate"} <= record.keys() for record in records)
+    assert [record["step"] for record in records if "eval_loss" in record] == [3, 6]
+    assert records[0]["base_eval_loss"] > records[-1]["eval_loss"]
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["options"]["training"]["steps"], config["lora"]["dropout"]) == (6, 0.1)
+    assert config["model"]["name"] == str(model) and set(config["data"]) == {data.name}
+    card = (whole / "adapter" / "README.md").read_text()
+    assert f"base_model: {model}" in card and "| rank | 8 |" in card and config["data"][data.name] in card
+
+
+def test_the_adapter_is_pefts_and_belongs_to_the_directory(whole: Path, model: Path) -> None:
+    config = json.loads((whole / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model) and config["task_type"] == "CAUSAL_LM"
+    assert sorted(config["target_modules"]) == ["down_proj", "q_proj"] and config["r"] == 8
+    names = load_file(whole / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight" in names and len(names) == 8
+    loaded = models.load(model)
+    sites = lora.find_sites(loaded.apply, loaded.params, np.zeros((1, 4), np.int32))
+    adapter = lora.peft.load(whole / "adapter", loaded.params, sites)
+    assert all(bool((update.b != 0).any()) for update in adapter.values())
+
+
+def test_merge_and_what_is_said(
+    tiny: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([*tiny, "--merge", "--out", str(out)]) == 0
+    said, complaints = capsys.readouterr()
+    assert "fine-tuning: step 6/6, loss" in complaints and "tokens/s" in complaints and "peak" in complaints
+    for part in (
+        "0+0=[0<|endoftext|>]",
+        "trainable params: ",
+        "model/layers/self_attn/q_proj/weight",
+        "held out",
+        "merged into the base: the loss differs by",
+        f"lora-jax generate --model {model} --adapter {out / 'adapter'} --prompt",
+        f"lora-jax export {out / 'adapter'}",
+        f"{out / 'loss.png'}: ",
+    ):
+        assert part in said, part
+    loaded, merged = models.load(model), models.load(out / "merged")
+    tokens = np.arange(12, dtype=np.int32).reshape(1, 12)
+    sites = lora.find_sites(loaded.apply, loaded.params, tokens)
+    adapter = lora.peft.load(out / "adapter", loaded.params, sites)
+    assert_close(
+        merged.apply(merged.params, tokens), lora.adapt(loaded.apply)(loaded.params, adapter, tokens), factor=10
+    )
+
+
+def interrupt(step: int) -> Callable[..., None]:
     """A `Progress.update` that presses Ctrl-C after a step."""
     update = Progress.update
 
     def interrupting(self: Progress, done: int, now: str) -> None:
         update(self, done, now)
-        if (self._title, done) == (title, step):
+        if done == step:
             signal.raise_signal(signal.SIGINT)
 
     return interrupting
 
 
-def assert_equal_runs(one: Path, other: Path) -> None:
-    assert_same(lora.load(one / "adapter"), lora.load(other / "adapter"))
-    assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
-    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
-
-
-def test_the_whole_job(whole: Path):
-    assert sorted(path.name for path in whole.iterdir()) == ["adapter", "config.json", "loss.png", "metrics.jsonl"]
-    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
-    records = read_metrics(whole / "metrics.jsonl")
-    assert [(record["step"], record["tokens"]) for record in records] == [(step, 128) for step in range(1, 7)]
-    assert [record["step"] for record in records if "eval_loss" in record] == [3, 6]
-    assert (
-        all({"loss", "norm", "learning_rate"} <= record.keys() for record in records) and records[0]["base_eval_loss"]
-    )
-    assert all(bool((update.b != 0).any()) for update in lora.load(whole / "adapter").values())
-    assert lora.load_config(whole / "adapter") == lora.LoraConfig(dropout=0.1)
-    config = json.loads((whole / "config.json").read_text())
-    assert (config["options"]["training"]["steps"], config["lora"]["dropout"]) == (6, 0.1)
-
-
-def test_what_it_says_and_that_the_base_is_read_from_the_cache(
-    tiny: list[str],
-    folder: Path,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
-    def never(*args: Any) -> None:
-        raise AssertionError("pre-trained again")
-
-    monkeypatch.setattr("lora_jax.train.job.pretrain", never)
-    text = tmp_path / "wörter.txt"
-    text.write_text("Grüße aus Köln! [bold]no markup[/bold]\n" * 20)
-    assert main([*tiny, "--data", str(text), "--targets", "query", "value", "--out", str(tmp_path / "out")]) == 0
-    said, complaints = capsys.readouterr()
-    assert "fine-tuning: step 6/6" in complaints
-    for part in (
-        "trainable params: 1,792 || all params: 28,576 || trainable%: 6.2710",
-        "params/layers/attn/query/kernel",
-        "base",
-        "bits/byte",
-        "agree: largest difference",
-        "[bold]no markup[/bold]",
-        f"{tmp_path / 'out' / 'loss.png'}",
-    ):
-        assert part in said
-
-
-def test_ctrl_c_in_either_stage_and_resume_give_the_undisturbed_run_bit_for_bit(
+def test_ctrl_c_and_resume_give_the_undisturbed_run(
     tiny: list[str], folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setenv("LORA_JAX_CACHE", str(folder / "other cache"))
+) -> None:
     out = folder / "with a space"
     resume = ["finetune", "--out", str(out), "--resume"]
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "update", interrupt("pre-training", 5))
+        patch.setattr(Progress, "update", interrupt(4))
         assert main([*tiny, "--out", str(out)]) == 130
     assert shlex.join(resume) in capsys.readouterr().err
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "update", interrupt("fine-tuning", 4))
-        assert main(resume) == 130
     assert not (out / "adapter").exists()
-    capsys.readouterr()
     assert main([*tiny, "--out", str(out)]) == 2
     assert "--resume to continue" in capsys.readouterr().err
     assert main([*resume, "--steps", "7"]) == 2
     assert "leave out --steps" in capsys.readouterr().err
     assert main(resume) == 0
-    assert_equal_runs(out, whole)
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_json_is_all_that_is_printed(
-    tiny: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_finished_run_is_left_alone_and_reproduced_by_its_config(
+    tiny: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*tiny, "--json", "--out", str(tmp_path / "out")]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["out"] == str(tmp_path / "out")
-    assert found["adapter"]["trainable"] == sum(row["trainable"] for row in found["adapter"]["rows"])
-    assert all(losses["adapted"]["bits"] > 0 for losses in found["losses"].values())
-    assert found["samples"].keys() == {"base", "adapted"} and found["difference"] < 1e-3
-    assert "json" not in json.loads((tmp_path / "out" / "config.json").read_text())["options"]
-
-
-def test_a_finished_run_is_left_alone(tiny: list[str], whole: Path, capsys: pytest.CaptureFixture[str]):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     assert main([*tiny, "--out", str(whole)]) == 2
     assert "finished run" in capsys.readouterr().err
     assert main(["finetune", "--out", str(whole), "--resume"]) == 0
     assert "nothing is left to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    assert main(["finetune", "--config", str(whole / "config.json"), "--out", str(tmp_path / "again"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["losses"]["adapted"]["loss"] < found["losses"]["base"]["loss"]
+    assert (tmp_path / "again" / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert (tmp_path / "again" / "config.json").read_text() == (whole / "config.json").read_text()
 
 
-@pytest.mark.full
-def test_a_real_ctrl_c(tiny: list[str], folder: Path, whole: Path):
-    out = folder / "process"
-    cached = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
-    environment = os.environ | cached | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "lora_jax", *tiny, "--steps", "100000", "--out", str(out)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and len(read_metrics(out / "metrics.jsonl")) < 5:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    said, complaints = process.communicate(timeout=300)
-    assert process.returncode == 130, said + complaints
-    assert f"to continue: python -m lora_jax finetune --out {out} --resume" in complaints
-    assert complaints.count("\n") == 1
-    assert list((out / "state" / "finetune").iterdir())
-
-
-REFUSED = {
-    "": "finetune",
-    "finetun": "there is no verb finetun: did you mean finetune?",
-    "finetune --bogus 3": "--bogus",
-    "finetune --step 3": "finetune has no option --step: did you mean --steps?",
-    "finetune --steps x": "--steps",
-    "finetune --steps 0": "--steps must be above 0, got 0",
-    "finetune --warmup -1": "--warmup must be at least 0",
-    "finetune --lr nan": "--lr must be above 0",
-    "finetune --learning-rate 1": "did you mean --lr?",
-    "finetune --batch-size 1": "did you mean --batch?",
-    "finetune --seq-len 1": "did you mean --length?",
-    "finetune --optimizer adamx": "there is no optimizer 'adamx' (nearest: adamw",
-    "finetune --optimizer sgd --weight-decay 0.1": "sgd decays no weights",
-    "finetune --optimizer-options b2": "--optimizer-options takes NAME=NUMBER, not 'b2'",
-    "finetune --patience 0": "--patience must be at least 1",
-    "finetune --rank 0": "rank",
-    "finetune --dropout 1.5": "dropout",
-    "finetune --init pisssa": "init",
-    "finetune --targets quarry": "params/layers/attn/query/kernel",
-    "finetune --model huge": "tiny",
-    "finetune --pretrain-steps 0": "--pretrain-steps",
-    "finetune --length 10000000": "are needed",
-    "finetune --resume": "nothing to resume",
-    "finetune --resume --overwrite": "give one of them",
-    "finetune --data missing.txt": "cannot read missing.txt: No such file",
-    "finetune --data .": "cannot read .: Is a directory",
-    "finetune --data empty.txt": "empty.txt is empty",
-    "finetune --data binary.txt": "binary.txt is not UTF-8 text: byte 0xff at position 1",
-    "finetune --data short.txt": "short.txt has 5 bytes, but 1,026 are needed",
-    "finetune --out short.txt": "cannot write to short.txt",
-    "finetune --out short.txt/below": "cannot write to short.txt/below",
-}
-
-
-@pytest.mark.parametrize("args", REFUSED)
-def test_refusals_are_one_line_and_write_nothing(
-    args: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
-    files = {"empty.txt": b"\n", "binary.txt": b"a\xff", "short.txt": b"short"}
-    for name, content in files.items():
-        Path(name).write_bytes(content)
-    assert main(args.split()) == 2
-    said, complaint = capsys.readouterr()
-    assert said == ""
-    assert complaint.startswith("lora-jax: ")
-    assert complaint.count("\n") == 1
-    assert REFUSED[args] in complaint
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
-
-
-def test_the_extra_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr("lora_jax.cli.find_spec", lambda name: None)
-    assert main(["finetune"]) == 2
-    assert (
-        capsys.readouterr().err == 'lora-jax: the command line needs tyro and matplotlib: pip install "lora_jax[cli]"\n'
-    )
-
-
-def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]):
-    assert main(["finetune", "--help"]) == 0
-    shown = capsys.readouterr().out
-    options = {field.name for group in (Finetune, AdapterOptions, TrainingOptions) for field in fields(group)}
-    for option in options - {"adapter", "training"}:
-        assert flag(option) in shown
-
-
-SPOILT = {
-    "model": ("huge", "model: 'huge' is no"),
-    "data": (5, "data: 5 is no Path"),
-    "remat": (1, "remat: 1 is no bool"),
-    "more": (1, "there is no option more"),
-    "training": ({"steps": "3"}, "training: steps: '3' is no int"),
-    "adapter": ({"targets": [5]}, "adapter: targets: 5 is no str"),
-}
-
-
-@pytest.mark.parametrize("name", SPOILT)
-def test_options_of_a_config_that_mean_nothing_are_named(
-    name: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_yaml_file_and_flags_that_go_before_it(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = json.loads((whole / "config.json").read_text())
-    config["options"][name], complaint = SPOILT[name]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert main(["finetune", "--resume", "--out", str(tmp_path)]) == 2
-    assert complaint in capsys.readouterr().err
+    text = f"model: {model}\ndata: {data}\nsteps: 2\nbatch: 2\nlength: 32\ntargets: [q_proj]\nrank: 3\nlr: 1e-2\n"
+    (tmp_path / "run.yaml").write_text(text)
+    args = ["finetune", "--config", str(tmp_path / "run.yaml"), "--rank", "2", "--out", str(tmp_path / "out")]
+    assert main([*args, "--optimizer", "lion", "--seed", "3"]) == 0
+    options = json.loads((tmp_path / "out" / "config.json").read_text())["options"]
+    assert (options["adapter"]["rank"], options["adapter"]["targets"], options["training"]["seed"]) == (
+        2,
+        ["q_proj"],
+        3,
+    )
+    assert (options["training"]["optimizer"], options["training"]["lr"]) == ("lion", 0.01)
 
 
-def test_failure_is_one_line_and_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_patience_ends_a_run_and_the_best_adapter_is_kept(tiny: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    args = [*tiny, "--steps", "40", "--lr", "3", "--clip", "0", "--eval-every", "1", "--patience", "2"]
+    assert main([*args, "--out", str(out)]) == 0
+    records = read_metrics(out / "metrics.jsonl")
+    losses = [record["eval_loss"] for record in records]
+    best = int(np.argmin(losses))
+    assert len(records) == best + 3 < 40
+    kept = (
+        load_file(out / "best" / "adapter_model.safetensors"),
+        load_file(out / "adapter" / "adapter_model.safetensors"),
+    )
+    assert any((kept[0][name] != kept[1][name]).any() for name in kept[0])
+
+
+def test_an_adapter_goes_on_from_one_on_disk(tiny: list[str], whole: Path, tmp_path: Path) -> None:
+    args = [each for each in tiny if each not in ("--dropout", "0.1", "--targets", "q_proj", "down_proj")]
+    assert main([*args, "--from", str(whole / "adapter"), "--lr", "1e-9", "--out", str(tmp_path / "out")]) == 0
+    one, other = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (whole, tmp_path / "out"))
+    assert one.keys() == other.keys()
+    for name in one:
+        assert_close(other[name], one[name], factor=10)
+
+
+STARTS = {
+    "dora": ["--method", "dora"],
+    "pissa": ["--init", "pissa"],
+    "eva": ["--init", "eva"],
+    "corda": ["--init", "corda-kpm"],
+    "lora-ga": ["--init", "lora-ga"],
+    "lora-fa": ["--method", "lora-fa", "--precondition", "lora-fa"],
+    "adalora": ["--method", "adalora", "--target-rank", "4"],
+    "vera": ["--method", "vera", "--rank", "16"],
+    "rslora": ["--rslora", "--lora-plus", "8", "--rate-pattern", "q_proj=0.5", "--rank-pattern", "q_proj=4"],
+    "trained": ["--train", "norm", "--trainable-tokens", "65", "66"],
+}
+
+
+SOON = ("eva", "adalora")
+METHODS = [pytest.param(name, marks=() if name in SOON else pytest.mark.full) for name in STARTS]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_and_initialisers(name: str, tiny: list[str], tmp_path: Path) -> None:
+    args = [*tiny, "--dropout", "0", "--steps", "2", "--eval-every", "2", "--init-batches", "2", *STARTS[name]]
+    assert main([*args, "--out", str(tmp_path / "out")]) == 0
+    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert np.isfinite([record["loss"] for record in records]).all()
+
+
+def test_preferences(model: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = (
+        f"finetune --task dpo --model {model} --data {tmp_path}/pairs.jsonl --length 64 --batch 2 --steps 8 --lr 0.02"
+    )
+    assert main([*args.split(), "--eval-every", "8", "--warmup", "1", "--out", str(tmp_path / "out")]) == 0
+    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert records[0]["loss"] == pytest.approx(np.log(2), rel=1e-4)
+    assert records[-1]["eval_loss"] < 0.6 and records[-1]["eval_accuracy"] == 1.0
+
+
+def test_a_loss_that_is_not_finite_names_the_lines(
+    tiny: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [*tiny, "--lr", "1e38", "--clip", "0", "--out", str(tmp_path / "out")]
+    assert main(args) == 1
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert "at step" in complaint and "whose batch holds the examples of lines" in complaint and str(data) in complaint
+
+
+def test_failure_is_one_line_and_exit_code_1(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(job: FinetuneJob) -> None:
         raise TrainingError("the loss is nan at step 4")
 
     monkeypatch.setattr(FinetuneJob, "run", fail)
-    assert main(["finetune", "--model", "tiny"]) == 1
+    assert main([*tiny, "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == "lora-jax: the loss is nan at step 4\n"
 
 
-def test_the_cache_is_keyed_by_all_that_the_base_depends_on_and_survives_damage(folder: Path):
-    model = Transformer(TransformerConfig())
-    recipe, corpus = pretrain.Recipe(steps=5, seq_len=8), data.split("text", b"0123456789" * 10, 8)
-    path = pretrain.cache_path(model, recipe, corpus)
-    assert path.parent == folder / "cache"
-    others = [
-        pretrain.cache_path(Transformer(TransformerConfig(layers=3)), recipe, corpus),
-        pretrain.cache_path(model, replace(recipe, steps=6), corpus),
-        pretrain.cache_path(model, recipe, data.split("text", b"0123456789" * 11, 8)),
-    ]
-    assert len({path, *others}) == 4
-    assert pretrain.cache_path(Transformer(TransformerConfig(remat=True)), recipe, corpus) == path
-
-    variables = {"w": jnp.arange(3.0)}
-    assert pretrain.load_cached(path, variables) is None
-    pretrain.store(path, variables)
-    pretrain.store(path, variables)
-    assert_same(pretrain.load_cached(path, variables), variables)
-    for file in path.rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"damaged")
-    assert pretrain.load_cached(path, variables) is None
-    assert not list(path.parent.glob("partial-*"))
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "--help"]) == 0
+    shown = capsys.readouterr().out
+    groups = (Finetune, AdapterOptions, TrainingOptions, DataOptions)
+    options = {field.name for group in groups for field in fields(group)}
+    for option in options - {"adapter", "training", "reading", "source"}:
+        assert flag(option) in shown
+    assert "--from" in shown
 
 
-def test_batches_depend_on_seed_and_step_alone():
-    text = np.arange(200, dtype=np.uint8)
-    tokens = data.batch(text, 1, 2, 4, 16)
-    assert tokens.shape == (4, 17)
-    assert (np.diff(tokens.astype(int)) == 1).all()
-    assert_same(data.batch(text, 1, 2, 4, 16), tokens)
-    assert not np.array_equal(data.batch(text, 1, 3, 4, 16), tokens)
-    assert not np.array_equal(data.batch(text, 2, 2, 4, 16), tokens)
-    assert_same(data.batch(text[:17], 0, 0, 1, 16), text[None, :17])
-
-
-def test_the_stdlib_sample_is_fixed_and_holds_no_evaluation_text():
-    source = data.python_source()
-    assert source == data.python_source()
-    assert 4_000_000 <= len(source) <= 4_500_000
-    assert data.python_topics()[:200] not in source
-    assert data.split("source", source, 256).held_out.size == len(source) // 10
-
-
-def test_evaluation_weights_every_sequence_once():
-    sequences = np.arange(5 * 4, dtype=np.uint8).reshape(5, 4)
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(256, 256)), jnp.float32)
-    predict = lambda tokens: logits[tokens]  # noqa: E731
-    expected = float(cross_entropy(predict(sequences[:, :-1]), sequences).mean())
-    assert evaluate(predict, sequences, size=3).nats == pytest.approx(expected, rel=1e-6)
-
-
-def test_metrics_forget_what_a_resumed_run_will_do_again(tmp_path: Path):
+def test_metrics_forget_what_a_resumed_run_will_do_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = Metrics(path)
     for step in (1, 2, 3):
@@ -341,3 +271,31 @@ def test_metrics_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be written: Is a directory"):
         metrics.write(1, {})
+
+
+def test_one_program_for_all_steps(whole: Path, tiny: list[str], tmp_path: Path) -> None:
+    compiled: list[Any] = []
+    usual = jax.jit
+
+    def counted(function: Any, **options: Any) -> Any:
+        made = usual(function, **options)
+        if getattr(function, "__name__", "") == "step":
+            compiled.append(made)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", counted)
+        assert main([*tiny, "--out", str(tmp_path / "out")]) == 0
+    assert [each._cache_size() for each in compiled] == [1]
+
+
+def test_classes(model: Path, tmp_path: Path) -> None:
+    lines = [{"input": f"{'good' if i % 2 else 'bad'} {i}", "label": "yes" if i % 2 else "no"} for i in range(40)]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = f"finetune --task classify --model {model} --data {tmp_path}/labels.jsonl --out {tmp_path}/out --lr 0.03"
+    more = "--length 64 --batch 8 --steps 12 --eval-every 6 --held-out 8 --warmup 1"
+    assert main([*args.split(), *more.split()]) == 0
+    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert records[0]["base_eval_loss"] == pytest.approx(np.log(2), rel=0.3) and records[-1]["eval_accuracy"] == 1.0
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])

@@ -15,11 +15,10 @@ from safetensors.numpy import save_file
 from lora_jax.cli import main
 from lora_jax.train.folder import Folder, FolderError
 
-CONFIG = {"options": {"model": "tiny"}, "model": {"layers": 2}, "lora": {"rank": 8}, "text": {"sha256": ""},
-          "versions": {"jax": "0"}}  # fmt: skip
+CONFIG = {"options": {"model": "m"}, "model": {"sha256": ""}, "lora": {"rank": 8}, "data": {}, "versions": {"jax": "0"}}
 ARRAYS = "state/d/0"
 FILES = (
-    f"adapter/{ARRAYS}",
+    "adapter/adapter_model.safetensors",
     f"state/finetune/6/{ARRAYS}",
     "state/finetune/4/manifest.json",
     "metrics.jsonl",
@@ -166,9 +165,9 @@ def test_a_replaced_run_loses_its_own_files_only(finished: bool, tmp_path: Path)
 
 def test_a_note_in_an_adapter_that_would_be_replaced_is_named(tmp_path: Path) -> None:
     folder = run_in(tmp_path)
-    (folder.adapter / "best").mkdir()
+    (folder.adapter / "notes").mkdir()
     folder.check(resume=True, overwrite=False)
-    with pytest.raises(FolderError, match="holds adapter/best, which no run wrote: move it"):
+    with pytest.raises(FolderError, match="holds adapter/notes, which no run wrote: move it"):
         folder.check(resume=False, overwrite=True)
 
 
@@ -185,7 +184,7 @@ def test_a_replacement_killed_at_any_moment_is_a_run_and_is_finished_by_the_next
         if folder.state.exists():
             assert folder.metrics.read_text() == "old" and (folder.state / f"finetune/6/{ARRAYS}").exists()
         if folder.adapter.exists():
-            assert (folder.adapter / ARRAYS).exists()
+            assert (folder.adapter / "adapter_model.safetensors").exists()
         for flags in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
             folder.check(**flags)
         folder.start(CONFIG)

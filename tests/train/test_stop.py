@@ -7,15 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
-from helpers import assert_same
 from killed import Killed
 
-import lora_jax as lora
 from lora_jax.cli import main
 from lora_jax.report.terminal import Progress
 from lora_jax.train import job
@@ -109,8 +108,18 @@ def saving(step: int) -> tuple[str, Callable[..., Any], Callable[..., bool]]:
     return "lora_jax.train.finetune.save_state", save_state, lambda directory, state: state.step == step
 
 
+def metrics_of(out: Path) -> str:
+    return (out / "metrics.jsonl").read_text()
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Two runs left the same files, with the same adapter and metrics, byte by byte."""
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert sorted(os.listdir(one)) == sorted(os.listdir(other))
+
+
 PLACES = {
-    "pre-training": progress("pre-training", 5),
     "a step": progress("fine-tuning", 5),
     "the last step": progress("fine-tuning", 6),
     "a save": saving(4),
@@ -130,7 +139,7 @@ def terminate() -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
-SOON = {"die": ("a step",), "terminate": ("pre-training", "the plot")}
+SOON = {"die": ("a step",), "terminate": ("the plot",)}
 CASES = [
     pytest.param(place, happens, marks=() if place in SOON[happens.__name__] else pytest.mark.full)
     for place in PLACES
@@ -156,20 +165,36 @@ def test_a_run_that_is_stopped_and_resumed_is_the_undisturbed_one(
     tiny: list[str],
     whole: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if place == "pre-training":
-        monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"
     code = stopped([*tiny, "--checkpoint-every", "2", "--out", str(out)], place, happens)
     assert code == (None if happens is die else 143)
     if happens is terminate:
         assert f"finetune --out {out} --resume" in capsys.readouterr().err.splitlines()[-1]
     assert main(["finetune", "--out", str(out), "--resume"]) == 0
-    assert_same(lora.load(out / "adapter"), lora.load(whole / "adapter"))
-    assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
-    assert sorted(os.listdir(out)) == sorted(os.listdir(whole))
+    assert_equal_runs(out, whole)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("happens", [die, terminate])
+def test_the_built_in_road_goes_on_from_its_pre_training(
+    happens: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["finetune", "--pretrain-steps", "8", "--steps", "3", "--length", "64", "--checkpoint-every", "1"]
+    for name in ("one", "other"):
+        monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / f"cache {name}"))
+        out = str(tmp_path / name)
+        if name == "one":
+            with pytest.MonkeyPatch.context() as patch:
+                _, usual, wanted = progress("pre-training", 5)
+                patch.setattr(Progress, "update", after(usual, happens, wanted))
+                with suppress(Killed):
+                    main([*args, "--out", out])
+            assert main(["finetune", "--out", out, "--resume"]) == 0
+        else:
+            assert main([*args, "--out", out]) == 0
+    assert metrics_of(tmp_path / "one") == metrics_of(tmp_path / "other")
 
 
 SAME = {
@@ -196,5 +221,4 @@ def test_a_real_signal(number: int, tiny: list[str], folder: Path, whole: Path, 
     assert process.returncode == (-9 if number == signal.SIGKILL else 143), said + complaints
     assert main(["finetune", "--out", str(out), "--resume"]) == 0
     assert main([*tiny, "--steps", "40", "--out", str(tmp_path / "undisturbed")]) == 0
-    assert (out / "metrics.jsonl").read_text() == (tmp_path / "undisturbed" / "metrics.jsonl").read_text()
-    assert_same(lora.load(out / "adapter"), lora.load(tmp_path / "undisturbed" / "adapter"))
+    assert_equal_runs(out, tmp_path / "undisturbed")
