@@ -21,16 +21,22 @@ def kinds(case: Case) -> set[str]:
     return found
 
 
-def pairs(row: Row) -> set[Hashable]:
+def pairs(row: Row, models: bool = True) -> set[Hashable]:
     """The pairs that a row tests: framework and model, method and kind, and each of kind, method, framework and test."""
     case, test = row
     of_kinds = {pair for kind in kinds(case) for pair in ((case.method, kind), (kind, test))}
-    return of_kinds | {(case.framework, case.name), (case.method, test), (case.framework, test)}
+    of_models = {(case.framework, case.name)} if models else set()
+    return of_kinds | of_models | {(case.method, test), (case.framework, test)}
 
 
-def covering(rows: Sequence[Row]) -> list[Row]:
-    """Rows that meet every pair that any row meets, always the same: the row that adds most is next, the first of equals."""
-    left = {row: pairs(row) for row in rows}
+def covering(rows: Sequence[Row], models: bool = True) -> list[Row]:
+    """Rows that meet every pair that any row meets, always the same: the row that adds most is next, the first of equals.
+
+    Args:
+      rows: to choose from.
+      models: whether every model is to be among them.
+    """
+    left = {row: pairs(row, models) for row in rows}
     missing = set().union(*left.values())
     chosen = []
     while missing:
@@ -43,13 +49,13 @@ def covering(rows: Sequence[Row]) -> list[Row]:
 def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     """Collected tests that run rows of the table and need not: every file has a covering of its own.
 
-    The same in whatever order they are given.
+    Every model runs in the tests of the table; elsewhere every kind does. The same in whatever order they are given.
     """
     spare: set[pytest.Item] = set()
     in_order = sorted(items, key=lambda item: (item.path, item.location[1] or 0, item.name))
-    for _, of_file in groupby(in_order, key=lambda item: item.path):
+    for path, of_file in groupby(in_order, key=lambda item: item.path):
         rows = {item: row for item in of_file if (row := row_of(item))}
-        chosen = {*covering([*rows.values()])}
+        chosen = {*covering([*rows.values()], models=path.name == "test_table.py")}
         spare |= {item for item, row in rows.items() if row not in chosen}
     return spare
 
