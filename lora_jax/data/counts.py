@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lora_jax.data.errors import BadLine, DataError
+from lora_jax.errors import listed
 from lora_jax.report.report import Report
 from lora_jax.report.tables import Table
 
@@ -21,6 +22,7 @@ class ReadCounts(Report):
       read: lines that are not blank; of a plain text the pieces it was cut into.
       kept: lines that are examples.
       bad: how many others there are, by what is wrong with them.
+      passed_over: keys of the file that are not read.
       notes: the first of them, with their numbers.
 
     Example:
@@ -39,6 +41,7 @@ class ReadCounts(Report):
     read: int = 0
     kept: int = 0
     bad: Counter[str] = field(default_factory=Counter)
+    passed_over: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
     def refuse(self, line: int, error: BadLine, strict: bool) -> None:
@@ -55,7 +58,8 @@ class ReadCounts(Report):
     def table(self) -> Table:
         """A row for each count."""
         rows = [("read", f"{self.read:,}"), ("kept", f"{self.kept:,}"), *_left_out(self.bad)]
-        return Table((f"lines of {self.file} ({self.kind})", "number"), rows, notes=self.notes)
+        over = [f"Keys that are not read: {listed([repr(key) for key in self.passed_over])}"] * bool(self.passed_over)
+        return Table((f"lines of {self.file} ({self.kind})", "number"), rows, notes=[*over, *self.notes])
 
 
 @dataclass(repr=False)

@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax.data.counts import ReadCounts
 from lora_jax.data.errors import BadLine, DataError
 from lora_jax.data.lines import json_lines, pieces
-from lora_jax.data.records import Kind, Record, Records, check_keys, detect, record
+from lora_jax.data.records import BESIDE, KEYS, Kind, Record, Records, check_keys, detect, record
 
 _JSON = {".jsonl", ".json", ".ndjson"}
 _PARTS = ("train", "valid", "test")
@@ -133,7 +133,7 @@ def read_file(
     check_keys(names, kind)
     if file.suffix.lower() not in _JSON:
         return _read_plain(file, kind)
-    counts, records = ReadCounts(str(path)), []
+    counts, records, seen = ReadCounts(str(path)), [], set()
     for number, line in json_lines(file):
         counts.read += 1
         try:
@@ -141,6 +141,7 @@ def read_file(
                 raise line
             kind = kind or detect(line, names)
             records.append(record(line, kind, names, number))
+            seen.update(line)
         except BadLine as error:
             counts.refuse(number, error, strict)
         except DataError as error:
@@ -149,6 +150,7 @@ def read_file(
         first = f". First of all: {counts.notes[0]}" if counts.notes else ""
         raise DataError(f"{file} holds no example in {counts.read:,} lines{first}")
     counts.kept, counts.kind = len(records), kind
+    counts.passed_over = tuple(sorted(seen - {names.get(key, key) for key in (*KEYS[kind], *BESIDE[kind])}))
     return Records(str(path), kind, tuple(records), counts)
 
 

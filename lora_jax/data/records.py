@@ -1,12 +1,13 @@
 """`Record`: a line of a file as one of the kinds that can be trained on, told by its keys."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from lora_jax.data.checks import check, tools_of
 from lora_jax.data.counts import ReadCounts
 from lora_jax.data.errors import BadLine, DataError
+from lora_jax.data.preferences import with_prompt
 from lora_jax.errors import nearest
 
 Kind = Literal["text", "completion", "messages", "label", "preference"]
@@ -16,12 +17,16 @@ KEYS: dict[Kind, tuple[str, ...]] = {
     "completion": ("prompt", "completion"),
     "messages": ("messages",),
     "label": ("input", "label"),
-    "preference": ("prompt", "chosen", "rejected"),
+    "preference": ("chosen", "rejected"),
 }
-"""What a line of each kind has. `tools` may stand beside conversations, as a list or as JSON in a text."""
+"""What a line of each kind must have."""
 
-_TALKS = {"prompt", "completion", "chosen", "rejected"}
-_POSSIBLE = "; ".join(" + ".join(keys) for keys in KEYS.values())
+BESIDE: dict[Kind, tuple[str, ...]] = {
+    "text": (), "completion": ("tools",), "messages": ("tools",), "label": (), "preference": ("prompt", "tools"),
+}  # fmt: skip
+"""What it may have beside: `tools` as a list, or as JSON in a text."""
+
+_POSSIBLE = "text; prompt + completion; messages; input + label; prompt + chosen + rejected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,7 @@ def check_keys(keys: Mapping[str, str], kind: Kind | None) -> None:
     Raises:
       DataError: names what there is.
     """
-    known = {"tools", *(key for names in KEYS.values() for key in names)}
+    known = {key for kinds in (KEYS, BESIDE) for names in kinds.values() for key in names}
     for key in keys:
         if key not in known:
             raise DataError(f"keys: there is no key {key!r}. Nearest: {nearest(key, known)}")
@@ -100,11 +105,10 @@ def detect(found: Mapping[str, Any], keys: Mapping[str, str]) -> Kind:
       >>> detect({"question": "Q", "completion": "A"}, {"prompt": "question"})
       'completion'
     """
-    named = {*keys} - {"tools"}
     kinds: list[Kind] = [
         kind
         for kind, names in KEYS.items()
-        if named <= {*names} and all(keys.get(name, name) in found for name in names)
+        if {*keys} <= {"tools", *names, *BESIDE[kind]} and all(keys.get(name, name) in found for name in names)
     ]
     if len(kinds) > 1:
         raise DataError(
@@ -123,66 +127,18 @@ def record(found: Mapping[str, Any], kind: Kind, keys: Mapping[str, str], line: 
     Raises:
       BadLine: a key is missing, or what it holds is of another type.
     """
-    values = {}
+    values: dict[str, Any] = {}
     for name in KEYS[kind]:
         column = keys.get(name, name)
         if column not in found or found[column] is None:
             raise BadLine(f"no {column!r}", f"it has {', '.join(map(repr, found)) or 'nothing'}")
         values[name] = found[column]
-        _check(name, column, values[name])
-    talks = [values[name] for name in KEYS[kind] if name in _TALKS]
-    if len({type(each) for each in talks}) > 1:
-        raise BadLine("texts and messages", f"{', '.join(KEYS[kind])} are of one type: texts, or lists of messages")
-    if kind not in ("text", "label") and (tools := _tools(found.get(keys.get("tools", "tools")))):
+        check(name, column, values[name])
+    if kind == "preference":
+        column = keys.get("prompt", "prompt")
+        values = with_prompt(values["chosen"], values["rejected"], found.get(column), column)
+    elif kind == "completion" and type(values["prompt"]) is not type(values["completion"]):
+        raise BadLine("texts and messages", "prompt and completion are of one type: texts, or lists of messages")
+    if "tools" in BESIDE[kind] and (tools := tools_of(found.get(keys.get("tools", "tools")))):
         values["tools"] = tools
     return Record(values, line)
-
-
-def _tools(given: Any) -> Any:
-    """Tools as a list of objects; tables keep them as JSON in a text."""
-    tools = given
-    if isinstance(given, str):
-        try:
-            tools = json.loads(given or "null")
-        except (ValueError, RecursionError) as error:
-            raise BadLine("tools are not JSON", str(error)) from error
-    if tools is not None and not _objects(tools):
-        raise BadLine("tools are no list of objects", _type(tools))
-    return tools
-
-
-def _check(name: str, column: str, value: Any) -> None:
-    """Refuse a value of the wrong type."""
-    if name == "label":
-        if isinstance(value, bool) or not isinstance(value, (str, int)):
-            raise BadLine(f"{column!r} is no text and no whole number", _type(value))
-    elif name == "messages" or (name in _TALKS and isinstance(value, list)):
-        _check_messages(column, value)
-    elif not isinstance(value, str):
-        raise BadLine(f"{column!r} is no text{' or messages' if name in _TALKS else ''}", _type(value))
-    elif not value and name != "prompt":
-        raise BadLine(f"{column!r} is empty")
-
-
-def _check_messages(column: str, value: Any) -> None:
-    if not _objects(value):
-        raise BadLine(f"{column!r} is no list of messages", _type(value))
-    if not value:
-        raise BadLine(f"{column!r} is empty")
-    for number, message in enumerate(value, 1):
-        if not isinstance(message.get("role"), str):
-            raise BadLine(
-                "a message without a role", f"message {number} of {column!r} has {', '.join(map(repr, message))}"
-            )
-        content = message.get("content")
-        parts = _objects(content) and all(isinstance(part.get("text"), str) for part in content)
-        if not (content is None or isinstance(content, str) or parts):
-            raise BadLine("a message whose content is no text", f"message {number} of {column!r}")
-
-
-def _objects(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, dict) for each in value)
-
-
-def _type(value: Any) -> str:
-    return f"it is a {type(value).__name__}"

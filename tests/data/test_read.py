@@ -119,6 +119,55 @@ def test_tools_may_be_json_in_a_text(tmp_path: Path) -> None:
     assert [record.values.get("tools") for record in found] == [[{"name": "f"}], None, None, None]
 
 
+USER, YES, NO = (
+    {"role": role, "content": text} for role, text in (("user", "Q"), ("assistant", "Y"), ("assistant", "N"))
+)
+PREFERENCES: dict[str, dict[str, Any]] = {
+    "prompt and answers": {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
+    "conversations": {"chosen": [USER, YES], "rejected": [USER, NO]},
+    "conversations and a prompt": {"prompt": "Q", "chosen": [USER, YES], "rejected": [USER, NO]},
+    "a text and messages": {"prompt": "Q", "chosen": [YES], "rejected": [NO]},
+}
+
+
+@pytest.mark.parametrize("form", PREFERENCES)
+def test_the_prompt_of_preferences_has_several_forms(tmp_path: Path, form: str) -> None:
+    found = read_file(write(tmp_path, PREFERENCES[form]))
+    assert (found.kind, dict(found[0].values)) == ("preference", PREFERENCES["prompt and answers"])
+
+
+def test_longer_conversations_share_what_they_begin_with(tmp_path: Path) -> None:
+    line = {"chosen": [USER, YES, USER, YES], "rejected": [USER, YES, USER, NO]}
+    values = read_file(write(tmp_path, line))[0].values
+    assert (values["prompt"], values["chosen"], values["rejected"]) == ([USER, YES, USER], [YES], [NO])
+
+
+UNPAIRED: dict[str, tuple[dict[str, Any], str]] = {
+    "no prompt": ({"chosen": "Y", "rejected": "N"}, "no 'prompt'"),
+    "nothing shared": ({"chosen": [YES], "rejected": [NO]}, "no 'prompt'"),
+    "another prompt": ({**PREFERENCES["conversations"], "prompt": "R"}, "'prompt' is not what the answers begin with"),
+    "a number": ({**PREFERENCES["conversations"], "prompt": 7}, "'prompt' is no text or messages"),
+    "mixed": ({"prompt": "Q", "chosen": [YES], "rejected": "N"}, "texts and messages"),
+    "messages and texts": ({"prompt": [USER], "chosen": "Y", "rejected": "N"}, "texts and messages"),
+}
+
+
+@pytest.mark.parametrize("case", UNPAIRED)
+def test_preferences_without_a_prompt(tmp_path: Path, case: str) -> None:
+    line, reason = UNPAIRED[case]
+    assert reasons(read_file(write(tmp_path, LINES["preference"], line))) == {reason: 1}
+
+
+def test_keys_that_are_not_read_are_told(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, {"instruction": "a", "output": "b", "input": "c"}, {"instruction": "a", "output": "b", "id": 1}
+    )
+    counts = read_file(path, keys={"prompt": "instruction", "completion": "output"}).counts
+    assert counts.passed_over == ("id", "input")
+    assert "Keys that are not read: 'id', 'input'" in repr(counts)
+    assert read_file(write(tmp_path, LINES["messages"])).counts.passed_over == ()
+
+
 def test_labels_are_texts_or_whole_numbers(tmp_path: Path) -> None:
     lines = [{"input": "a", "label": label} for label in ("x", True, 1.5, ["x"])]
     assert reasons(read_file(write(tmp_path, *lines))) == {"'label' is no text and no whole number": 3}
