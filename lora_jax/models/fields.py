@@ -11,7 +11,7 @@ _HARMLESS = re.compile(
     r"_.*|.*dropout.*|.*pdrop|.*_token_ids?|.*_token_index|output_.*|summary_.*|unsloth_.*|transformers.*|vocab_type"
     r"|architectures|auto_map|torch_dtype|dtype|torchscript|use_bfloat16|use_cache|initializer_range|pretraining_tp"
     r"|id2label|label2id|num_labels|problem_type|task_specific_params|finetuning_task|tokenizer_class|prefix|return_dict.*"
-    r"|chunk_size_feed_forward|is_encoder_decoder|tie_encoder_decoder|cache_implementation|gradient_checkpointing"
+    r"|chunk_size_feed_forward|is_encoder_decoder|pooler_.*|directionality|sentence_transformers|tie_encoder_decoder|cache_implementation|gradient_checkpointing"
     r"|router_aux_loss_coef|router_jitter_noise|reorder_and_upcast_attn|attn_implementation|is_llama_config|n_ctx"
     r"|max_length|min_length|do_sample|early_stopping|num_beams|num_beam_groups|diversity_penalty|temperature|top_k|top_p"
     r"|typical_p|.*_penalty|.*no_repeat_ngram_size|bad_words_ids|num_return_sequences|remove_invalid_values"

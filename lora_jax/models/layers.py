@@ -2,14 +2,32 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.config import DecoderConfig
-
 Params = Mapping[str, Any]
+
+
+class Normed(Protocol):
+    """What a config says of norms; see `DecoderConfig`."""
+
+    @property
+    def norm(self) -> Literal["rms", "layer"]:
+        """Which norm it is."""
+        ...
+
+    @property
+    def norm_offset(self) -> float:
+        """What is added to its weights."""
+        ...
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance."""
+        ...
+
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -30,7 +48,7 @@ def linear(layer: Params, x: jax.Array, *, transposed: bool = False) -> jax.Arra
     return y + _on_last(layer["bias"].astype(x.dtype), y) if "bias" in layer else y
 
 
-def norm(config: DecoderConfig, layer: Params, x: jax.Array) -> jax.Array:
+def norm(config: Normed, layer: Params, x: jax.Array) -> jax.Array:
     """The config's norm over the last axis, computed in float32."""
     wide = x.astype(jnp.float32)
     if config.norm == "layer":

@@ -1,6 +1,5 @@
 """`models.load`: a Hugging Face directory, or a GGUF file, as functions and parameters."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -9,31 +8,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from lora_jax.errors import CheckpointError
-from lora_jax.io.hf.folder import CONFIG, Checkpoint, open_checkpoint
-from lora_jax.io.hf.tensors import Tensor
+from lora_jax.io.hf.folder import CONFIG, open_checkpoint
 from lora_jax.io.peft.config import read_config
-from lora_jax.models import decoder, gguf_tokenizer
+from lora_jax.models import decoder, encoder, gguf_tokenizer
 from lora_jax.models.blocks import Remat, rematerialised
-from lora_jax.models.config import DecoderConfig
+from lora_jax.models.encoder_config import ENCODERS, encoder_config, encoder_leaves
+from lora_jax.models.families import FAMILIES
 from lora_jax.models.gguf import read_gguf
 from lora_jax.models.packaged import PACKAGED, locate
 from lora_jax.models.placement import placement
-from lora_jax.models.read_config import decoder_config
+from lora_jax.models.read_config import decoder_config, refuse_quantised, unknown_family
 from lora_jax.models.read_tensors import Stored, check_tensors, read_parameters
-from lora_jax.models.tensors import decoder_leaves
+from lora_jax.models.renamed import decoder_tensors, encoder_tensors
+from lora_jax.models.tensors import Leaf, decoder_leaves
 from lora_jax.text.files import read_tokenizer
 from lora_jax.text.tokenizer import Tokenizer
-
-# Masks and frequencies that older versions of transformers stored and nothing reads.
-_BUFFERS = re.compile(r"(.*\.)?(attn|attention)\.(bias|masked_bias)|.*\.rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder: functions of its parameters, and the parameters.
+    """A decoder or an encoder: functions of its parameters, and the parameters.
 
     Attributes:
       apply: `apply(params, tokens, *, positions=None, segments=None, cache=None)`: logits `[batch, time, vocabulary]`
@@ -43,16 +39,21 @@ class Model:
       head: `head(params, hidden)`: logits of hidden states `[..., width]`, so that a loss need not have those of every
         position. `apply` is `head` of `hidden`.
       params: nested by the names of the checkpoint's tensors, with layers and experts stacked on leading axes.
-      config: what it computes.
+      config: what it computes: a `DecoderConfig`, or an `EncoderConfig`.
       directory: where it was read from; of a GGUF file the file.
       source: its `config.json`.
+
+    Encoders take `apply(params, tokens, *, mask=None, types=None)` and give logits of classes `[batch, labels]` if the
+    checkpoint has a classifier, otherwise the mean of each text's hidden states, `[batch, width]`, both in float32.
+    `mask` is 0 for padding, `types` tells the texts of a pair apart, and the mask goes to `head(params, hidden, mask)`
+    as well.
     """
 
     apply: Callable[..., Any]
     hidden: Callable[..., Any]
     head: Callable[..., jax.Array]
     params: dict[str, Any]
-    config: DecoderConfig
+    config: Any
     directory: Path
     source: Mapping[str, Any]
     _read_tokenizer: Callable[[], Tokenizer | None] = field(repr=False)
@@ -64,9 +65,11 @@ class Model:
 
 
 class _Source(NamedTuple):
-    """What a directory or a file holds, before the parameters are read."""
+    """What a directory or a file holds, before the parameters are read: `functions` is the module that computes it."""
 
-    config: DecoderConfig
+    functions: Any
+    config: Any
+    leaves: list[Leaf]
     values: Mapping[str, Any]
     tensors: Mapping[str, Stored]
     read_tokenizer: Callable[[], Tokenizer | None]
@@ -107,17 +110,39 @@ def load(
     """
     rematerialised(lambda: None, remat)
     path = locate(directory)
-    found = _of_file(path) if path.suffix == ".gguf" else _of_directory(path)
-    config, leaves = found.config, decoder_leaves(found.config, unrolled=unrolled)
-    check_tensors(path, leaves, found.tensors)
-    params = read_parameters(leaves, found.tensors, dtype, None if mesh is None else placement(config, mesh))
+    found = (_of_file if path.suffix == ".gguf" else _of_directory)(path, unrolled)
+    check_tensors(path, found.leaves, found.tensors)
+    place = None if mesh is None else placement(found.config, mesh)
+    params = read_parameters(found.leaves, found.tensors, dtype, place)
+    functions, config = found.functions, found.config
     return Model(
-        partial(decoder.apply, config, remat), partial(decoder.hidden, config, remat), partial(decoder.head, config),
-        params, config, path, found.values, found.read_tokenizer,
+        partial(functions.apply, config, remat), partial(functions.hidden, config, remat),
+        partial(functions.head, config), params, config, path, found.values, found.read_tokenizer,
     )  # fmt: skip
 
 
-def _of_directory(path: Path) -> _Source:
+def _of_file(path: Path, unrolled: bool) -> _Source:
+    found = read_gguf(path)
+    config = decoder_config(path, found.config)
+    tokenizer = partial(gguf_tokenizer.read_tokenizer, found.metadata)
+    leaves = decoder_leaves(config, unrolled=unrolled)
+    return _Source(decoder, config, leaves, found.config, found.tensors, tokenizer)
+
+
+def _of_directory(path: Path, unrolled: bool) -> _Source:
+    values, tokenizer = _config(path), partial(read_tokenizer, path)
+    base = open_checkpoint(path)
+    if values.get("model_type") in ENCODERS:
+        config = encoder_config(path / CONFIG, values, base.tensors)
+        leaves, tensors = encoder_leaves(config, unrolled=unrolled), encoder_tensors(base, config)
+        return _Source(encoder, config, leaves, values, tensors, tokenizer)
+    config = decoder_config(path / CONFIG, values)
+    leaves, tensors = decoder_leaves(config, unrolled=unrolled), decoder_tensors(base, config)
+    return _Source(decoder, config, leaves, values, tensors, tokenizer)
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    """The `config.json` of a directory."""
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a directory with a model. Give the one that save_pretrained wrote, a .gguf file, or "
@@ -126,36 +151,7 @@ def _of_directory(path: Path) -> _Source:
     values = read_config(path / CONFIG)
     if values is None:
         raise CheckpointError(f"{path} has no {CONFIG}, which says what model it is. Give the directory of a model.")
-    config = decoder_config(path / CONFIG, values)
-    return _Source(config, values, _named(open_checkpoint(path), config), partial(read_tokenizer, path))
-
-
-def _of_file(path: Path) -> _Source:
-    found = read_gguf(path)
-    config = decoder_config(path, found.config)
-    return _Source(config, found.config, found.tensors, partial(gguf_tokenizer.read_tokenizer, found.metadata))
-
-
-def _named(base: Checkpoint, config: DecoderConfig) -> dict[str, Tensor]:
-    """Its tensors by the names that the config's family has for them."""
-    root, head = f"{config.modules.root}.", f"{config.modules.head}.weight"
-    tensors = {name: each for name, each in base.tensors.items() if not _BUFFERS.fullmatch(name)}
-    if not any(name.startswith(root) for name in tensors):
-        # The Hub's GPT-2, and models that were saved without their head.
-        tensors = {name if name == head else root + name: each for name, each in tensors.items()}
-    if config.tied and head in tensors:
-        _check_tied(base.path, tensors.pop(head), tensors.get(f"{root}{config.modules.table}.weight"))
-    return tensors
-
-
-def _check_tied(where: Path, head: Tensor, table: Tensor | None) -> None:
-    """A head that is stored although it is tied must be the table, or the config is wrong."""
-    if (
-        table is None
-        or head[2:4] != table[2:4]
-        or any(not np.array_equal(one, other) for one, other in zip(head.pieces(), table.pieces(), strict=True))
-    ):
-        raise CheckpointError(
-            f"{where}: {head.name} is another table than that of the tokens, but tie_word_embeddings says that they "
-            "are one. Set it to false in config.json if the head is its own."
-        )
+    refuse_quantised(path / CONFIG, values)
+    if values.get("model_type") not in (*FAMILIES, *ENCODERS):
+        raise unknown_family(path / CONFIG, values.get("model_type"))
+    return values

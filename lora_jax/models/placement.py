@@ -1,14 +1,15 @@
-"""Where a decoder's parameters lie on a mesh: which axis of each is spread over which axis of the mesh."""
+"""Where parameters lie on a mesh: which axis of each is spread over which axis of the mesh."""
 
 from collections.abc import Callable
 
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.encoder_config import EncoderConfig
 from lora_jax.models.tensors import Leaf
 
 
-def placement(config: DecoderConfig, mesh: Mesh) -> Callable[[Leaf], NamedSharding]:
+def placement(config: DecoderConfig | EncoderConfig, mesh: Mesh) -> Callable[[Leaf], NamedSharding]:
     """The sharding of each parameter.
 
     Kernels that split heads or inner features lie with their outputs on `tensor` and their inputs on `fsdp`, those that
@@ -20,18 +21,23 @@ def placement(config: DecoderConfig, mesh: Mesh) -> Callable[[Leaf], NamedShardi
     return lambda leaf: NamedSharding(mesh, _spec(config, mesh, leaf))
 
 
-def _spec(config: DecoderConfig, mesh: Mesh, leaf: Leaf) -> PartitionSpec:
-    names = config.modules
-    module = leaf.path[-2] if leaf.path[-1] == "weight" else leaf.path[-1]
+def _spec(config: DecoderConfig | EncoderConfig, mesh: Mesh, leaf: Leaf) -> PartitionSpec:
     if len(leaf.shape) < 2 or leaf.path[-1].endswith("bias"):
         return PartitionSpec()
-    joins = module in (names.out, names.down)
+    joins, transposed = _layout(config, leaf)
     axes = ("fsdp", "tensor") if joins else ("tensor", "fsdp")
-    flipped = leaf.path[-1] != "weight" or (
-        config.transposed and module not in (names.table, names.positions, names.head)
-    )
     spec: list[str | None] = [None] * len(leaf.whole)
-    for place, axis in zip((-2, -1), axes[::-1] if flipped else axes, strict=True):
+    for place, axis in zip((-2, -1), axes[::-1] if transposed else axes, strict=True):
         if axis in mesh.axis_names and leaf.whole[place] % mesh.shape[axis] == 0:
             spec[place] = axis
     return PartitionSpec(*spec)
+
+
+def _layout(config: DecoderConfig | EncoderConfig, leaf: Leaf) -> tuple[bool, bool]:
+    """Whether a kernel joins what others split, and whether it is `(in, out)`."""
+    if isinstance(config, EncoderConfig):
+        return leaf.path[-3:-1] == ("output", "dense"), False
+    names, own = config.modules, leaf.path[-1] == "weight"
+    module = leaf.path[-2] if own else leaf.path[-1]
+    table = module in (names.table, names.positions, names.head)
+    return module in (names.out, names.down), not own or (config.transposed and not table)

@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_jax.errors import CheckpointError
 from lora_jax.models.config import DecoderConfig, Experts
+from lora_jax.models.encoder_config import ENCODERS
 from lora_jax.models.families import FAMILIES, Family
 from lora_jax.models.fields import Fields
 from lora_jax.models.layers import ACTIVATIONS
@@ -30,11 +31,8 @@ def decoder_config(where: Path | str, values: Mapping[str, Any]) -> DecoderConfi
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise CheckpointError(
-            f"{where}: model_type={kind!r} is not known; there are {', '.join(FAMILIES)}. SmolLM and SmolLM2 are "
-            "llama. A new family is one entry of a table: docs/add-a-family.md."
-        )
-    _refuse_quantised(where, values)
+        raise unknown_family(where, kind)
+    refuse_quantised(where, values)
     family = FAMILIES[kind]
     fields = Fields(where, values, spelled=family.spelled)
     fields.get("model_type")
@@ -43,7 +41,20 @@ def decoder_config(where: Path | str, values: Mapping[str, Any]) -> DecoderConfi
     return config
 
 
-def _refuse_quantised(where: Path | str, values: Mapping[str, Any]) -> None:
+def unknown_family(where: Path | str, kind: Any) -> CheckpointError:
+    """The error for a `model_type` that is in no table."""
+    return CheckpointError(
+        f"{where}: model_type={kind!r} is not known; there are {', '.join((*FAMILIES, *ENCODERS))}. SmolLM and SmolLM2 "
+        "are llama. A new family is one entry of a table: docs/add-a-family.md."
+    )
+
+
+def refuse_quantised(where: Path | str, values: Mapping[str, Any]) -> None:
+    """Refuse a config of codes and scales.
+
+    Raises:
+      CheckpointError: it is one.
+    """
     found = values.get("quantization_config")
     if found:
         method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else found

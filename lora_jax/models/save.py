@@ -13,6 +13,7 @@ import numpy as np
 from lora_jax.errors import CheckpointError, ParameterError
 from lora_jax.io.hf.folder import CONFIG, INDEX, SINGLE, dump, open_checkpoint
 from lora_jax.io.hf.tensors import FLOATS, Item, opened, write_file
+from lora_jax.models.encoder_config import EncoderConfig, encoder_leaves
 from lora_jax.models.load import Model
 from lora_jax.models.tensors import Leaf, decoder_leaves
 from lora_jax.publish import place, publish
@@ -70,8 +71,11 @@ def _check_replaceable(where: Path, new: Collection[str]) -> None:
 
 def _items(model: Model, params: Mapping[str, Any]) -> Iterator[Item]:
     """Every tensor to be written; nothing is fetched from its device yet."""
-    layers = params.get(model.config.modules.root, {}).get(model.config.modules.layers, {})
-    leaves = decoder_leaves(model.config, unrolled="0" in layers)
+    unrolled = _unrolled(params)
+    if isinstance(model.config, EncoderConfig):
+        leaves = encoder_leaves(model.config, unrolled=unrolled)
+    else:
+        leaves = decoder_leaves(model.config, unrolled=unrolled)
     _check_known(leaves, params)
     names = {dtype: name for name, dtype in FLOATS.items()}
     for leaf in leaves:
@@ -81,6 +85,11 @@ def _items(model: Model, params: Mapping[str, Any]) -> Iterator[Item]:
         size = int(np.prod(leaf.shape, dtype=np.int64)) * array.dtype.itemsize
         for index, name in leaf.members():
             yield Item(name, names[array.dtype], leaf.shape, size, _pieces(array, index))
+
+
+def _unrolled(params: Any) -> bool:
+    """Whether layers are parameters of their own."""
+    return isinstance(params, Mapping) and ("0" in params or any(map(_unrolled, params.values())))
 
 
 def _check_known(leaves: list[Leaf], params: Mapping[str, Any]) -> None:

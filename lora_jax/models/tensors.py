@@ -48,11 +48,12 @@ def decoder_leaves(config: DecoderConfig, *, unrolled: bool = False) -> list[Lea
         outside[f"{names.head}.weight"] = (config.vocab, config.width)
     found = [Leaf(tuple(name.split(".")), name, (), shape) for name, shape in outside.items()]
     for name, (stack, shape) in _layer(config).items():
-        found += _stacked(f"{names.root}.{names.layers}.{{}}.{name}", (config.layers, *stack), shape, unrolled)
+        found += stacked(f"{names.root}.{names.layers}.{{}}.{name}", (config.layers, *stack), shape, unrolled)
     return found
 
 
-def _stacked(template: str, stack: Shape, shape: Shape, unrolled: bool) -> list[Leaf]:
+def stacked(template: str, stack: Shape, shape: Shape, unrolled: bool) -> list[Leaf]:
+    """Tensors whose names differ by numbers, as one parameter or, `unrolled`, as one each."""
     leaf = Leaf(tuple(part for part in template.split(".") if part != "{}"), template, stack, shape)
     if not unrolled:
         return [leaf]
