@@ -68,7 +68,10 @@ def _backend(folder: Path, config: Mapping[str, Any]) -> Any:
     tokenizers, text = extra("tokenizers"), _text(folder / _WHOLE)
     try:
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # The package raises no other class.
+    except BaseException as error:
+        # The package raises no class of its own, and where it panics not even an Exception.
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
         raise TokenizerError(
             f"{folder / _WHOLE} is no tokenizer ({error}). Copy it again from where it came from, or upgrade tokenizers"
         ) from error
@@ -163,6 +166,6 @@ def _numbers(name: str, folder: Path, generation: Mapping[str, Any], model: Mapp
     """The tokens that `generation_config.json`, or else `config.json`, gives for `eos_token_id` and the like."""
     found = generation.get(name, model.get(name))
     numbers = [each for each in (found if isinstance(found, list) else [found]) if each is not None]
-    if all(isinstance(each, int) and not isinstance(each, bool) for each in numbers):
+    if all(isinstance(each, int) and not isinstance(each, bool) and 0 <= each < 2**31 for each in numbers):
         return numbers
     raise TokenizerError(f"{folder}: {name} is {found!r}, where the number of a token belongs, or a list of numbers")

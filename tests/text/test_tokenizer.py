@@ -155,6 +155,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "added": ({"tokenizer_config.json": {"added_tokens_decoder": {"x": 1}}}, "added_tokens_decoder"),
     "moved": ({"tokenizer_config.json": {"added_tokens_decoder": {"9": {"content": "</s>"}}}}, "'</s>' is token 9"),
     "unknown": ({"tokenizer_config.json": {"eos_token": "<end>"}}, "eos_token is '<end>', which is not in the vocabul"),
+    "huge": ({"config.json": {"eos_token_id": 2**70}}, "eos_token_id is 1180591620717411303424"),
     "special": ({"tokenizer_config.json": {"eos_token": ["</s>"]}}, r"eos_token is \['</s>'\], where a text belongs"),
     "eos": ({"generation_config.json": {"eos_token_id": "1"}}, "eos_token_id is '1'"),
     "template": ({"tokenizer_config.json": {"chat_template": [1]}}, "chat_template is neither"),
@@ -170,6 +171,15 @@ def test_damaged_files_are_named(tmp_path: Path, case: str) -> None:
         read_tokenizer(tmp_path)
     assert str(tmp_path) in str(raised.value)
     assert isinstance(raised.value, LoraError)
+
+
+def test_a_file_at_which_the_package_panics_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    held = json.loads(byte_level().to_str())
+    held["model"]["continuing_subword_prefix"] = "longer than what is merged"
+    directory(tmp_path, SPECIAL)
+    write(tmp_path, {"tokenizer.json": held})
+    with pytest.raises(TokenizerError, match="is no tokenizer"):
+        read_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
