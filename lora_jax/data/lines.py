@@ -16,7 +16,9 @@ _NO_TEXT = {
     b"PK\x03\x04": "a zip archive: unpack it first",
     b"PAR1": "a Parquet file: write its rows as JSON lines first",
 }
+_TABLES = {".csv": "excel", ".tsv": "excel-tab"}
 _LONGEST, _SHORTEST, _PIECES = 16_384, 256, 100
+_LINE = 1_000_000
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
@@ -69,9 +71,10 @@ def pieces(path: Path) -> Iterator[tuple[int, str]]:
     """A plain text in pieces that end with lines, or else with words; and the number of the line each begins in.
 
     Raises:
-      DataError: the file cannot be read, is not UTF-8, or holds nothing.
+      DataError: the file cannot be read, is not UTF-8, or holds a table or JSON lines.
     """
     check_readable(path)
+    _check_plain(path)
     raw = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
     try:
         text = raw.decode().replace("\r\n", "\n")
@@ -86,6 +89,21 @@ def pieces(path: Path) -> Iterator[tuple[int, str]]:
             yield line + 1, text[begin:end]
         line += text.count("\n", begin, end)
         begin = end
+
+
+def _check_plain(path: Path) -> None:
+    """Refuse what would be trained on as it is written, and is meant to be read: tables and JSON lines."""
+    if dialect := _TABLES.get(path.suffix.lower()):
+        rows = f"csv.DictReader(sys.stdin, dialect='{dialect}')"
+        program = f"import csv, json, sys; [print(json.dumps(row)) for row in {rows}]"
+        raise DataError(
+            f"{path} is a table by its name, and no plain text. Write its rows as JSON lines: "
+            f'python -c "{program}" < {path.name} > {path.stem}.jsonl'
+        )
+    with path.open("rb") as file:
+        first = file.readline(_LINE).removeprefix(_BYTE_ORDER_MARK).strip()
+    if first[:1] == b"{" and isinstance(_object(first), dict):
+        raise DataError(f"{path} begins with a JSON object: name it {path.stem}.jsonl if each of its lines holds one")
 
 
 def _end(text: str, begin: int, most: int) -> int:

@@ -200,6 +200,8 @@ FILES: dict[str, tuple[bytes, str]] = {
         r"both\.jsonl:1: .*'messages' and of 'preference'",
     ),
     "empty.txt": (b" \n", "is empty"),
+    "table.csv": (b"prompt,completion\na,b\n", r"a table by its name.*csv\.DictReader.*table\.jsonl"),
+    "lines.txt": (b'\xef\xbb\xbf{"text": "a"}\n', r"begins with a JSON object: name it lines\.jsonl"),
     "latin.txt": (b"a\n\xe4\n", r"latin\.txt:2: not UTF-8: byte 0xe4"),
 }
 
@@ -287,6 +289,11 @@ def test_a_plain_text_is_read_whole_and_its_end_is_held_out(tmp_path: Path) -> N
     assert all(piece.endswith("\n") for piece in pieces[:-1])
     assert data.valid[0].line == sum(piece.count("\n") for piece in pieces[: len(data.train)]) + 1
     assert 0.03 < len("".join(pieces[len(data.train) :])) / len(text) < 0.07
+
+
+def test_a_plain_text_may_begin_with_a_brace(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text('{\n "a": 1}\n')
+    assert read_file(tmp_path / "a.txt")[0].values["text"] == '{\n "a": 1}\n'
 
 
 def test_a_text_without_lines_is_cut_at_spaces_or_anywhere(tmp_path: Path) -> None:
