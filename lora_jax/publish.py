@@ -189,14 +189,29 @@ def _locked(folder: Path) -> Iterator[None]:
         except FileNotFoundError:
             continue  # Another writer has just finished.
         try:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX)
+            lock(handle)
             if same(handle, folder):
                 yield
                 return
         finally:
             os.close(handle)
         time.sleep(0.001)
+
+
+def lock(handle: int, *, wait: bool = True) -> bool:
+    """Lock a file or directory that is open, which the system undoes if the process dies; whether it has the lock.
+
+    Args:
+      handle: of the file or directory.
+      wait: until nobody else has the lock, and not return at once.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def same(handle: int, path: Path) -> bool:

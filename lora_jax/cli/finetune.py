@@ -20,7 +20,7 @@ from lora_jax.train.job import FinetuneJob, Plan
 from lora_jax.train.options import AdapterOptions, DataOptions, OptionError, TrainingOptions, flag, require
 from lora_jax.train.pretrain import Recipe
 from lora_jax.train.record import described, read_options, record
-from lora_jax.train.saved import converted_fields
+from lora_jax.typed import converted_fields
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lora_jax.publish import same
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks, and does not remove what is in use.
-    fcntl = None  # type: ignore[assignment]
+from lora_jax.publish import lock, same
 
 _TRIES = 20
 """Another process that only asks who holds the lock has it for a moment."""
@@ -50,7 +45,7 @@ def holder(path: Path) -> str | None:
     except OSError:
         return None
     try:
-        return None if _lock(handle) else _holder(path)
+        return None if lock(handle, wait=False) else _holder(path)
     finally:
         os.close(handle)
 
@@ -59,7 +54,7 @@ def _acquired(path: Path) -> int | None:
     """The locked file, or None if another process has it."""
     for _ in range(_TRIES):
         handle = _opened(path, os.O_CREAT)
-        if _lock(handle) and same(handle, path):
+        if lock(handle, wait=False) and same(handle, path):
             return handle
         os.close(handle)
         time.sleep(0.02)
@@ -73,15 +68,6 @@ def _opened(path: Path, flags: int = 0) -> int:
         os.close(handle)
         raise OSError(errno.EINVAL, "no regular file", str(path))
     return handle
-
-
-def _lock(handle: int) -> bool:
-    if fcntl is not None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
 
 
 def _holder(path: Path) -> str:

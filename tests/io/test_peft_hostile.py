@@ -164,6 +164,8 @@ def test_configs_that_are_no_json(text: bytes, folder: Path) -> None:
         ({"rank_pattern": ["q"]}, "rank_pattern=.* must be an object"),
         ({"rank_pattern": {"(": 2}}, r"rank_pattern: '\(' is not a regular expression"),
         ({"alpha_pattern": {"a{99999999999}": 2}}, "is not a regular expression"),
+        ({"alpha_pattern": {f"a*{n}": 2 for n in range(257)}}, "has 257 regular expressions, more than the 256"),
+        ({"rank_pattern": {f"q.{n}": 2 for n in range(16_385)}}, "has 16,385 keys, more than the 16,384"),
         ({"alpha_pattern": {"q": None}}, r"alpha_pattern\['q'\]=None must be a finite number"),
         ({"target_modules": 3}, "target_modules=3 must be a list of names, or one regular expression"),
         ({"target_modules": "["}, r"target_modules: '\[' is not a regular expression"),

@@ -154,7 +154,9 @@ def test_keys_of_wrapped_models(change: Callable[[str], str], tmp_path: Path) ->
 
 
 def test_copies_that_peft_writes_beside_saved_modules(tmp_path: Path) -> None:
-    adapter = replaced(NET, "head/kernel", "head/bias")
+    adapter = lora.Adapter(
+        {**random_adapter([NET.sites["layers_0/up/kernel"]]), **replaced(NET, "head/kernel", "head/bias")}
+    )
     lora.peft.save(tmp_path / "a", adapter, sites=NET.sites)
     arrays = load_file(configured(tmp_path / "a", bias="all") / ARRAYS)
     bias, head = arrays["base_model.model.head.bias"], "base_model.model.head"

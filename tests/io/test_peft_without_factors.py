@@ -94,8 +94,11 @@ def test_written_as_peft_wrote_it(name: str, tmp_path: Path) -> None:
         ({"bias": "all"}, {"a.bias": (4,)}),
         ({"modules_to_save": ["a", "b"], "ensure_weight_tying": True}, {"a.weight": (9, 4), "b.weight": (9, 4)}),
         ({"modules_to_save": ["a"]}, {"a.weight": (4,), "lm_head.weight": (9, 4)}),
+        ({"modules_to_save": ["a", "b"]}, {"a.weight": (4,)}),
+        ({"modules_to_save": ["a"]}, {"a.temperature": ()}),
+        ({"modules_to_save": ["a"], "fan_in_fan_out": True}, {"a.weight": (4, 4)}),
     ],
-    ids=["other rows of each table", "rows and a module", "biases", "tied tables", "a table of the base"],
+    ids=["rows of each table", "rows and a module", "biases", "ties", "a table of the base", "lack", "names", "layout"],
 )
 def test_what_neither_type_says_stays_lora(config: Any, saved: Any, tmp_path: Path) -> None:
     """And is told to be nothing that PEFT loads."""

@@ -16,7 +16,7 @@ from lora_jax.adapter.updates import LowRank, Replace, Update
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError
 from lora_jax.io.own.base import describe_base, unspelled
-from lora_jax.io.own.typed import mistyped
+from lora_jax.typed import converted_fields
 
 FORMAT = 1
 """Version of what `describe` returns; to be raised whenever an older lora_jax could not read the new one."""
@@ -105,16 +105,9 @@ def _statics(update: Update) -> dict[str, Any]:
 
 
 def _update(entry: Mapping[str, Any], leaves: Mapping[str, Any]) -> Update:
-    statics = {name: _static(name, value) for name, value in entry.items() if name != "type"}
     kind = _kinds()[entry["type"]]
-    _check_types(kind, statics)
+    statics = converted_fields({name: value for name, value in entry.items() if name != "type"}, kind)
     return kind(**leaves, **statics)
-
-
-def _check_types(kind: Any, values: dict[str, Any]) -> None:
-    field = mistyped(kind, values)
-    if field is not None:
-        raise ValueError(f"{field}={ascii(values[field])[:80]} is nothing that {kind.__name__} can have")
 
 
 def _type(path: str, update: Update) -> str:
@@ -133,14 +126,6 @@ def _kinds() -> dict[str, Any]:
     """Every kind of update by name, so that a new one needs no entry here; of two with one name the last."""
     import_module(METHODS.home)  # A kind of update is known once its class is.
     return {kind.__name__: kind for kind in _below(Update)}
-
-
-def _static(name: str, value: Any) -> Any:
-    if name == "site":
-        found = {field: _static(field, item) for field, item in value.items()}
-        _check_types(Site, found)
-        return Site(**found)
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _below(kind: Any) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,11 +12,14 @@ from lora_jax import regex
 from lora_jax.config.peft_fields import may_change_numbers, warn_of_notes
 from lora_jax.errors import CheckpointError, ConfigError
 from lora_jax.io.peft.keys import Form
-from lora_jax.io.peft.match import exact_key, in_pattern
+from lora_jax.io.peft.match import exact_key, in_pattern, is_plain
 
 CONFIG = "adapter_config.json"
 
 _MAX_BYTES = 1 << 24
+_MAX_KEYS = 1 << 14
+"""Of `rank_pattern` and `alpha_pattern`: modules have one each, at most."""
+_MAX_REGEXES = 256
 _FLOAT32_MAX = 3.4e38
 
 RANK_OFFSET = 1e-5
@@ -309,8 +312,8 @@ def check_types(where: str, config: Mapping[str, Any], *, masks: bool = False) -
         if isinstance(value := config.get(field), str):
             _check_regex(f"{where}: {field}", value)
     for field, (needs, holds) in (_PATTERNS | ({"rank_pattern": _MASK} if masks else {})).items():
+        _check_keys(f"{where}: {field}", config.get(field) or {})
         for key, value in (config.get(field) or {}).items():
-            _check_regex(f"{where}: {field}", key)
             if not holds(value):
                 raise CheckpointError(f"{where}: {field}[{_shown(key)}]={_shown(value)} must be {needs}")
 
@@ -328,6 +331,19 @@ def _is_number(value: Any) -> bool:
     # An int may be larger than any float.
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and -_FLOAT32_MAX < value < _FLOAT32_MAX and math.isfinite(value)
+
+
+def _check_keys(where: str, keys: Collection[str]) -> None:
+    """Refuse keys that are no regular expressions, and more of them than could be matched in a moment."""
+    expressions = [key for key in keys if not is_plain(key)]
+    for count, most, what in ((len(keys), _MAX_KEYS, "keys"), (len(expressions), _MAX_REGEXES, "regular expressions")):
+        if count > most:
+            raise CheckpointError(
+                f"{where} has {count:,d} {what}, more than the {most:,d} that are believable: matching every module "
+                "with them would take too long. Give the names of modules, which are fast, or fewer."
+            )
+    for key in expressions:
+        _check_regex(where, key)
 
 
 def _check_regex(where: str, text: str) -> None:

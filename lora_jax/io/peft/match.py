@@ -3,9 +3,12 @@
 import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_jax import regex
+
+_LITERAL = re.compile(r"([^\\^$*+?{}\[\]|()\n]|\\[^\w\n])*")
+"""Letters as they are, dots, and escaped marks: no pattern of this kind can take long."""
 
 
 def targets(wanted: str | Collection[str] | None, module: str) -> bool:
@@ -51,19 +54,41 @@ def in_pattern(patterns: Mapping[str, Any] | None, module: str) -> Any:
 
 
 def _matches(key: str, module: str) -> bool:
-    only = _only(key)
-    return regex.fullmatch(rf"(.*\.)?({key})", module) if only is None else module == only
+    plain = _plain(key)
+    if plain is None or "\n" in module:
+        return regex.fullmatch(rf"(.*\.)?({key})", module)
+    start = len(module) - plain.length
+    if start < 0 or (start and (plain.whole or module[start - 1] != ".")):
+        return False
+    return module.endswith(plain.text) if isinstance(plain.text, str) else bool(plain.text.fullmatch(module, start))
+
+
+def is_plain(key: str) -> bool:
+    """Whether a pattern key is letters and dots only, which costs next to nothing to match; most are.
+
+    >>> is_plain("layers.0.q_proj"), is_plain(exact_key("layers.0.q")), is_plain("layers.*.q")
+    (True, True, False)
+    """
+    return _plain(key) is not None
+
+
+class _Plain(NamedTuple):
+    """What a key of a fixed length says: whether it is the whole name, and how that ends."""
+
+    whole: bool
+    length: int
+    text: str | re.Pattern[str]
 
 
 @lru_cache(1 << 14)
-def _only(key: str) -> str | None:
-    """The module that a key from `exact_key` matches, None of other keys: hundreds of modules have one each.
-
-    >>> _only(exact_key("layers.0.q")), _only("^layers.0.q"), _only("q")
-    ('layers.0.q', None, None)
-    """
-    module = re.sub(r"\\(.)", r"\1", key[1:], flags=re.DOTALL)
-    return module if key == exact_key(module) else None
+def _plain(key: str) -> _Plain | None:
+    """The key without repetitions, choices and the like; None if it has some."""
+    body = key.removeprefix("^")
+    if not _LITERAL.fullmatch(body):
+        return None
+    text, length = re.sub(r"\\(.)", r"\1", body), len(re.findall(r"\\?.", body))
+    dots = re.search(r"(?<!\\)(\\\\)*\.", body)
+    return _Plain(body != key, length, re.compile(body) if dots else text)
 
 
 def exact_key(module: str) -> str:

@@ -76,10 +76,20 @@ def read_several(paths: Sequence[str | PathLike[str]], alpha: float | None = Non
     found = [read_peft(path) for path in paths]
     if alpha is not None and not any(files.unscaled for files in found):
         read_peft(paths[0], alpha=alpha)
-    found = [read_peft(path, alpha=alpha) if each.unscaled else each for path, each in zip(paths, found, strict=True)]
+    found = [_scaled(files, alpha) if files.unscaled and alpha is not None else files for files in found]
     for files in found:
         files.check_scales()
     return found
+
+
+def _scaled(files: PeftFiles, alpha: float) -> PeftFiles:
+    """The same as if it had been read with this alpha."""
+    ranks = {name: len(module.a) for name, module in files.modules.items()}
+    told = {name: files.scale(name) for name in ranks.keys() - files.unscaled}
+    scales = told | settled(files.where, [], {name: ranks[name] for name in files.unscaled}, alpha)
+    guess = peft_config.inferred(ranks, [], scales)
+    fields = {field: guess[field] for field in ("lora_alpha", "alpha_pattern")}
+    return replace(files, config={**files.config, **fields}, unscaled=frozenset())
 
 
 def _read(path: Path, subfolder: str | None, alpha: float | None) -> PeftFiles:

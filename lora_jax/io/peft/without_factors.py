@@ -90,7 +90,9 @@ def as_own_type(files: PeftFiles) -> PeftFiles | None:
     """
     config = files.config
     if files.modules or setting(config, "bias") != "none" or config.get("ensure_weight_tying"):
-        return None  # Neither type trains a bias by itself, or ties tables that the model does not.
+        return None  # Neither type trains a bias by itself, or ties tables that the model does not,
+    if config.get("fan_in_fan_out"):
+        return None  # or says how a weight lies.
     rows, whole = token_rows(files.saved), full_tensors(files.saved)
     made = _tokens(files, rows) if not whole else _norms(files, whole) if not rows else None
     if made is None:
@@ -111,8 +113,10 @@ def _tokens(files: PeftFiles, rows: Mapping[str, np.ndarray]) -> Plain | None:
 def _norms(files: PeftFiles, whole: Mapping[str, np.ndarray]) -> Plain | None:
     """Whole modules: the norms are what is tuned, the others are saved beside them; without norms, all are tuned."""
     entries = files.config.get("modules_to_save") or ()
-    if any(not saves(entries, name) for name in whole):
-        return None  # A table that is not trained.
+    if any(not saves(entries, name) or name.rpartition(".")[2] not in ("weight", "bias") for name in whole):
+        return None  # A table that is not trained, or what is no parameter of a norm.
+    if not all(any(saves([entry], name) for name in whole) for entry in entries):
+        return None  # Something is missing, which the config is to show.
     owners = {name: name.rpartition(".")[0] for name in whole}
     large = {owner for name, owner in owners.items() if whole[name].ndim > 1}
     saved = [entry for entry in entries if any(saves([entry], f"{owner}.weight") for owner in large)]
