@@ -64,7 +64,7 @@ _GEMMA: dict[str, Any] = {
 }
 _AROUND_BOTH: dict[str, Any] = {"norm_offset": 1.0, "residual": "around"}
 
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: dict[str, Family] = {
     "llama": Family(attention_bias=_QKV_OUT, mlp_bias=True),
     "mistral": Family(windows="all", window=4096),
     "qwen2": Family(biases=frozenset({"qkv"}), windows="layers switched", window=4096),

@@ -29,7 +29,7 @@ class Normed(Protocol):
         ...
 
 
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),

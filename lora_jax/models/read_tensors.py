@@ -110,12 +110,14 @@ def _fill(out: np.ndarray, tensor: Stored, index: tuple[slice, ...]) -> None:
     if isinstance(tensor, GgufTensor):
         out[...] = tensor.read()[index]
         return
-    if own == out.dtype and out.shape == tensor.shape:
-        with opened(tensor.file) as file:
-            file.seek(tensor.begin)
-            if file.readinto(out.reshape(-1).view(np.uint8).data) < tensor.nbytes:
-                raise CheckpointError(
-                    f"{tensor.file} ends in the middle of {tensor.name}: it changed while it was read"
-                )
-    else:
+    if out.shape != tensor.shape:
         out[...] = np.memmap(tensor.file, own, "r", tensor.begin, tensor.shape)[index]
+        return
+    # Reading is several times faster than mapping where all of it is wanted.
+    read = out if own == out.dtype else np.empty(tensor.shape, own)
+    with opened(tensor.file) as file:
+        file.seek(tensor.begin)
+        if file.readinto(read.reshape(-1).view(np.uint8).data) < tensor.nbytes:
+            raise CheckpointError(f"{tensor.file} ends in the middle of {tensor.name}: it changed while it was read")
+    if read is not out:
+        out[...] = read

@@ -42,18 +42,22 @@ def save(
     Example:
       >>> save("merged", model, lora.merge(model.params, adapter))  # doctest: +SKIP
     """
-    where, base = place(directory), open_checkpoint(model.directory)
-    if where.resolve().is_relative_to(base.path.resolve()):
+    where = place(directory)
+    if where.resolve().is_relative_to(model.directory.resolve()):
         raise CheckpointError(f"{where} is inside of the model that it would be a copy of. Choose another directory.")
+    # A GGUF file has nothing beside it: its tokenizer is written as Hugging Face's files.
+    beside_weights = () if model.directory.is_file() else open_checkpoint(model.directory).others
     shards = _shards(list(_items(model, model.params if params is None else params)))
     config = _config(model.source, shards.values())
 
     def write(beside: Path) -> None:
-        for file in base.others:
+        for file in beside_weights:
             target = beside / file
             target.parent.mkdir(parents=True, exist_ok=True)
-            with opened(base.path / file) as given, target.open("xb") as copy:
+            with opened(model.directory / file) as given, target.open("xb") as copy:
                 shutil.copyfileobj(given, copy)
+        if model.directory.is_file() and model.tokenizer is not None:
+            model.tokenizer.save(beside)
         dump(beside / CONFIG, config)
         _write(beside, shards)
 

@@ -12,7 +12,9 @@ pytest.importorskip("tokenizers")
 
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
+from helpers import assert_same
 
+from lora_jax import models
 from lora_jax.errors import CheckpointError
 from lora_jax.models.gguf import Gguf, read_gguf
 from lora_jax.models.gguf_tokenizer import read_tokenizer
@@ -268,3 +270,12 @@ def test_gguf_missing_says_how_to_install_it(write: Write, monkeypatch: pytest.M
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ImportError, match=r'pip install "lora_jax\[gguf\]"'):
         read_gguf(path)
+
+
+def test_a_gguf_model_is_saved_as_a_directory(write: Write, tmp_path: Path) -> None:
+    model = models.load(write(**tokenizer_settings()))
+    models.save(tmp_path / "saved", model)
+    back = models.load(tmp_path / "saved")
+    assert_same(back.params, model.params)
+    assert back.config == model.config and back.tokenizer is not None and model.tokenizer is not None
+    assert back.tokenizer.encode("low 12") == model.tokenizer.encode("low 12")

@@ -1,5 +1,6 @@
 """Models of Hugging Face directories against transformers: logits at 1,100 positions, and greedy decoding."""
 
+import doctest
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from transformers import AutoModelForCausalLM
 
 from lora_jax import models
 from lora_jax.models import empty_cache, load
+from lora_jax.models.families import FAMILIES
 
 LENGTH = 1100
 TOKENS = np.random.default_rng(0).integers(0, 97, (1, LENGTH))
 # The rest differs from these in one thing.
 FULL = {"llama linear", "llama dynamic", "qwen3_moe all", "phi3 shortrope", "smollm3 windows", "gpt_neox serial"}
-NAMES = [pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in MODELS]
+NAMES = [pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in MODELS if name != "arcee"]
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +98,21 @@ def test_transformers_loads_what_is_saved(name: str, tmp_path: Path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "n", attn_implementation="eager").eval()
     tokens = TOKENS[:, :50]
     assert_close(np.asarray(model.apply(changed, jnp.asarray(tokens))), run(theirs, torch.from_numpy(tokens)))
+
+
+def test_the_family_that_the_page_adds_is_read_as_transformers_has_it(tmp_path: Path):
+    page = (Path(__file__).parents[2] / "docs" / "add-a-family.md").read_text()
+    known = FAMILIES.copy()
+    try:
+        first = doctest.DocTestParser().get_examples(page.split("```python")[1].split("```")[0])
+        exec("".join(example.source for example in first), {})
+        theirs = saved(tmp_path / "m", "arcee")
+        model = load(tmp_path / "m")
+        assert_close(
+            np.asarray(model.apply(model.params, jnp.asarray(TOKENS))),
+            run(theirs, torch.from_numpy(TOKENS)),
+            factor=0.5,
+        )
+    finally:
+        FAMILIES.clear()
+        FAMILIES.update(known)

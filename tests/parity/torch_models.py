@@ -52,6 +52,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}, "num_key_value_heads": None}),
     "gpt_neox serial": ("gpt_neox", {"rope_parameters": ROPE, "num_key_value_heads": None, "use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"}),
     "gpt_oss": ("gpt_oss", {"rope_parameters": {**YARN, "truncate": False}, "head_dim": 8, "sliding_window": 64, **EXPERTS}),
+    "arcee": ("arcee", {"rope_parameters": YARN, "attention_bias": True, "mlp_bias": True}),  # of docs/add-a-family.md
 }  # fmt: skip
 
 
