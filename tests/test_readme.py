@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import assert_same, random_adapter
+from linen_transformer import Transformer, TransformerConfig
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax.cli import main
-from lora_jax.models import Transformer, TransformerConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,7 +48,7 @@ def test_readme_peft_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for command in commands:
         with redirect_stdout(StringIO()):
             assert main(shlex.split(command, comments=True)[1:]) == 0, command
-    assert_same(lora.load("again"), lora.load("lora-out/adapter"))
+    assert_same(lora.load("again"), lora.load("saved"))
 
 
 def prepare_commands(folder: Path) -> None:
@@ -64,7 +64,7 @@ def prepare_commands(folder: Path) -> None:
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     sites = lora.find_sites(model.apply, params, tokens)
     adapter = random_adapter([site for site in sites.values() if "layers" in site.path])
-    lora.save(folder / "lora-out" / "adapter", adapter, params=params)
+    lora.save(folder / "saved", adapter, params=params)
 
 
 def test_readme_commands_are_single_lines() -> None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import jax
@@ -13,12 +13,12 @@ from lora_jax.adapter.site import Site
 from lora_jax.config.config import LoraConfig
 from lora_jax.config.selection import select
 from lora_jax.errors import ConfigError
-from lora_jax.models import Transformer, TransformerConfig
-from lora_jax.models.transformer import VOCABULARY
+from lora_jax.models import initial
 from lora_jax.sites import find_sites
 
 Dtype = Literal["float32", "bfloat16"]
 
+VOCABULARY = 256
 _MOST_ADAPTERS = 1 << 16
 
 
@@ -191,15 +191,18 @@ class Dense:
 
 @dataclass(frozen=True)
 class Model:
-    """The transformer of `lora_jax.models` with random parameters, all linear layers of its blocks adapted.
+    """A llama of `lora_jax.models` with random parameters, all linear layers of its blocks adapted.
 
     Attributes:
       label: what tables call it.
-      config: its shape. Layers are unrolled, as XLA counts the operations of a loop's body once only.
+      layers: of the decoder. They are unrolled, as XLA counts the operations of a loop's body once only.
+      width: of the residual stream.
+      heads: for queries.
+      kv_heads: for keys and values.
+      hidden: inner width of the MLP.
 
     Example:
-      >>> config = TransformerConfig(layers=1, width=16, heads=2, kv_heads=1, hidden=24)
-      >>> model = Model("toy", config)
+      >>> model = Model("toy", layers=1, width=16, heads=2, kv_heads=1, hidden=24)
       >>> model.name, model.side
       ('toy transformer, 1 × 16', 8)
       >>> work = model.work((2, 3), "float32", seed=0)
@@ -208,29 +211,45 @@ class Model:
     """
 
     label: str
-    config: TransformerConfig
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    hidden: int
 
     @property
     def name(self) -> str:
         """Label, layers × width."""
-        return f"{self.label} transformer, {self.config.layers} × {self.config.width}"
+        return f"{self.label} transformer, {self.layers} × {self.width}"
 
     @property
     def side(self) -> int:
         """The smallest side of an adapted kernel: what keys and values have together, if nothing else."""
-        config = self.config
-        return min(config.width, config.hidden, config.kv_heads * config.head_dim)
+        return min(self.width, self.hidden, self.kv_heads * self.width // self.heads)
 
     def work(self, batch: tuple[int, int], dtype: str, seed: int) -> Work:
-        """A forward pass over random bytes."""
+        """A forward pass over random tokens."""
+        config = {
+            "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": self.width, "tie_word_embeddings": True,
+            "num_hidden_layers": self.layers, "intermediate_size": self.hidden,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
+        }  # fmt: skip
         draw = np.random.default_rng(seed)
-        model = Transformer(replace(self.config, scan=False, remat=False, dtype=dtype))
+        model = initial(config, seed=seed, dtype=dtype, unrolled=True)
         tokens = jnp.asarray(draw.integers(VOCABULARY, size=batch), jnp.int32)
-        start = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(key, tokens)))
-        params = start(jax.random.key(seed))
-        sites = select(LoraConfig(), find_sites(model.apply, params, tokens)).sites
+        sites = select(LoraConfig(), find_sites(model.apply, model.params, tokens)).sites
         reads = {site.path: normal(draw, (tokens.size, *site.sizes(site.in_axes)), dtype) for site in sites}
-        return Work(model.apply, params, tokens, sites, reads, single=False)
+        return Work(model.apply, model.params, tokens, sites, reads, single=False)
+
+
+Size = Literal["tiny", "small", "medium"]
+
+MODELS: dict[Size, Model] = {
+    "tiny": Model("tiny", layers=2, width=32, heads=4, kv_heads=2, hidden=64),
+    "small": Model("small", layers=4, width=128, heads=4, kv_heads=2, hidden=352),
+    "medium": Model("medium", layers=6, width=256, heads=8, kv_heads=2, hidden=704),
+}
+"""Models that the command line knows by name."""
 
 
 def normal(draw: np.random.Generator, shape: Sequence[int], dtype: str, size: float = 1.0) -> jax.Array:

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_jax.bench import Case, Dense, Model, Settings, measure
-from lora_jax.bench.cases import Dtype
+from lora_jax.bench import Case, Dense, Settings, measure
+from lora_jax.bench.cases import MODELS, Dtype, Size
 from lora_jax.bench.timing import check, steps
 from lora_jax.cli.parse import Verb
-from lora_jax.models.sizes import SIZES, Size
 from lora_jax.report.terminal import Progress, Terminal
 from lora_jax.train.folder import check_writable
 from lora_jax.train.options import OptionError
@@ -62,7 +61,7 @@ class Bench(Verb):
             rounds=self.rounds, seed=self.seed,
         )  # fmt: skip
         cases: list[Case] = [Dense.parsed(text) for text in self.shapes]
-        cases += [] if self.model is None else [Model(self.model, SIZES[self.model])]
+        cases += [] if self.model is None else [MODELS[self.model]]
         check(cases or [_DEFAULT], settings)
         return BenchJob(cases or [_DEFAULT], settings, self.out, Terminal(self.json))
 

@@ -1,4 +1,4 @@
-"""Models of Hugging Face directories as plain functions of their parameters, and a compact transformer to begin with.
+"""Models of Hugging Face directories as plain functions of their parameters.
 
 `load` reads a directory, `Model` is what it returns, `save` writes one, and `empty_cache` makes the cache with which
 texts are continued.
@@ -6,10 +6,7 @@ texts are continued.
 
 from lora_jax.models.cache import empty_cache as empty_cache
 from lora_jax.models.config import DecoderConfig as DecoderConfig
-from lora_jax.models.generate import generate as generate
+from lora_jax.models.initial import initial as initial
 from lora_jax.models.load import Model as Model
 from lora_jax.models.load import load as load
 from lora_jax.models.save import save as save
-from lora_jax.models.transformer import Cache as Cache
-from lora_jax.models.transformer import Transformer as Transformer
-from lora_jax.models.transformer import TransformerConfig as TransformerConfig

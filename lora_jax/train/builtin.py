@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from lora_jax import models
 from lora_jax.errors import CheckpointError
+from lora_jax.models.initial import random_tensors
 from lora_jax.models.read_config import decoder_config
 from lora_jax.models.tensors import decoder_leaves
 from lora_jax.publish import publish, publish_file
@@ -70,7 +71,7 @@ def directory(recipe: Recipe) -> Path:
 def blank(load: Callable[[Path], Any] = models.load, seed: int = 0) -> Any:
     """The model before it is pre-trained: random parameters out of a directory like any other, which goes at once."""
     with tempfile.TemporaryDirectory(prefix="lora_jax-") as name:
-        _write(Path(name), _random(seed))
+        _write(Path(name), random_tensors(_CONFIG, seed))
         model = load(Path(name))
         _ = model.tokenizer  # Read while the directory is there.
         return model
@@ -80,16 +81,6 @@ def _write(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
     (folder / "config.json").write_text(json.dumps(_CONFIG, indent=1) + "\n", encoding="utf-8")
     write_tokenizer(folder)
     save_file(dict(tensors), folder / "model.safetensors")
-
-
-def _random(seed: int) -> dict[str, np.ndarray]:
-    """Kernels that keep the size of what they multiply, a small table, norms of ones."""
-    draw, found = np.random.default_rng(seed), {}
-    for leaf in decoder_leaves(decoder_config("config.json", _CONFIG), unrolled=True):
-        scale = 0.02 if "embed" in leaf.template else leaf.shape[-1] ** -0.5
-        normal = draw.normal(size=leaf.shape) * scale
-        found[leaf.template] = np.asarray(normal if len(leaf.shape) > 1 else np.ones(leaf.shape), np.float32)
-    return found
 
 
 def _letters() -> list[str]:

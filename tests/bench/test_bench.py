@@ -19,11 +19,10 @@ from lora_jax.bench.result import draw
 from lora_jax.bench.timing import rounds, steps
 from lora_jax.cli import main
 from lora_jax.errors import ConfigError
-from lora_jax.models import TransformerConfig
 
 INTO, OUT, TOKENS, RANKS, ADAPTERS = 12, 10, (1, 6), (2, 3), (1, 3)
 SMALL = Settings(ranks=RANKS, tokens=TOKENS, adapters=ADAPTERS, rounds=2)
-TOY = Model("toy", TransformerConfig(layers=1, width=16, heads=2, kv_heads=1, hidden=24))
+TOY = Model("toy", layers=1, width=16, heads=2, kv_heads=1, hidden=24)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def test_a_model(dtype: Any) -> None:
     assert (base.tokens, base.examples, routed.mode) == (6, 2, "routed")
     assert merged.flops == base.flops
     sites = TOY.work((2, 3), dtype, 0).sites
-    assert len(sites) == 7 * TOY.config.layers
+    assert len(sites) == 7 * TOY.layers
     if dtype == "float32":  # In narrower dtypes casts count too.
         assert adapter.flops == 2 * 6 * 2 * sum(site.fan_in + site.fan_out for site in sites)
 

@@ -9,11 +9,11 @@ import pytest
 from helpers import assert_close, assert_same, random_adapter
 from hypothesis import given
 from hypothesis import strategies as st
+from linen_transformer import Transformer, TransformerConfig
 from table.registry import Draw
 
 import lora_jax as lora
 from lora_jax.io.peft import read_peft
-from lora_jax.models import Transformer, TransformerConfig
 
 SEQUENCE = (7, 8)
 MODEL = Transformer(TransformerConfig(layers=2, width=32, heads=2, kv_heads=1, hidden=48))

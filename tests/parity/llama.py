@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from linen_transformer import Transformer, TransformerConfig
 from torch_side import numbers
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import lora_jax as lora
 from lora_jax.io.peft import KNOWN, Names
-from lora_jax.models import Transformer, TransformerConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

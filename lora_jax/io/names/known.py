@@ -30,7 +30,7 @@ _EINSUM_ATTENTION = {
 _HEAD = {"model.embed_tokens": "lm_head"}
 
 KNOWN: Mapping[str, Names] = {
-    # models/transformer.py is a Llama with tied embeddings: PyTorch's LlamaForCausalLM computes the same.
+    # A Llama in Flax linen with tied embeddings: PyTorch's LlamaForCausalLM computes the same.
     "lora_jax": Names(
         [
             ("embed/embedding", "model.embed_tokens"),

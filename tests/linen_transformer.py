@@ -1,4 +1,4 @@
-"""A compact decoder-only transformer over bytes, in Flax linen, that knows nothing of LoRA.
+"""A compact decoder-only transformer over bytes, in Flax linen: somebody else's model, for tests.
 
 RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU, and an embedding that is also the
 output head. The layers are one `nn.scan` (parameters stacked on axis 0, one compiled body) or, with `scan=False`,
