@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
 from tiny_models import tiny_directory
 
+from lora_jax.models.encoder_config import encoder_config, encoder_leaves
 from lora_jax.train.builtin import write_tokenizer
 
 
@@ -12,6 +15,25 @@ def bytes_model(path: Path, family: str = "llama", **changes: object) -> Path:
     """A tiny random model that reads bytes."""
     sizes = {"vocab_size": 257, "num_hidden_layers": 2, "tie_word_embeddings": True, "rope_parameters": None}
     tiny_directory(path, family, **{**sizes, **changes})
+    write_tokenizer(path)
+    return path
+
+
+def bytes_encoder(path: Path) -> Path:
+    """A tiny random BERT that reads bytes and tells two classes apart."""
+    values = {
+        "model_type": "bert", "architectures": ["BertForSequenceClassification"], "vocab_size": 257, "hidden_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 64,
+        "id2label": {"0": "no", "1": "yes"}, "hidden_act": "gelu",
+    }  # fmt: skip
+    draw, tensors = np.random.default_rng(0), {}
+    for leaf in encoder_leaves(encoder_config("config.json", values, ["pooler.dense.weight"]), unrolled=True):
+        normal = draw.normal(size=leaf.shape) * leaf.shape[-1] ** -0.5
+        norm = leaf.template.endswith("LayerNorm.weight")
+        tensors[leaf.template] = np.asarray(np.ones(leaf.shape) if norm else normal, np.float32)
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(values))
+    save_file(tensors, path / "model.safetensors")
     write_tokenizer(path)
     return path
 

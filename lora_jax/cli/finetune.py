@@ -116,7 +116,9 @@ class Finetune(Verb):
         reading = self.reading
         if reading.date is None:
             reading = replace(reading, date=date.today().isoformat())
-        paths = {name: _absolute(getattr(self, name)) for name in ("data", "source")}
+        paths: dict[str, Any] = {name: _absolute(getattr(self, name)) for name in ("data", "source")}
+        if self.model is not None and Path(self.model).expanduser().exists():
+            paths["model"] = str(_absolute(Path(self.model)))
         return replace(self, training=training, reading=reading, **paths)
 
     def check(self) -> None:
@@ -150,6 +152,8 @@ class Finetune(Verb):
         model = builtin.kept(recipe, load) if recipe is not None else load(str(self.model))
         unmade = recipe if model is None else None
         model = model or builtin.blank(load)
+        if self.task != "classify":
+            classes.check_continues(model)
         found = material.encoded(data, name, model, self.reading, self.task, self.training)
         if self.task == "classify":
             model = classes.classifier(model, len(found.train.labels), self.training.seed)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.errors import LoraError
+from lora_jax.models.encoder_config import EncoderConfig
 
 HEAD = "score"
 """What transformers calls the head of a decoder for classes."""
@@ -33,7 +34,7 @@ def classifier(model: Any, labels: int, seed: int = 0) -> Any:
       ClassesError: an encoder has no classifier, or one for other classes.
     """
     if _is_encoder(model):
-        found = getattr(model.config, "labels", 0)
+        found = model.config.labels
         if found != labels:
             has = f"a classifier for {found} classes" if found else "no classifier"
             raise ClassesError(
@@ -65,5 +66,15 @@ def trained_with(model: Any) -> tuple[str, ...]:
     return ("classifier",) if _is_encoder(model) else (HEAD,)
 
 
+def check_continues(model: Any) -> None:
+    """Refuse a model that cannot continue texts.
+
+    Raises:
+      ClassesError: it is an encoder.
+    """
+    if _is_encoder(model):
+        raise ClassesError(f"{model.directory} is an encoder, which continues no texts: --task classify trains it")
+
+
 def _is_encoder(model: Any) -> bool:
-    return hasattr(model.config, "labels")
+    return isinstance(model.config, EncoderConfig)

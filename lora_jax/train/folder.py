@@ -23,9 +23,8 @@ _ARRAYS = r"(_\w+|d|array_metadatas|manifest\.ocdbt|ocdbt\.process_\d+)(/.*)?"
 _ORBAX = rf"(_CHECKPOINT_METADATA|commit_success\.txt|orbax\.checkpoint|manifest\.json|(state|pytree)(/{_ARRAYS})?)"
 """What is in a directory that Orbax wrote, and its manifest."""
 _PEFT = r"(adapter_config\.json|adapter_model\.safetensors|README\.md)"
-_MODEL = r"[^/]+\.(json|safetensors|jinja|model|txt)"
 _WRITTEN = re.compile(
-    rf"config\.json|metrics\.jsonl|loss\.png|run\.lock|(adapter|best)(/{_PEFT})?|merged(/{_MODEL})?"
+    rf"config\.json|metrics\.jsonl|loss\.png|run\.lock|(adapter|best)(/{_PEFT})?|merged(/.*)?"
     rf"|tensorboard(/events\.[^/]+)?|state(/(pretrain|finetune)(/(best|\d+)(\.orbax-checkpoint-tmp[^/]*)?(/{_ORBAX})?)?)?"
     r"|(.*/)?\.[^/]+\.partial(/.*)?",
     re.DOTALL,

@@ -24,7 +24,7 @@ from lora_jax.train.finetune import Trainer
 from lora_jax.train.folder import Folder
 from lora_jax.train.loop import TrainingError
 from lora_jax.train.material import Material
-from lora_jax.train.metrics import plot_loss
+from lora_jax.train.metrics import plot_loss, read_metrics
 from lora_jax.train.options import TrainingOptions
 from lora_jax.train.pretrain import Recipe, pretrain
 from lora_jax.train.stop import deferred
@@ -138,12 +138,12 @@ class FinetuneJob:
         self._plan.material.tell(self._terminal)
         trainer = self._trainer()
         adapter, best, found = trainer.train(self._start())
-        losses = self._compare(trainer, adapter)
+        losses = self._compare()
         with deferred():
             self._save(adapter, best, found, losses)
-            self._verify(trainer, losses)
+            self._verify(trainer, adapter)
             if self._plan.merge:
-                self._merge(trainer, losses)
+                self._merge(trainer, adapter)
             self._once(self._folder.finish)
         self._next()
 
@@ -203,11 +203,16 @@ class FinetuneJob:
             captured = start.captured_from(plan.task.plain, plan.config, plan.model.params, batches, what)
         return start.fresh(self._init_key, plan.config, plan.model.params, self._sites, captured)
 
-    def _compare(self, trainer: Trainer, adapter: lora.Adapter) -> dict[str, dict[str, float]]:
-        """Means over the held-out data, or over the first batches where nothing is held out."""
-        if not trainer.held_out:
+    def _compare(self) -> dict[str, dict[str, float]]:
+        """What the metrics say of base and adapter on held-out data; nothing where none are held out."""
+        records = read_metrics(self._folder.metrics)
+        found = {"base": (records[0], "base_eval_"), "adapted": (records[-1], "eval_")}
+        if any(f"{prefix}loss" not in record for record, prefix in found.values()):
             return {}
-        scores = {"base": trainer.evaluate(None), "adapted": trainer.evaluate(adapter)}
+        scores = {
+            name: {what: record[f"{prefix}{what}"] for what in ("loss", "accuracy")}
+            for name, (record, prefix) in found.items()
+        }
         self._terminal.title("On held-out data")
         rows = [(name, f"{each['loss']:.4f}", f"{each['accuracy']:.1%}") for name, each in scores.items()]
         self._terminal.show(Table(("model", "loss", "right"), rows))
@@ -239,28 +244,27 @@ class FinetuneJob:
                        task_type=self._plan.material.peft_task, overwrite=True)  # fmt: skip
         self._once(lambda: publish_file(where / "README.md", text.encode()))
 
-    def _verify(self, trainer: Trainer, losses: dict[str, dict[str, float]]) -> None:
-        """Load the adapter again, and compare its loss with the trained one's."""
+    def _verify(self, trainer: Trainer, adapter: lora.Adapter) -> None:
+        """Load the adapter again, and compare its loss on some of the held-out data with the trained one's."""
         loaded = lora.peft.load(self._folder.adapter, self._plan.model.params, self._sites)
-        if losses:
-            self._agree(trainer.evaluate(loaded), losses, "loaded from disk")
+        if trainer.held_out:
+            usual = trainer.evaluate(adapter, 1)["loss"]
+            self._agree(trainer.evaluate(loaded, 1)["loss"], usual, "loaded from disk", _TOLERANCE)
 
-    def _merge(self, trainer: Trainer, losses: dict[str, dict[str, float]]) -> None:
+    def _merge(self, trainer: Trainer, adapter: lora.Adapter) -> None:
         """Write the merged model, and compare its loss with the adapted one's."""
         folder, model = self._folder, self._plan.model
         self._once(lambda: discard(folder.merged))
         self._once(lambda: merge_checkpoint(model.directory, folder.adapter, folder.merged))
         self._terminal.say(f"{folder.merged}: the merged model")
-        if losses:
+        if trainer.held_out:
             merged = self._plan.load(folder.merged)
             narrow = min(leaf.dtype.itemsize for leaf in jax.tree.leaves(merged.params)) < 4
-            found = replace(trainer, base=merged.params).evaluate(None)
-            self._agree(found, losses, "merged into the base", _ROUNDED if narrow else _TOLERANCE)
+            loss = replace(trainer, base=merged.params).evaluate(None, 1)["loss"]
+            usual = trainer.evaluate(adapter, 1)["loss"]
+            self._agree(loss, usual, "merged into the base", _ROUNDED if narrow else _TOLERANCE)
 
-    def _agree(
-        self, found: dict[str, float], losses: dict[str, dict[str, float]], what: str, tolerance: float = _TOLERANCE
-    ) -> None:
-        usual, loss = losses["adapted"]["loss"], found["loss"]
+    def _agree(self, loss: float, usual: float, what: str, tolerance: float) -> None:
         difference = abs(loss - usual)
         if not difference <= tolerance * max(1.0, usual):
             raise TrainingError(f"the adapter {what} has a loss of {loss:.6f}, not {usual:.6f}")

@@ -145,7 +145,7 @@ class TrainingOptions:
     """Seed of the factors, the batches, dropout and the samples."""
     eval_every: int = 25
     """Steps between evaluations on held-out data."""
-    eval_batches: int = 16
+    eval_batches: int = 8
     """Batches per evaluation, at most."""
     patience: int | None = None
     """Evaluations without a new best after which the run ends."""
