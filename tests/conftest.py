@@ -47,8 +47,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The option of the lane that leaves nothing out."""
+    """The options of those who leave less out."""
     parser.addoption("--full", action="store_true", help="every row of the shared table, and longer random searches")
+    parser.addoption("--moments", choices=["some", "all"], default="some", help="at which tests/faults kills a writer")
 
 
 def pytest_configure(config: pytest.Config) -> None:
