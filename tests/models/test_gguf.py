@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import assert_same
 
 pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
 
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
-from helpers import assert_same
 
 from lora_jax import models
 from lora_jax.errors import CheckpointError
@@ -257,6 +257,24 @@ def test_other_tokenizers_are_refused(write: Write, changed: dict[str, Any], sai
         read_tokenizer(read_gguf(write()).metadata)
 
 
+def test_a_file_is_a_model_that_can_be_saved_as_a_directory(write: Write, tmp_path: Path) -> None:
+    settings = tokenizer_settings(eos_token_id=9, eot_token_id=12) | {"tokenizer.chat_template": "{{ messages }}"}
+    model = models.load(write(kind=GGMLQuantizationType.Q8_0, **settings))
+    tokens = np.array([[1, 5, 7, 2]])
+    logits = model.apply(model.params, tokens)
+    assert logits.shape == (1, 4, TOKENS) and np.isfinite(logits).all()
+    models.save(tmp_path / "saved", model)
+    again = models.load(tmp_path / "saved")
+    assert_same(again.params, model.params)
+    assert again.config == model.config
+    text = "low low12<|end|>"
+    for tokenizer in (model.tokenizer, again.tokenizer):
+        assert tokenizer is not None
+        assert tokenizer.backend.encode(text).tokens == ["low", "Ġlow", "1", "2", "<|end|>"]
+        assert tokenizer.eos_ids == (9, 12) and tokenizer.template == "{{ messages }}"
+    assert models.load(tmp_path / "model.gguf", dtype="bfloat16").params["model"]["norm"]["weight"].dtype == "bfloat16"
+
+
 def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="there are smollm2"):
         packaged("smollm9")
@@ -270,12 +288,3 @@ def test_gguf_missing_says_how_to_install_it(write: Write, monkeypatch: pytest.M
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ImportError, match=r'pip install "lora_jax\[gguf\]"'):
         read_gguf(path)
-
-
-def test_a_gguf_model_is_saved_as_a_directory(write: Write, tmp_path: Path) -> None:
-    model = models.load(write(**tokenizer_settings()))
-    models.save(tmp_path / "saved", model)
-    back = models.load(tmp_path / "saved")
-    assert_same(back.params, model.params)
-    assert back.config == model.config and back.tokenizer is not None and model.tokenizer is not None
-    assert back.tokenizer.encode("low 12") == model.tokenizer.encode("low 12")
