@@ -1,7 +1,7 @@
 """The fields of a `config.json`: each is read, known to change no logits, or refused by name."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lora_jax.errors import CheckpointError, listed
@@ -94,6 +94,24 @@ class Fields:
         if value not in (True, False):
             raise self.error(name, value, "must be true or false")
         return bool(value)
+
+    def optional(self, name: str) -> float | None:
+        """A positive number, or None where it is missing or null.
+
+        Raises:
+          CheckpointError: it is none.
+        """
+        return None if self.get(name) is None else self.number(name)
+
+    def choice(self, name: str, value: Any, known: Collection[str]) -> str:
+        """A value of a field that must be one of those that are known.
+
+        Raises:
+          CheckpointError: it is another.
+        """
+        if not isinstance(value, str) or value not in known:
+            raise self.error(name, value, f"is not known here; there are {', '.join(known)}")
+        return value
 
     def nested(self, name: str) -> "Fields":
         """A field that holds fields."""

@@ -54,8 +54,11 @@ def _rotated(fields: Fields, kind: str, count: int) -> list[bool]:
 def _types(fields: Fields, family: Family, rotated: list[bool]) -> list[str]:
     """For each layer `full_attention` or `sliding_attention`; where all have a window, that is not told here."""
     count, given = len(rotated), fields.get("layer_types")
-    last = fields.get("max_window_layers", 28)
-    every = fields.first(("sliding_window_pattern", "_sliding_window_pattern"), family.full_every)
+    last, every = fields.get("max_window_layers", 28), family.full_every
+    if isinstance(last, bool) or not isinstance(last, int):
+        raise fields.error("max_window_layers", last, "must be a number of layers")
+    for name in ("_sliding_window_pattern", "sliding_window_pattern"):
+        every = every if fields.get(name) is None else fields.size(name)
     if given is None:
         if family.windows == "layers":
             return [_SLIDING if (layer + 1) % every else _FULL for layer in range(count)]
@@ -107,7 +110,9 @@ def _by_type(fields: Fields, kind: str, family: Family, types: set[str]) -> dict
     """The rope of each type of layers; in one form of the file they are nested by type, in others there is one."""
     outside = fields.first(("rope_theta", "rotary_emb_base"), family.theta)
     parts = fields.first(("partial_rotary_factor", "rotary_pct"), family.rotary or 1.0)
-    original, longest = fields.get("original_max_position_embeddings"), fields.size("max_position_embeddings", 2048)
+    longest, original = fields.size("max_position_embeddings", 2048), None
+    if fields.get("original_max_position_embeddings") is not None:
+        original = fields.size("original_max_position_embeddings")
     local = fields.number("rope_local_base_freq", 10_000.0) if kind == "gemma3_text" else 0.0
     fields.expect("rope_interleaved", False, "is not supported")
     name = "rope_scaling" if fields.get("rope_scaling") is not None else "rope_parameters"

@@ -12,6 +12,8 @@ from lora_jax.models.fields import Fields
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.read_attention import attention
 
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+
 
 def decoder_config(where: Path | str, values: Mapping[str, Any]) -> DecoderConfig:
     """What the fields of a `config.json` describe.
@@ -97,8 +99,8 @@ def _layout(fields: Fields, kind: str, family: Family) -> dict[str, Any]:
         fields.expect("use_bidirectional_attention", False, "is not supported: these models are read as causal")
     if kind in ("gemma2", "gemma3_text"):
         caps = (50.0, 30.0) if kind == "gemma2" else (None, None)
-        found |= {"attention_cap": fields.nullable("attn_logit_softcapping", caps[0]) or 0.0}
-        found |= {"logit_cap": fields.nullable("final_logit_softcapping", caps[1]) or 0.0}
+        for name, field, default in zip(("attention_cap", "logit_cap"), _CAPS, caps, strict=True):
+            found[name] = 0.0 if fields.nullable(field, default) is None else fields.number(field, default)
     if kind == "gpt2":
         found |= {"positions": fields.size("max_position_embeddings", 1024)}
         fields.expect("scale_attn_by_inverse_layer_idx", False, "is not supported")
@@ -112,9 +114,7 @@ def _activation(fields: Fields, family: Family) -> str:
     names = [name for name in ("hidden_activation", "hidden_act") if fields.get(name) is not None]
     name = fields.get(names[0]) if names else family.activation
     name = family.renamed.get(name, name) if isinstance(name, str) else name
-    if name not in ACTIVATIONS:
-        raise fields.error(names[0], name, f"is not known here; there are {', '.join(ACTIVATIONS)}")
-    return name
+    return fields.choice(names[0] if names else "hidden_act", name, ACTIVATIONS)
 
 
 def _experts(fields: Fields, family: Family) -> Experts | None:

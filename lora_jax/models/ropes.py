@@ -82,12 +82,10 @@ def read_rope(fields: Fields, theta: float, dim: int, longest: int, original: in
     Raises:
       CheckpointError: the kind is unknown, or a field is missing, wrong or unknown.
     """
-    kind = fields.first(("rope_type", "type"), "default")
-    if kind not in _KINDS:
-        raise fields.error("rope_type", kind, f"is not known here; there are {', '.join(_KINDS)}")
+    kind = fields.choice("rope_type", fields.first(("rope_type", "type"), "default"), _KINDS)
     theta = fields.number("rope_theta", theta)
-    inside = fields.get("original_max_position_embeddings")
-    rope = _KINDS[kind](fields, _Base(theta, dim, longest, original or inside or longest))
+    first = fields.size("original_max_position_embeddings", longest)
+    rope = _KINDS[kind](fields, _Base(theta, dim, longest, original or first))
     fields.check_all_read()
     return rope
 
@@ -138,8 +136,7 @@ def _yarn(fields: Fields, base: _Base) -> Rope:
     def pair_turning(times: float) -> float:
         return base.dim * math.log(base.original / (times * 2 * math.pi)) / (2 * math.log(base.theta))
 
-    low = pair_turning(fields.get("beta_fast") or 32.0)
-    high = pair_turning(fields.get("beta_slow") or 1.0)
+    low, high = pair_turning(fields.number("beta_fast", 32.0)), pair_turning(fields.number("beta_slow", 1.0))
     if fields.switch("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, base.dim - 1)
@@ -151,24 +148,23 @@ def _yarn(fields: Fields, base: _Base) -> Rope:
 
 def _yarn_factor(fields: Fields, factor: float) -> float:
     """What cosine and sine are multiplied by, so that attention keeps its temperature."""
-    scale, of_all = (fields.get(name) for name in ("mscale", "mscale_all_dim"))
-    given = fields.get("attention_factor")
+    given, scale, of_all = (fields.optional(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
 
     def temperature(times: float) -> float:
         return 0.1 * times * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if given is not None:
-        return float(given)
+        return given
     return temperature(scale) / temperature(of_all) if scale and of_all else temperature(1.0)
 
 
 def _longrope(fields: Fields, base: _Base) -> Rope:
     factor = fields.number("factor", base.longest / base.original)
-    given = fields.get("attention_factor")
-    grown = math.sqrt(1 + math.log(factor) / math.log(base.original)) if factor > 1 else 1.0
+    given = fields.optional("attention_factor")
+    grown = math.sqrt(1 + math.log(factor) / math.log(base.original)) if factor > 1 and base.original > 1 else 1.0
     short, long = (_each_factor(fields, name, base.dim // 2) for name in ("short_factor", "long_factor"))
     return Rope(
-        _tuple(base.inverse / short), float(grown if given is None else given), base.original,
+        _tuple(base.inverse / short), grown if given is None else given, base.original,
         _tuple(base.inverse / long),
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """`config.json`: both dialects, every family's particulars, and what is refused instead of misread."""
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -170,3 +171,46 @@ def test_what_changes_nothing_is_let_through():
         "rope_interleaved": False, "is_llama_config": True, "transformers.js_config": {"dtype": "q4"}, "clip_qkv": [],
     }  # fmt: skip
     assert read("llama", **harmless) == read("llama")
+
+
+ODD = ["x", "", [], [1], [[]], {}, {"a": 1}, -1, 0, 2.5, True, None, math.nan, math.inf]
+FIELDS = (
+    "layer_types", "rope_scaling", "rope_parameters", "rope_theta", "attn_logit_softcapping", "final_logit_softcapping",
+    "query_pre_attn_scalar", "max_window_layers", "sliding_window", "sliding_window_pattern", "no_rope_layers",
+    "partial_rotary_factor", "rotary_pct", "hidden_act", "hidden_activation", "activation_function", "num_experts",
+    "num_local_experts", "swiglu_limit", "original_max_position_embeddings", "rope_local_base_freq", "rms_norm_eps",
+    "quantization_config", "tie_word_embeddings", "n_inner", "mlp_only_layers", "scale_attn_weights", "architectures",
+)  # fmt: skip
+
+
+def understood_or_refused(values: dict[str, Any]) -> None:
+    with suppress(CheckpointError):
+        hash(decoder_config("config.json", values))
+
+
+@pytest.mark.parametrize("family", list(OF_FAMILY))
+def test_odd_values_are_understood_or_refused(family: str):
+    values = tiny_config(family)
+    for name in {*values, *FIELDS}:
+        for odd in ODD:
+            understood_or_refused({**values, name: odd})
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3", "yarn", "longrope"])
+def test_odd_ropes_are_understood_or_refused(kind: str):
+    rope = {**LLAMA3, "short_factor": [1.0] * 4, "long_factor": [1.0] * 4, "rope_type": kind}
+    rope = {
+        name: value for name, value in rope.items() if kind == "longrope" or "_factor" not in name or kind == "llama3"
+    }
+    for name in {
+        *rope,
+        "type",
+        "mscale",
+        "mscale_all_dim",
+        "attention_factor",
+        "beta_fast",
+        "truncate",
+        "full_attention",
+    }:
+        for odd in ODD:
+            understood_or_refused(tiny_config("llama", rope_parameters={**rope, name: odd}))
