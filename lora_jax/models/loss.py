@@ -63,8 +63,8 @@ def token_losses(
       >>> import jax, jax.numpy as jnp
       >>> hidden, kernel = jnp.ones((1, 3, 4)), jnp.eye(4, 5)
       >>> losses = token_losses(lambda x: x @ kernel, hidden, jnp.array([[0, 1, 4]]), jnp.array([[False, True, True]]))
-      >>> losses.loss.round(3).tolist()
-      [[0.0, 1.475, 2.475]]
+      >>> [round(float(each), 3) for each in losses.loss[0]]
+      [0.0, 1.474, 2.474]
     """
     _check(hidden, targets, trained, positions, chunk)
     count = trained.size if positions is None else min(positions, trained.size)
