@@ -290,6 +290,6 @@ class FinetuneJob:
         base, adapter = self._plan.record["model"]["name"], self._folder.adapter
         self._terminal.title("Next")
         self._terminal.say(f"lora-jax generate --model {base} --adapter {adapter} --prompt TEXT")
-        if not self._plan.merge:
+        if not self._plan.merge and self._plan.model.directory.is_dir():
             self._terminal.say(f"lora-jax merge {base} {adapter} {self._folder.merged}")
         self._terminal.say(f"lora-jax export {adapter} {self._folder.path / 'served'} --for vllm")
