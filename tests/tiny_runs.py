@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from helpers import assert_same
+from safetensors.numpy import load_file, save_file
 from tiny_models import tiny_directory
 
 from lora_jax.models.encoder_config import encoder_config, encoder_leaves
@@ -43,3 +44,10 @@ def sums(path: Path) -> Path:
     lines = [{"prompt": f"{i}+{j}=", "completion": f"{i + j}"} for i in range(8) for j in range(8)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Two runs left the same files, with the same metrics and adapter, bit for bit."""
+    assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+    assert_same(*(load_file(path / "adapter" / "adapter_model.safetensors") for path in (one, other)))
+    assert sorted(each.name for each in one.iterdir()) == sorted(each.name for each in other.iterdir())

@@ -13,14 +13,12 @@ import optax
 
 import lora_jax as lora
 from lora_jax.adapter.site import Sites
-from lora_jax.data.rows import Batch
 from lora_jax.paths import named_leaves, rebuild
 from lora_jax.report.terminal import Progress
 from lora_jax.train.loop import Schedule, train
 from lora_jax.train.optimizer import Optimizer
 from lora_jax.train.state import State, load_state, save_state
 from lora_jax.train.step import Report
-from lora_jax.train.tasks import task
 from lora_jax.train.texts import rows_at_random
 
 
@@ -28,7 +26,7 @@ from lora_jax.train.texts import rows_at_random
 class Recipe:
     """How a base is pre-trained: Muon for matrices, Adam for the rest, warm-up and cosine decay for both."""
 
-    steps: int = 300
+    steps: int = 200
     length: int = 256
     batch: int = 8
     warmup: int = 20
@@ -64,18 +62,17 @@ def pretrain(
       TrainingError: the loss is not finite.
     """
     sites = lora.find_sites(model.apply, model.params, jax.ShapeDtypeStruct((1, 8), np.int32))
-    tx, plain = _optimizer(recipe, sites), task("sft", model).plain
-    assert plain is not None
+    tx = _optimizer(recipe, sites)
 
     @jax.jit
-    def step(params: Any, state: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any, Report]:
+    def step(params: Any, state: Any, tokens: jax.Array, key: jax.Array) -> tuple[Any, Any, Report]:
         def loss_fn(params: Any) -> jax.Array:
-            score = plain(params, batch)
-            return score.loss / score.number
+            logits = model.apply(params, tokens[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
         loss, grads = jax.value_and_grad(loss_fn)(params)
         updates, state = tx.update(grads, state, params)
-        report = Report(loss, jnp.float32(batch.tokens.size), optax.tree.norm(grads))
+        report = Report(loss, jnp.float32(tokens.size), optax.tree.norm(grads))
         return optax.apply_updates(params, updates), state, report
 
     state = load_state(directory, State(model.params, tx.init(model.params)), say)
@@ -86,11 +83,9 @@ def pretrain(
     return train(state, step, partial(_batch, data, recipe), key, schedule, save, report(state.step)).weights
 
 
-def _batch(data: np.ndarray, recipe: Recipe, step: int) -> Batch:
+def _batch(data: np.ndarray, recipe: Recipe, step: int) -> np.ndarray:
     """Rows from random places, as a function of the seed and the step alone."""
-    tokens = rows_at_random(data, recipe.seed, step, recipe.batch, recipe.length)
-    positions = np.broadcast_to(np.arange(recipe.length, dtype=np.int32), tokens.shape)
-    return Batch(tokens, np.ones(tokens.shape, bool), np.ones(tokens.shape, np.int32), positions)
+    return rows_at_random(data, recipe.seed, step, recipe.batch, recipe.length + 1)
 
 
 def _optimizer(recipe: Recipe, sites: Sites) -> optax.GradientTransformation:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import assert_close
 from safetensors.numpy import load_file
-from tiny_runs import bytes_encoder
+from tiny_runs import assert_equal_runs, bytes_encoder
 
 import lora_jax as lora
 from lora_jax import models
@@ -108,8 +108,7 @@ def test_ctrl_c_and_resume_give_the_undisturbed_run(
     assert main([*resume, "--steps", "7"]) == 2
     assert "leave out --steps" in capsys.readouterr().err
     assert main(resume) == 0
-    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert_equal_runs(out, whole)
 
 
 def test_a_finished_run_is_left_alone_and_reproduced_by_its_config(

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import pytest
 from killed import Killed
+from tiny_runs import assert_equal_runs
 
 from lora_jax.cli import main
 from lora_jax.report.terminal import Progress
@@ -110,13 +111,6 @@ def saving(step: int) -> tuple[str, Callable[..., Any], Callable[..., bool]]:
 
 def metrics_of(out: Path) -> str:
     return (out / "metrics.jsonl").read_text()
-
-
-def assert_equal_runs(one: Path, other: Path) -> None:
-    """Two runs left the same files, with the same adapter and metrics, byte by byte."""
-    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    assert sorted(os.listdir(one)) == sorted(os.listdir(other))
 
 
 PLACES = {
