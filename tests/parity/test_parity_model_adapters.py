@@ -66,3 +66,17 @@ def test_a_merged_directory_computes_the_same(name: str, tmp_path: Path):
     lora.peft.merge_checkpoint(tmp_path / "m", tmp_path / "adapter", tmp_path / "merged")
     merged = load(tmp_path / "merged").params
     assert_close(merged, lora.merge(model.params, adapter))
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma2", *(pytest.param(each, marks=pytest.mark.full) for each in ("gpt2", "llama linear", "llama"))]
+)
+def test_a_table_that_is_the_head_too_is_adapted_for_both_uses(name: str, tmp_path: Path):
+    theirs = saved(tmp_path / "m", name)
+    model = load(tmp_path / "m")
+    sites = lora.find_sites(model.apply, model.params, jnp.asarray(TOKENS))
+    adapter = random_adapter([site for site in sites.values() if "embed_tokens" in site.path or "wte" in site.path])
+    lora.peft.save(tmp_path / "adapter", adapter, sites=sites)
+    ours = jax.jit(lora.adapt(model.apply))(model.params, adapter, jnp.asarray(TOKENS))
+    peft = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    assert_close(np.asarray(ours), run(peft, torch.from_numpy(TOKENS)))

@@ -25,6 +25,10 @@ _DECLARED = ("gate_up_proj", "down_proj")
 """Parameters of one module of experts, in the order in which transformers declares them, which decides PEFT's names."""
 
 
+_TIED = {"model.embed_tokens": "lm_head", "transformer.wte": "lm_head", "gpt_neox.embed_in": "embed_out"}
+"""Heads of transformers' models that the identity knows, where one table is both."""
+
+
 @dataclass(frozen=True)
 class Target:
     """One PyTorch module, or stacked parameter, and the part of it that a JAX parameter has.
@@ -54,7 +58,8 @@ class Names:
     Attributes:
       rules: `Rule`s, or pairs of a path and a module, either of which may be several. The first that matches decides.
       fan_in_fan_out: whether PyTorch's layers are Hugging Face's `Conv1D`, as in GPT-2.
-      tied: for models whose output head is the embedding, the head's module by the embedding's.
+      tied: for models whose output head is the embedding, the head's module by the embedding's. The identity knows
+        those of transformers' decoders.
       literal: whether the components of a path are PyTorch's already, so that the identity keeps `ln_1`.
 
     Raises:
@@ -78,6 +83,7 @@ class Names:
     def __post_init__(self) -> None:
         rules = tuple(rule if isinstance(rule, Rule) else Rule(*rule) for rule in self.rules)
         object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "tied", self.tied if rules or self.tied else _TIED)
 
     def targets(self, site: Site, others: Mapping[str, Site] | None = None) -> list[Target]:
         """What PyTorch calls a parameter that is used linearly: a target per module and index of a stack.
