@@ -16,6 +16,7 @@ import pytest
 from helpers import assert_same, random_adapter
 from linen_transformer import Transformer, TransformerConfig
 from safetensors.numpy import load_file, save_file
+from talking_models import talking_directory
 
 import lora_jax as lora
 from lora_jax.cli import main
@@ -89,7 +90,10 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-SMALL = {"sweep": "--steps 4 --eval-every 2 --pretrain-steps 2 --learning-rates 0.01 1e9"}
+SMALL = {
+    "docstrings": "--model model --count 16 --held-out 2 --steps 2 --length 512",
+    "sweep": "--steps 4 --eval-every 2 --pretrain-steps 2 --learning-rates 0.01 1e9",
+}
 """Arguments that make an example small; the others take none."""
 
 
@@ -98,6 +102,7 @@ SMALL = {"sweep": "--steps 4 --eval-every 2 --pretrain-steps 2 --learning-rates 
 def test_examples_run(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
+    talking_directory(tmp_path / "model", max_position_embeddings=1024)
     monkeypatch.setattr("sys.argv", [str(example), *SMALL.get(example.stem, "").split()])
     with redirect_stdout(StringIO()):
         runpy.run_path(str(example), run_name="__main__")

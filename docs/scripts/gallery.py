@@ -1,6 +1,6 @@
 """Run every example and write docs/examples.md: what it is for, what it prints, what it draws.
 
-python docs/scripts/gallery.py            # all of them, about three minutes on two cores
+python docs/scripts/gallery.py            # all of them, about eight minutes on two cores
 python docs/scripts/gallery.py nnx_model  # one; the others keep what they printed last
     python docs/scripts/gallery.py --page     # none; the page follows changes of the examples' code
 """
@@ -40,6 +40,7 @@ def run(example: Path) -> None:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
         lines = (line.rstrip() for line in done.stdout.splitlines())
         output = "\n".join(line for line in lines if not line.endswith(" s left"))  # progress
+        output = output.replace(f"{Path(folder).resolve()}/", "")
         (OUTPUTS / f"{example.stem}.txt").write_text(f"{output.strip()}\n")
         for picture in sorted(Path(folder).rglob("*.png")):
             shutil.copy(picture, DOCS / "images" / f"example-{example.stem}.png")

