@@ -115,11 +115,11 @@ class Optimizer:
           ConfigError: there is no such optimizer, or it has no such option.
           LoraError: what is made for adapters does not go with this one.
         """
-        before = {"riemannian": lora.optim.riemannian, "lora-fa": lora.optim.lora_fa}.get(self.precondition)
+        base = lora.optim.lora_fa(self._base()) if self.precondition == "lora-fa" else self._base()
         parts = [
             *([optax.clip_by_global_norm(self.clip)] if self.clip else []),
-            *([before()] if before else []),
-            self._base(),
+            *([lora.optim.riemannian()] if self.precondition == "riemannian" else []),
+            base,
             *([lora.optim.lora_plus(self.lora_plus)] if self.lora_plus != 1 else []),
             *([lora.optim.rate_pattern(dict(self.rate_pattern))] if self.rate_pattern else []),
         ]

@@ -119,7 +119,7 @@ def test_every_optimizer_that_is_named_takes_steps(name: str) -> None:
     adapter = fresh()
     how = Optimizer(name=name, peak=1e-2, steps=4)
     tx = how.transformation(adapter)
-    step, state = training_step(losses, tx), tx.init(adapter)
+    step, (adapter, state) = training_step(losses, tx), distinct((adapter, tx.init(adapter)))
     batch = jax.tree.map(lambda leaf: leaf[None], rows(8))
     for index in range(2):
         adapter, state, _ = step(adapter, state, PARAMS, batch, jax.random.key(index))
@@ -128,8 +128,9 @@ def test_every_optimizer_that_is_named_takes_steps(name: str) -> None:
     assert bool((found["w"].b != fresh()["w"].b).any())
 
 
-def test_what_is_made_for_adapters_goes_around_any_optimizer() -> None:
-    options = {"precondition": "riemannian", "lora_plus": 4.0, "rate_pattern": {"w": 0.5}}
+@pytest.mark.parametrize("precondition", ["riemannian", "lora-fa"])
+def test_what_is_made_for_adapters_goes_around_any_optimizer(precondition: str) -> None:
+    options = {"precondition": precondition, "lora_plus": 4.0, "rate_pattern": {"w": 0.5}}
     plain, around = (Optimizer(name="sgd", peak=0.1, clip=0, steps=1, **each) for each in ({}, options))
     found = []
     for how in (plain, around):
