@@ -37,6 +37,9 @@ def check_uniform(files: PeftFiles) -> None:
     """What a server that knows one scale, and the rank of the arrays, makes of the files is what they say."""
     config = files.config
     assert not any(config.get(field) for field in ("rank_pattern", "alpha_pattern", "use_rslora"))
+    if not files.modules:  # PEFT has types of its own for what is trained without factors, and no scale in them.
+        assert "lora_alpha" not in config
+        return
     assert (config["peft_type"], isinstance(config["lora_alpha"], int)) == ("LORA", True)
     for name in files.modules:
         assert files.rank(name) == config["r"]
