@@ -100,7 +100,7 @@ def test_logits_are_the_head_of_hidden_states_and_float32():
         pytest.param("dots_saveable", True, marks=pytest.mark.full),
         pytest.param(jax.checkpoint_policies.nothing_saveable, False, marks=pytest.mark.full),
     ],
-    ids=str,
+    ids=["all", "dots_saveable", "nothing_saveable"],
 )
 def test_what_is_kept_for_the_backward_pass_changes_no_gradient(remat: Any, unrolled: bool):
     own, other = model("qwen2", unrolled), load(directory("qwen2"), remat=remat, unrolled=unrolled)
