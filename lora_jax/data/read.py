@@ -182,7 +182,8 @@ def hold_out(records: Records, share: float, seed: int) -> tuple[Records, Record
     if share < 0 or count >= total:
         raise DataError(
             f"{records.file} holds {total} example{'s' * (total != 1)}, of which {share} cannot be held out for "
-            "evaluation. Hold out fewer or none (0), or give a directory with train.jsonl and valid.jsonl"
+            "evaluation. Hold out fewer or none (held_out=0, --held-out 0), or give a directory with train.jsonl and "
+            "valid.jsonl"
         )
     chosen = np.zeros(total, bool)
     chosen[total - count :] = True
