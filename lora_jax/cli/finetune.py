@@ -30,7 +30,7 @@ class Finetune(Verb):
     The model is a Hugging Face directory, the data a file of JSON lines: text, prompt and completion, or messages. Out
     come PEFT's adapter, metrics and their curve. Without --model it is a small model that reads bytes, pre-trained once
     on the source of Python's standard library; without --data the English of Python's help(). Without both it takes
-    about two minutes on two cores, and no network.
+    two to four minutes on two cores, and no network.
     """
 
     model: str | None = None
