@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_jax.data.errors import DataError
-from lora_jax.data.example import Example, Examples, Pair
+from lora_jax.data.example import Example, Examples, Pair, texts_of
 from lora_jax.data.pack import pack, shuffled
 from lora_jax.data.rows import Batch, LabelBatch, PairBatch, label_rows, pair_rows, text_rows
 
@@ -88,12 +88,12 @@ class Batches:
     @cached_property
     def trained(self) -> NDArray[np.int64]:
         """How many tokens are trained on in each row of an epoch, the most first."""
-        targets = [sum(int(each.trained.sum()) for each in _texts(item)) for item in self._examples]
+        targets = [sum(int(each.trained.sum()) for each in texts_of(item)) for item in self._examples]
         return np.sort([sum(targets[i] for i in row) for row in self._rows])[::-1]
 
     def lines(self, step: int) -> tuple[int, ...]:
         """Numbers of the lines of the file that the examples of a step are from, those of all processes."""
-        found = {each.line for row in self._whole(step) for i in row for each in _texts(self._examples[i])}
+        found = {each.line for row in self._whole(step) for i in row for each in texts_of(self._examples[i])}
         return tuple(sorted(found))
 
     def _ordered(self, epoch: int) -> list[list[int]]:
@@ -122,8 +122,4 @@ class Batches:
 
 
 def _size(item: Example | Pair) -> int:
-    return max(map(len, _texts(item)))
-
-
-def _texts(item: Example | Pair) -> tuple[Example, ...]:
-    return (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+    return max(map(len, texts_of(item)))

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from lora_jax.data.counts import EncodeCounts
 from lora_jax.data.errors import BadLine, DataError
-from lora_jax.data.example import Example, Examples, Options, Pair
+from lora_jax.data.example import Example, Examples, Options, Pair, texts_of
 from lora_jax.data.marks import Marked, marks
 from lora_jax.data.records import Record, Records
 from lora_jax.errors import listed
@@ -56,7 +56,7 @@ def encode(
     if not items:
         first = f" First of all: {counts.notes[0]}" if counts.notes else ""
         raise DataError(f"none of the {len(records):,} examples of {records.file} can be trained on.{first}")
-    flat = [each for item in items for each in ((item.chosen, item.rejected) if isinstance(item, Pair) else (item,))]
+    flat = [each for item in items for each in texts_of(item)]
     counts.examples, counts.longest = len(items), max(map(len, flat))
     counts.tokens, counts.trained = sum(map(len, flat)), sum(int(each.trained.sum()) for each in flat)
     return Examples(records.kind, items, counts, named)

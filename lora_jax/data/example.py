@@ -94,6 +94,11 @@ class Pair:
     rejected: Example
 
 
+def texts_of(item: Example | Pair) -> tuple[Example, ...]:
+    """The texts of an item: itself, or both answers of a pair."""
+    return (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+
+
 @dataclass(frozen=True)
 class Examples(Sequence[Any]):
     """Examples of one kind: an `Example` each, or a `Pair` of preferences.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import exp
 from typing import Any, NamedTuple
 
@@ -73,12 +74,10 @@ def score(
             lambda each: model.head(params, each), hidden, tokens[:, 1:], trained[:, 1:], positions=positions
         )
 
-    # An adapter is an argument, and no part of the program.
-    weights = (model.params,) if adapter is None else (model.params, adapter)
-    program = jax.jit(losses if adapter is None else adapt(losses), static_argnames="positions")
+    program = _program(losses, model, adapter, static_argnames="positions")
     loss, right, exact, tokens, done = 0.0, 0, 0, 0, 0
     for rows in _batches(examples, batch):
-        found = program(*weights, rows.tokens, jnp.asarray(rows.trained), positions=_room(int(rows.trained.sum())))
+        found = program(rows.tokens, jnp.asarray(rows.trained), positions=_room(int(rows.trained.sum())))
         correct = np.asarray(found.correct)
         loss += float(np.asarray(found.loss, np.float64).sum())
         right += int(correct.sum())
@@ -106,11 +105,10 @@ def score_classes(
       batch: examples at once.
       progress: is told how many examples are done, and their loss.
     """
-    weights = (model.params,) if adapter is None else (model.params, adapter)
-    program = jax.jit(model.apply if adapter is None else adapt(model.apply))
+    program = _program(model.apply, model, adapter)
     loss, right, done = 0.0, 0, 0
     for rows in _batches(examples, batch):
-        logits = program(*weights, rows.tokens, jnp.asarray(rows.segments))
+        logits = program(rows.tokens, jnp.asarray(rows.segments))
         shares = np.asarray(jax.nn.log_softmax(logits), np.float64)
         for row, place in enumerate(rows.places):
             label = examples[place].label
@@ -118,6 +116,14 @@ def score_classes(
         done += len(rows.places)
         progress(done, loss / done)
     return Score(done, done, loss / done, right / done, right / done)
+
+
+def _program(fn: Callable[..., Any], model: Model, adapter: Adapter | None, **options: Any) -> Callable[..., Any]:
+    """`fn` compiled, with the model's parameters, and the adapter if there is one."""
+    # An adapter is an argument, and no part of the program.
+    if adapter is None:
+        return partial(jax.jit(fn, **options), model.params)
+    return partial(jax.jit(adapt(fn), **options), model.params, adapter)
 
 
 def _batches(examples: Sequence[Example], batch: int) -> Iterator[_Rows]:

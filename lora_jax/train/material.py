@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from lora_jax.data import Batches, Dataset, Examples, Options, Pair, encode, read
+from lora_jax.data import Batches, Dataset, Examples, Options, encode, read
 from lora_jax.data import show as show_example
+from lora_jax.data.example import texts_of
 from lora_jax.errors import LoraError, listed
 from lora_jax.report.terminal import Terminal
 from lora_jax.train.options import DataOptions, TrainingOptions
@@ -87,20 +87,24 @@ class Material:
         return self._batches[step]
 
     @cached_property
+    def _held_out(self) -> Batches | None:
+        if self.valid is None:
+            return None
+        return Batches(self.valid, batch=self.options.batch, length=self.options.length, seed=None)
+
+    @cached_property
     def held_out(self) -> tuple[Any, ...]:
         """The batches to evaluate on."""
-        if self.valid is None:
-            return ()
-        found = Batches(self.valid, batch=self.options.batch, length=self.options.length, seed=None)
-        return tuple(found[index] for index in range(min(len(found), self.options.eval_batches)))
+        found = self._held_out
+        return () if found is None else tuple(found[i] for i in range(min(len(found), self.options.eval_batches)))
 
     @cached_property
     def room(self) -> int | None:
         """How many tokens are trained on in a part of a step, at most; the head is applied to no more positions."""
         if self.task == "classify":
             return None
-        counts = [rows for batch in (*self._batches, *self.held_out) for rows in _trained(batch)]
-        return max(int(sum(sorted(counts)[-self.options.batch * (2 if self.task == "dpo" else 1) :])), 1)
+        both = [each for each in (self._batches, self._held_out) if each is not None]
+        return max(1, *(int(each.trained[: self.options.batch].sum()) for each in both))
 
     def named(self, step: int) -> str:
         """Which lines of the file the examples of a step are from."""
@@ -120,7 +124,7 @@ class Material:
             f"tokens; {held_out:,} examples are held out"
         )
         if not terminal.as_json and self.task != "classify":
-            show_example(_texts(self.train[0])[0], self.tokenizer)
+            show_example(texts_of(self.train[0])[0], self.tokenizer)
 
 
 def encoded(data: Dataset, name: str, model: Any, options: DataOptions, task: Name, how: TrainingOptions) -> Material:
@@ -146,24 +150,10 @@ def encoded(data: Dataset, name: str, model: Any, options: DataOptions, task: Na
 
 def _check_vocabulary(examples: Examples, model: Any) -> None:
     """Refuse tokens that the model does not have: a look-up would give it others in silence."""
-    most = max(int(each.tokens.max(initial=0)) for item in examples for each in _texts(item))
+    most = max(int(each.tokens.max(initial=0)) for item in examples for each in texts_of(item))
     table = jax.tree.leaves(model.params)
     size = int(model.source.get("vocab_size") or max(leaf.shape[0] for leaf in table))
     if most >= size:
         raise TaskError(
             f"the tokenizer in {model.directory} gives token {most}, and the model has {size}: it is another model's"
         )
-
-
-def _parts(batch: Any) -> tuple[Any, ...]:
-    """The rows of texts of a batch: one, or chosen and rejected answers."""
-    return tuple(batch) if hasattr(batch, "chosen") else (batch,)
-
-
-def _trained(batch: Any) -> list[int]:
-    """How many tokens are trained on in each row."""
-    return [int(count) for part in _parts(batch) for count in np.asarray(part.trained).sum(1)]
-
-
-def _texts(item: Any) -> tuple[Any, ...]:
-    return (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
