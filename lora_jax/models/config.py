@@ -51,16 +51,19 @@ class Experts:
       chosen: how many each token goes to.
       hidden: inner width of each.
       weights: how the chosen are weighed: a softmax over all, the same `normalised` to sum 1, or over the `chosen`.
-      joined: whether all experts are one tensor, with gate and up as neighbours and biases, as in gpt-oss.
-      limit: what gate and up are clipped to, where `joined`.
-      sharpness: of the gate's sigmoid, where `joined`.
+      stored: whether `each` has tensors of its own, or `all` are one with the gate above up, as transformers 5 holds
+        them; or as `gpt-oss` has them: `(in, out)`, with biases, and gate and up as neighbours.
+      layers: for each layer whether it has them; the others have an MLP.
+      limit: what gate and up of gpt-oss are clipped to.
+      sharpness: of its gate's sigmoid.
     """
 
     count: int
     chosen: int
     hidden: int
+    layers: tuple[bool, ...]
     weights: Literal["all", "normalised", "chosen"] = "normalised"
-    joined: bool = False
+    stored: Literal["each", "all", "gpt-oss"] = "each"
     limit: float = 7.0
     sharpness: float = 1.702
 
@@ -132,6 +135,11 @@ class DecoderConfig:
     residual: Literal["before", "around", "parallel"] = "before"
     gated: bool = True
     experts: Experts | None = None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether only some layers have experts, so that layers have different parameters."""
+        return self.experts is not None and not all(self.experts.layers)
 
     @property
     def kinds(self) -> tuple[tuple[int, int], ...]:

@@ -30,7 +30,7 @@ class Family:
       window: the size of windows where the file has none.
       full_every: of how many layers the last has no window, where the file has no `layer_types`.
       rotary: the part of a head's features that is rotated by default, where it may be less than all.
-      experts: how a mixture of experts weighs those it chooses; `joined` is gpt-oss.
+      experts: how a mixture of experts weighs those it chooses; `gpt-oss` has a form of its own.
       fixed: further fields of `DecoderConfig`.
     """
 
@@ -49,7 +49,7 @@ class Family:
     window: int | None = None
     full_every: int = 0
     rotary: float = 0.0
-    experts: Literal["", "normalised", "choice", "joined"] = ""
+    experts: Literal["", "normalised", "choice", "gpt-oss"] = ""
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -110,9 +110,9 @@ FAMILIES: dict[str, Family] = {
         attention_bias_default=True, rotary=0.25, fixed={"norm": "layer", "interleaved": True, "gated": False},
     ),
     "gpt_oss": Family(
-        modules=Modules(router="router", up=("gate_up_proj",)),
+        modules=Modules(router="router"),
         theta=150_000.0, attention_bias=_QKV_OUT, attention_bias_default=True, windows="layers", window=128,
-        full_every=2, experts="joined", fixed={"sinks": True},
+        full_every=2, experts="gpt-oss", fixed={"sinks": True},
     ),
 }  # fmt: skip
 """How each `model_type` is read. SmolLM and SmolLM2 call themselves llama."""

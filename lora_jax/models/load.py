@@ -95,7 +95,8 @@ def load(
       dtype: of parameters and activations; the checkpoint's own by default. Norms, softmax and logits are float32.
       mesh: devices to spread the parameters over as they are read, along its axes `tensor` and `fsdp`.
       unrolled: whether each layer and expert is a parameter of its own; by default they are stacked, and layers run
-        under `scan`, so that a program is compiled in the time of one layer.
+        under `scan`, so that a program is compiled in the time of one layer. Layers of mixtures in which only some have
+        experts are never stacked.
       remat: what is kept for the backward pass: False for all, True for a layer's input only, or a policy of
         `jax.checkpoint_policies`, by itself or by name.
 
@@ -136,7 +137,7 @@ def _of_directory(path: Path, unrolled: bool) -> _Source:
         config = encoder_config(path / CONFIG, values, base.tensors)
         leaves, tensors = encoder_leaves(config, unrolled=unrolled), encoder_tensors(base, config)
         return _Source(encoder, config, leaves, values, tensors, tokenizer)
-    config = decoder_config(path / CONFIG, values)
+    config = decoder_config(path / CONFIG, values, base.tensors)
     leaves, tensors = decoder_leaves(config, unrolled=unrolled), decoder_tensors(base, config)
     return _Source(decoder, config, leaves, values, tensors, tokenizer)
 

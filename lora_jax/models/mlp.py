@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from lora_jax.models.config import DecoderConfig, Experts
 from lora_jax.models.layers import ACTIVATIONS, Params, linear
+from lora_jax.models.tensors import DOWN, GATE_UP
 
 # Rows `[rows, in]` in groups, with the weights `[groups, out, in]` of each.
 _BY_ROWS = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
@@ -13,7 +14,7 @@ _BY_COLUMNS = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [
 
 def mlp(config: DecoderConfig, layer: Params, x: jax.Array) -> jax.Array:
     """`[batch, time, width]` to the same."""
-    if config.experts is not None:
+    if config.experts is not None and "experts" in layer:
         return _mixture(config, config.experts, layer, x.reshape(-1, config.width)).reshape(x.shape)
     act, names = ACTIVATIONS[config.activation], config.modules
     parts = [linear(layer[name], x, transposed=config.transposed) for name in names.up]
@@ -31,8 +32,7 @@ def _mixture(config: DecoderConfig, experts: Experts, layer: Params, x: jax.Arra
     order = jnp.argsort(chosen.reshape(-1))
     rows, expert = order // experts.chosen, chosen.reshape(-1)[order]
     sizes = jnp.bincount(expert, length=experts.count).astype(jnp.int32)
-    run = _joined if experts.joined else _separate
-    y = run(config, experts, layer["experts"], x[rows], sizes, expert)
+    y = _RUN[experts.stored](config, experts, layer["experts"], x[rows], sizes, expert)
     y = y * weights.reshape(-1)[order][:, None].astype(x.dtype)
     return jnp.zeros_like(x).at[rows].add(y)
 
@@ -48,7 +48,7 @@ def _route(experts: Experts, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return weights, chosen
 
 
-def _separate(
+def _each(
     config: DecoderConfig, experts: Experts, layer: Params, x: jax.Array, sizes: jax.Array, expert: jax.Array
 ) -> jax.Array:
     """Rows through experts whose gate, up and down are tensors of their own, `(out, in)`."""
@@ -67,7 +67,19 @@ def _stacked(layer: Params, name: str, count: int) -> jax.Array:
     return jnp.stack([layer[str(index)][name]["weight"] for index in range(count)])
 
 
-def _joined(
+def _all(
+    config: DecoderConfig, experts: Experts, layer: Params, x: jax.Array, sizes: jax.Array, expert: jax.Array
+) -> jax.Array:
+    """Rows through experts that are one tensor `[experts, out, in]`, with the gate above up."""
+
+    def product(name: str, rows: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot_general(rows, layer[name].astype(rows.dtype), sizes, _BY_ROWS)
+
+    gate, up = jnp.split(product(GATE_UP, x), 2, -1)
+    return product(DOWN, ACTIVATIONS[config.activation](gate) * up)
+
+
+def _gpt_oss(
     config: DecoderConfig, experts: Experts, layer: Params, x: jax.Array, sizes: jax.Array, expert: jax.Array
 ) -> jax.Array:
     """Rows through gpt-oss's experts: `(in, out)`, biases, gate and up as neighbours, clipped."""
@@ -76,7 +88,10 @@ def _joined(
         y = jax.lax.ragged_dot_general(rows, layer[name].astype(rows.dtype), sizes, _BY_COLUMNS)
         return y + layer[f"{name}_bias"].astype(rows.dtype)[expert]
 
-    both = product(config.modules.up[0], x)
+    both = product(GATE_UP, x)
     gate = jnp.minimum(both[:, ::2], experts.limit)
     up = jnp.clip(both[:, 1::2], -experts.limit, experts.limit)
-    return product(config.modules.down, (up + 1) * gate * jax.nn.sigmoid(gate * experts.sharpness))
+    return product(DOWN, (up + 1) * gate * jax.nn.sigmoid(gate * experts.sharpness))
+
+
+_RUN = {"each": _each, "all": _all, "gpt-oss": _gpt_oss}

@@ -6,7 +6,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.encoder_config import EncoderConfig
-from lora_jax.models.tensors import Leaf
+from lora_jax.models.tensors import DOWN, Leaf
 
 
 def placement(config: DecoderConfig | EncoderConfig, mesh: Mesh) -> Callable[[Leaf], NamedSharding]:
@@ -40,4 +40,5 @@ def _layout(config: DecoderConfig | EncoderConfig, leaf: Leaf) -> tuple[bool, bo
     names, own = config.modules, leaf.path[-1] == "weight"
     module = leaf.path[-2] if own else leaf.path[-1]
     table = module in (names.table, names.positions, names.head)
-    return module in (names.out, names.down), not own or (config.transposed and not table)
+    stacks_transposed = config.experts is not None and config.experts.stored == "gpt-oss"
+    return module in (names.out, names.down, DOWN), (config.transposed and not table) if own else stacks_transposed

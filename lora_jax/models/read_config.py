@@ -1,6 +1,7 @@
 """Reading a `config.json` of a decoder, of transformers 4 or 5, into a `DecoderConfig`."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ from lora_jax.models.families import FAMILIES, Family
 from lora_jax.models.fields import Fields
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.read_attention import attention
+from lora_jax.models.tensors import GATE_UP
 
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
-def decoder_config(where: Path | str, values: Mapping[str, Any]) -> DecoderConfig:
+def decoder_config(where: Path | str, values: Mapping[str, Any], tensors: Collection[str] = ()) -> DecoderConfig:
     """What the fields of a `config.json` describe.
 
     Args:
       where: the file, for errors.
       values: its content.
+      tensors: names of the checkpoint's tensors, which tell whether experts are one tensor.
 
     Raises:
       CheckpointError: the family, an activation, a rope or a field that may change the logits is not known.
@@ -40,7 +43,15 @@ def decoder_config(where: Path | str, values: Mapping[str, Any]) -> DecoderConfi
     fields.get("model_type")
     config = DecoderConfig(**_sizes(fields, kind), **_layout(fields, kind, family), **attention(fields, kind, family))
     fields.check_all_read()
-    return config
+    return _together(config) if any(name.endswith(f".experts.{GATE_UP}") for name in tensors) else config
+
+
+def _together(config: DecoderConfig) -> DecoderConfig:
+    """The same with all experts of a layer as one tensor, as transformers 5 holds them; then all families agree."""
+    experts = config.experts
+    if experts is None or experts.stored != "each":
+        return config
+    return replace(config, experts=replace(experts, stored="all"), modules=replace(config.modules, mlp="mlp"))
 
 
 def unknown_family(where: Path | str, kind: Any) -> CheckpointError:
@@ -126,12 +137,22 @@ def _experts(fields: Fields, family: Family) -> Experts | None:
     chosen = fields.size("num_experts_per_tok", fields.get("experts_per_token"))
     if chosen > count:
         raise fields.error("num_experts_per_tok", chosen, f"is more than the {count} experts")
+    layers = (True,) * fields.size("num_hidden_layers")
     if family.experts == "normalised":
-        return Experts(count, chosen, fields.size("intermediate_size"))
-    if family.experts == "joined":
+        return Experts(count, chosen, fields.size("intermediate_size"), layers)
+    if family.experts == "gpt-oss":
         limit, sharpness = fields.number("swiglu_limit", 7.0), fields.number("swiglu_alpha", 1.702)
-        return Experts(count, chosen, fields.size("intermediate_size"), "chosen", True, limit, sharpness)
-    fields.expect("decoder_sparse_step", 1, "is not supported: every layer must have experts")
-    fields.expect("mlp_only_layers", [], "is not supported: every layer must have experts")
+        return Experts(count, chosen, fields.size("intermediate_size"), layers, "chosen", "gpt-oss", limit, sharpness)
     weights = "normalised" if fields.switch("norm_topk_prob") else "all"
-    return Experts(count, chosen, fields.size("moe_intermediate_size"), weights)
+    return Experts(count, chosen, fields.size("moe_intermediate_size"), _sparse(fields, len(layers)), weights)
+
+
+def _sparse(fields: Fields, count: int) -> tuple[bool, ...]:
+    """For each layer whether it has experts; it must be one at least."""
+    step, dense = fields.size("decoder_sparse_step", 1), fields.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(type(each) is int and 0 <= each < count for each in dense):
+        raise fields.error("mlp_only_layers", dense, f"must be numbers of the {count} layers")
+    found = tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(count))
+    if not any(found):
+        raise fields.error("decoder_sparse_step", step, f"and mlp_only_layers={dense} leave no layer with experts")
+    return found

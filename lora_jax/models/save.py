@@ -13,6 +13,7 @@ import numpy as np
 from lora_jax.errors import CheckpointError, ParameterError
 from lora_jax.io.hf.folder import CONFIG, INDEX, SINGLE, dump, open_checkpoint
 from lora_jax.io.hf.tensors import FLOATS, Item, opened, write_file
+from lora_jax.models.config import DecoderConfig
 from lora_jax.models.encoder_config import EncoderConfig, encoder_leaves
 from lora_jax.models.load import Model
 from lora_jax.models.tensors import Leaf, decoder_leaves
@@ -75,12 +76,7 @@ def _check_replaceable(where: Path, new: Collection[str]) -> None:
 
 def _items(model: Model, params: Mapping[str, Any]) -> Iterator[Item]:
     """Every tensor to be written; nothing is fetched from its device yet."""
-    unrolled = _unrolled(params)
-    if isinstance(model.config, EncoderConfig):
-        leaves = encoder_leaves(model.config, unrolled=unrolled)
-    else:
-        leaves = decoder_leaves(model.config, unrolled=unrolled)
-    _check_known(leaves, params)
+    leaves = _leaves(model.config, params)
     names = {dtype: name for name, dtype in FLOATS.items()}
     for leaf in leaves:
         array = _found(leaf, params)
@@ -91,16 +87,15 @@ def _items(model: Model, params: Mapping[str, Any]) -> Iterator[Item]:
             yield Item(name, names[array.dtype], leaf.shape, size, _pieces(array, index))
 
 
-def _unrolled(params: Any) -> bool:
-    """Whether layers are parameters of their own."""
-    return isinstance(params, Mapping) and ("0" in params or any(map(_unrolled, params.values())))
-
-
-def _check_known(leaves: list[Leaf], params: Mapping[str, Any]) -> None:
-    wanted = {leaf.path for leaf in leaves}
+def _leaves(config: DecoderConfig | EncoderConfig, params: Mapping[str, Any]) -> list[Leaf]:
+    """What the parameters should be, stacked or one by one, whichever they are."""
+    leaves_of: Any = encoder_leaves if isinstance(config, EncoderConfig) else decoder_leaves
     given = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
-    if unknown := sorted("/".join(path) for path in given - wanted):
+    forms: list[list[Leaf]] = [leaves_of(config, unrolled=unrolled) for unrolled in (False, True)]
+    leaves = max(forms, key=lambda form: len(given & {leaf.path for leaf in form}))
+    if unknown := sorted("/".join(path) for path in given - {leaf.path for leaf in leaves}):
         raise ParameterError(f"{unknown[0]!r} is no parameter of this model, so the directory would not be it")
+    return leaves
 
 
 def _found(leaf: Leaf, params: Any) -> Any:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from lora_jax.models.config import DecoderConfig, Experts
 
 Shape = tuple[int, ...]
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+"""What experts that are one tensor are called."""
 
 
 class Leaf(NamedTuple):
@@ -40,15 +42,22 @@ def decoder_leaves(config: DecoderConfig, *, unrolled: bool = False) -> list[Lea
 
     Args:
       config: the decoder.
-      unrolled: whether layers and experts are parameters of their own; stacked otherwise.
+      unrolled: whether layers and experts are parameters of their own; stacked otherwise. Layers always are where only
+        some have experts.
     """
     names, found = config.modules, []
     outside = {f"{names.root}.{name}": shape for name, shape in _outside(config).items()}
     if not config.tied:
         outside[f"{names.head}.weight"] = (config.vocab, config.width)
     found = [Leaf(tuple(name.split(".")), name, (), shape) for name, shape in outside.items()]
-    for name, (stack, shape) in _layer(config).items():
-        found += stacked(f"{names.root}.{names.layers}.{{}}.{name}", (config.layers, *stack), shape, unrolled)
+    layers = f"{names.root}.{names.layers}"
+    if config.mixed:
+        for index, has_experts in enumerate(config.experts.layers if config.experts else ()):
+            for name, (stack, shape) in _layer(config, has_experts).items():
+                found += stacked(f"{layers}.{index}.{name}", stack, shape, unrolled)
+        return found
+    for name, (stack, shape) in _layer(config, config.experts is not None).items():
+        found += stacked(f"{layers}.{{}}.{name}", (config.layers, *stack), shape, unrolled)
     return found
 
 
@@ -68,14 +77,14 @@ def _outside(config: DecoderConfig) -> dict[str, Shape]:
     return found | _norm(config, names.last_norm, config.width)
 
 
-def _layer(config: DecoderConfig) -> dict[str, tuple[Shape, Shape]]:
+def _layer(config: DecoderConfig, has_experts: bool) -> dict[str, tuple[Shape, Shape]]:
     """Tensors of one layer: sizes of the stack of experts, and shape."""
     names, found = config.modules, {}
     for name in names.norms:
         found |= _norm(config, name, config.width)
     attention = {f"{names.attention}.{name}": shape for name, shape in _attention(config).items()}
     dense = {name: ((), shape) for name, shape in (found | attention).items()}
-    mlp = _experts(config, config.experts) if config.experts else _mlp(config)
+    mlp = _experts(config, config.experts) if config.experts and has_experts else _mlp(config)
     return dense | {f"{names.mlp}.{name}": each for name, each in mlp.items()}
 
 
@@ -113,14 +122,18 @@ def _mlp(config: DecoderConfig) -> dict[str, tuple[Shape, Shape]]:
 def _experts(config: DecoderConfig, experts: Experts) -> dict[str, tuple[Shape, Shape]]:
     names, width, hidden = config.modules, config.width, experts.hidden
     router: dict[str, tuple[Shape, Shape]] = {f"{names.router}.weight": ((), (experts.count, width))}
-    if experts.joined:
-        up, down = names.up[0], names.down
+    if experts.stored == "gpt-oss":
         return router | {
             f"{names.router}.bias": ((), (experts.count,)),
-            f"experts.{up}": ((), (experts.count, width, 2 * hidden)),
-            f"experts.{up}_bias": ((), (experts.count, 2 * hidden)),
-            f"experts.{down}": ((), (experts.count, hidden, width)),
-            f"experts.{down}_bias": ((), (experts.count, width)),
+            f"experts.{GATE_UP}": ((), (experts.count, width, 2 * hidden)),
+            f"experts.{GATE_UP}_bias": ((), (experts.count, 2 * hidden)),
+            f"experts.{DOWN}": ((), (experts.count, hidden, width)),
+            f"experts.{DOWN}_bias": ((), (experts.count, width)),
+        }
+    if experts.stored == "all":
+        return router | {
+            f"experts.{GATE_UP}": ((), (experts.count, 2 * hidden, width)),
+            f"experts.{DOWN}": ((), (experts.count, width, hidden)),
         }
     one = ((experts.count,), (hidden, width))
     ups = {f"experts.{{}}.{name}.weight": one for name in names.up}

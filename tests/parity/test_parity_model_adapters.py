@@ -27,8 +27,17 @@ FULL = [
     ("mixtral", True),
     ("qwen3_moe", False),
     ("gpt_oss", True),
+    ("qwen3_moe mixed", True),
 ]
-ROWS = [("qwen2", False), ("phi3", True), ("gpt2", False), ("mixtral", False), ("qwen3_moe", True), ("gpt_oss", False)]
+ROWS = [
+    ("qwen2", False),
+    ("phi3", True),
+    ("gpt2", False),
+    ("mixtral", False),
+    ("qwen3_moe", True),
+    ("gpt_oss", False),
+    ("qwen3_moe mixed", False),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +61,21 @@ def test_peft_computes_the_same_without_a_map_of_names(name: str, unrolled: bool
     assert_close(
         {path: each.delta() for path, each in back.items()}, {path: each.delta() for path, each in adapter.items()}
     )
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe mixed"])
+def test_peft_computes_the_same_where_experts_are_fused(name: str, tmp_path: Path):
+    """Routers and, beside experts, all that is called as parts of them are parameters to PEFT."""
+    theirs = saved(tmp_path / "m", name, fused=True)
+    model = load(tmp_path / "m")
+    sites = lora.find_sites(model.apply, model.params, jnp.asarray(TOKENS))
+    adapter = random_adapter([site for site in sites.values() if site.kind != "embedding" and not site.head])
+    lora.peft.save(tmp_path / "adapter", adapter, sites=sites)
+    ours = jax.jit(lora.adapt(model.apply))(model.params, adapter, jnp.asarray(TOKENS))
+    peft = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    assert_close(np.asarray(ours), run(peft, torch.from_numpy(TOKENS)))
+    lora.peft.merge_checkpoint(tmp_path / "m", tmp_path / "adapter", tmp_path / "merged")
+    assert_close(load(tmp_path / "merged").params, lora.merge(model.params, adapter))
 
 
 @pytest.mark.parametrize(

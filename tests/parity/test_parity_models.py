@@ -44,6 +44,17 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path):
     assert_close(np.asarray(logits), run(theirs, torch.from_numpy(TOKENS)), factor=0.5)
 
 
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("qwen3_moe mixed", marks=pytest.mark.full)])
+def test_experts_may_be_fused_and_transformers_loads_them_so(name: str, tmp_path: Path):
+    theirs = saved(tmp_path / "m", name, fused=True)
+    model = load(tmp_path / "m")
+    want = run(theirs, torch.from_numpy(TOKENS))
+    assert_close(np.asarray(jax.jit(model.apply)(model.params, jnp.asarray(TOKENS))), want, factor=0.5)
+    models.save(tmp_path / "n", model)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "n", attn_implementation="eager").eval()
+    assert_close(run(again, torch.from_numpy(TOKENS)), want)
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [

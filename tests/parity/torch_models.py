@@ -39,6 +39,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"rope_parameters": {**YARN, "truncate": False, "beta_fast": 16.0}, "head_dim": 16}),
     "qwen3_moe": ("qwen3_moe", {"rope_parameters": ROPE, "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}),
     "qwen3_moe all": ("qwen3_moe", {"rope_parameters": ROPE, "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "use_sliding_window": True, "sliding_window": 64}),
+    "qwen3_moe mixed": ("qwen3_moe", {"rope_parameters": ROPE, "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [2]}),
     "mixtral": ("mixtral", {"rope_parameters": ROPE, "sliding_window": 64, **EXPERTS}),
     "gemma": ("gemma", {"rope_parameters": ROPE, "head_dim": 16, "hidden_act": "gelu"}),
     "gemma2": ("gemma2", {"rope_parameters": ROPE, "head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0}),
@@ -73,8 +74,8 @@ def random_model(name: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     return model
 
 
-def saved(path: Path, name: str, **changes: Any) -> torch.nn.Module:
-    """The same, in a directory."""
+def saved(path: Path, name: str, *, fused: bool = False, **changes: Any) -> torch.nn.Module:
+    """The same, in a directory; experts as older versions stored them, or `fused` as they are in memory."""
     model: Any = random_model(name, **changes)
-    model.save_pretrained(path)
+    model.save_pretrained(path, save_original_format=not fused)
     return model

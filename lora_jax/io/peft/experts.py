@@ -1,12 +1,14 @@
 """Experts in a PEFT file as transformers 5 takes them: fused when they are loaded, beside a router."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 
 from lora_jax.io.peft.factors import ScaledModule
 from lora_jax.io.peft.uniform import leveled
 
 _EXPERT = re.compile(r"(.*\.|)experts\.\d+\.[^.]+")
+# What transformers 5 fuses.
+_PARTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 def fused(made: Mapping[str, ScaledModule]) -> set[str]:
@@ -31,11 +33,17 @@ def one_for_experts(made: Mapping[str, ScaledModule]) -> tuple[dict[str, ScaledM
     return {**made, **own}, next(iter(own.values()), None)
 
 
-def routers(modules: Collection[str], owners: Collection[str]) -> set[str]:
-    """Routers beside stacks of experts: no linear layers of PyTorch's, so that PEFT adapts their weight itself.
+def as_parameters(modules: Set[str], owners: Collection[str]) -> set[str]:
+    """Modules whose weight PEFT has to adapt as a parameter, by the stacks of experts in the same file.
 
-    >>> routers({"mlp.router", "router", "mlp.up"}, {"mlp.experts"})
-    {'mlp.router'}
+    Routers beside a stack are no linear layers of PyTorch's. And PEFT takes every linear layer that is called as parts of
+    experts are, in layers without experts too, for a part of fused ones.
+
+    >>> sorted(as_parameters({"0.mlp.gate", "0.mlp.up_proj", "gate", "1.mlp.experts.0.up_proj"}, {"0.mlp.experts"}))
+    ['0.mlp.gate', '0.mlp.up_proj']
     """
-    beside = {f"{owner.rpartition('.')[0]}.router" for owner in owners if owner.rpartition(".")[2] == "experts"}
-    return beside & {*modules}
+    stacks = {owner.rpartition(".")[0] for owner in owners if owner.rpartition(".")[2] == "experts"}
+    singles = {name for name in modules if _EXPERT.fullmatch(name)}
+    beside = {f"{stack}.{router}" for stack in stacks for router in ("router", "gate")}
+    dense = {name for name in modules - singles if name.rpartition(".")[2] in _PARTS} if stacks or singles else set()
+    return (beside & modules) | dense

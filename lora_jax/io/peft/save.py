@@ -19,7 +19,7 @@ from lora_jax.io.names.names import Names
 from lora_jax.io.names.torch_model import is_tied, torch_model
 from lora_jax.io.peft.base import base_of
 from lora_jax.io.peft.config import ADALORA, LORA, VERA, PeftType
-from lora_jax.io.peft.experts import one_for_experts, routers
+from lora_jax.io.peft.experts import as_parameters, one_for_experts
 from lora_jax.io.peft.factors import FactorsWriter, ScaledModule, Source
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.match import saves, shortest, targets
@@ -195,7 +195,7 @@ class _Writer:
             else:
                 modules[name] = made.module
                 self._tie(sources[0].update.site, name, made.module, modules)
-        apart = routers(modules, stacks) if self.peft_type is LORA else set()
+        apart = as_parameters(modules.keys(), stacks) if self.peft_type is LORA else set()
         self.made = {f"{name}.weight" if name in apart else name: each for name, each in self.made.items()}
         plain = set(modules) - apart
         for owner, stacked in stacks.items():
