@@ -40,6 +40,31 @@ def check_values(where: str, recorded: Mapping[str, float], leaves: Mapping[str,
     )
 
 
+def agreed(recorded: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What several adapters that become one record of their base, all together.
+
+    Args:
+      recorded: samples of values by what they are of, for every adapter's file; empty where none were recorded.
+
+    Raises:
+      CheckpointError: two adapters have different bases.
+
+    Example:
+      >>> agreed({"one": {"w": 1.5}, "other": {}})
+      {'w': 1.5}
+    """
+    found: dict[str, float] = {}
+    for where, samples in recorded.items():
+        if different := sorted(key for key in samples.keys() & found.keys() if differ(samples[key], found[key])):
+            first = next(name for name, each in recorded.items() if different[0] in each)
+            raise CheckpointError(
+                f"{where} belongs to another base than {first}: samples of the values differ at {listed(different)}. "
+                "What they change cannot be added up."
+            )
+        found |= samples
+    return found
+
+
 def check_choice(base: str) -> None:
     """Refuse a value of `base` that means nothing.
 

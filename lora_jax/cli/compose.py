@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
+from lora_jax.adapter.base import agreed
 from lora_jax.cli.parse import Verb
 from lora_jax.compose import compose_report
 from lora_jax.compose.compose import ComposeReport
@@ -135,5 +136,6 @@ def _orbax(paths: Sequence[Path], out: Path, weights: Any, settings: dict[str, A
     base = next(iter(bases.values()), None)
     if other := [path for path, each in bases.items() if each != base]:
         raise OptionError(f"{other[0]} was saved for another base than {next(iter(bases))}")
+    values = agreed({str(path): orbax.load_samples(path)[1] for path in paths})
     report = compose_report([orbax.load(path) for path in paths], weights, **settings)
-    return report, lambda: orbax.save(out, report.adapter, params=base)
+    return report, lambda: orbax.save_recorded(out, report.adapter, base, values)

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from lora_jax.cli.parse import Verb
 from lora_jax.io.inspect import detect
 from lora_jax.io.own import orbax
+from lora_jax.io.peft.base import base_of
 from lora_jax.io.peft.config import LORA, peft_type_of
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.mlx import write_mlx
@@ -67,8 +68,9 @@ class Export(Verb):
 
     def _files(self, own: bool) -> PeftFiles:
         if own:
-            adapter, notes = orbax.load(self.paths[0]), (self.base_model, self.task_type)
-            return peft_files(adapter, self.names, uniform=True, base_model=notes[0], task_type=notes[1])
+            base = base_of(*orbax.load_samples(self.paths[0]))
+            notes: Any = {"base_model": self.base_model, "task_type": self.task_type, "base": base}
+            return peft_files(orbax.load(self.paths[0]), self.names, uniform=True, **notes)
         files = read_peft(self.paths[0], alpha=self.alpha)
         files.check_scales()
         fields = {"base_model_name_or_path": self.base_model, "task_type": self.task_type}

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.site import Sites
 from lora_jax.errors import CheckpointError
-from lora_jax.io.inspect import detect
-from lora_jax.io.own import orbax
-from lora_jax.io.peft.load import load
+from lora_jax.io.load import load_for
 from lora_jax.models.load import Model
 from lora_jax.sites import find_sites
 
@@ -28,10 +26,7 @@ def load_adapter(path: str | PathLike[str], model: Model, sites: Sites | None = 
     Raises:
       CheckpointError: there is no adapter, or it is damaged or belongs to another model.
     """
-    where = Path(path).expanduser()
-    if detect(where) == "orbax":
-        return orbax.load(where, model.params)
-    return load(where, model.params, model_sites(model) if sites is None else sites)
+    return load_for(path, model.params, lambda: model_sites(model) if sites is None else sites, model.directory)
 
 
 def load_adapters(given: Sequence[str], model: Model, sites: Sites | None = None) -> dict[str, Adapter]:

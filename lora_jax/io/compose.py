@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapter.adapter import Adapter
+from lora_jax.adapter.base import agreed
 from lora_jax.adapter.site import Kind, Site
 from lora_jax.adapter.updates import LowRank, Replace, Update
 from lora_jax.compose import compose_report
@@ -195,7 +196,9 @@ def _files(adapter: Adapter, sources: Sequence[PeftFiles], tables: Mapping[str, 
             a, b = np.asarray(update.a), _laid_out(kind, np.asarray(update.b).T, update.a.ndim)
             modules[name] = Module(kind, a, b, arrays.pop(name + _MAGNITUDE, None), arrays.pop(name + _BIAS, None))
     rows = {path.removesuffix(TOKEN_ROWS): each.rows for path, each in adapter.items() if isinstance(each, Rows)}
-    return PeftFiles(_config(modules, rows, adapter, [each.config for each in sources]), modules, {**tables, **arrays})
+    config = _config(modules, rows, adapter, [each.config for each in sources])
+    base = agreed({each.where: each.base for each in sources})
+    return PeftFiles(config, modules, {**tables, **arrays}, base=base)
 
 
 def _laid_out(kind: ModuleKind, b: np.ndarray, axes: int) -> np.ndarray:

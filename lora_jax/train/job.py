@@ -14,6 +14,7 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.errors import CheckpointError
 from lora_jax.io.hf.merge import merge_checkpoint
+from lora_jax.io.load import load_for
 from lora_jax.processes import written_by_the_first
 from lora_jax.publish import discard, publish_file
 from lora_jax.report.tables import Table
@@ -103,7 +104,7 @@ class FinetuneJob:
         """Refuse here what selects nothing, an optimizer that there is not, and an adapter that does not fit."""
         plan = self._plan
         if plan.source is not None:
-            adapter: Any = start.read(plan.source, plan.model.params, self._sites)
+            adapter: Any = self._read(plan.source)
         else:
             # What starts from data selects the same as what does not.
             config = replace(plan.config, init="default") if start.needed(plan.config) else plan.config
@@ -182,11 +183,15 @@ class FinetuneJob:
             say=self._terminal.say,
         )
 
+    def _read(self, source: Path) -> lora.Adapter:
+        """The adapter on disk that training goes on from."""
+        return load_for(source, self._plan.model.params, lambda: self._sites, self._plan.model.directory)
+
     def _start(self) -> lora.Adapter:
         """The adapter before the first step."""
         plan = self._plan
         if plan.source is not None:
-            adapter, how = start.read(plan.source, plan.model.params, self._sites), f"from {plan.source}"
+            adapter, how = self._read(plan.source), f"from {plan.source}"
         else:
             adapter, how = self._fresh(), f"{plan.config.method} of rank {plan.config.rank}"
         start.check_exportable(adapter, self._sites, plan.model.params)

@@ -1,8 +1,7 @@
-"""Where an adapter starts: drawn, from the first batches, or from an adapter on disk."""
+"""Where an adapter starts that is not read from disk: drawn, or from the first batches."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from os import PathLike
 from typing import Any
 
 import jax
@@ -10,7 +9,6 @@ import jax
 import lora_jax as lora
 from lora_jax.adapter.registry import find_init
 from lora_jax.errors import ConfigError, LoraError
-from lora_jax.io.inspect import inspect
 from lora_jax.io.peft.save import peft_files
 
 _CAPTURED = {"inputs": "inputs", "components": "components", "gradient": "gradient"}
@@ -74,17 +72,6 @@ def captured_from(
         return score.loss / score.number
 
     return lora.capture(mean, params, [(batch,) for batch in batches], what, config=config)
-
-
-def read(path: str | PathLike[str], params: Any, sites: lora.Sites) -> lora.Adapter:
-    """An adapter on disk, in PEFT's format or lora_jax's own.
-
-    Raises:
-      CheckpointError: there is none, or it belongs to another model.
-    """
-    if inspect(path).format == "peft":
-        return lora.peft.load(path, params, sites)
-    return lora.load(path, params)
 
 
 def check_exportable(adapter: lora.Adapter, sites: lora.Sites, params: Any) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.adapter.base import agreed
 from lora_jax.errors import CheckpointError, MergeError, StorageError
 from lora_jax.io.hf.changes import Rounding, changed
 from lora_jax.io.hf.folder import CONFIG, INDEX, Checkpoint, Shard, dump, open_checkpoint
@@ -150,6 +151,7 @@ def _checked(paths: Sequence[Any], weights: Sequence[float] | None, rounding: st
 
 def _mergeable(paths: Sequence[str | PathLike[str]], alpha: float | None) -> list[PeftFiles]:
     found = read_several(paths, alpha)
+    agreed({files.where: files.base for files in found})
     for files in found:
         if files.config.get("alora_invocation_tokens"):
             raise CheckpointError(f"{files.where} is aLoRA: it acts only after its invocation tokens, as no weight can")

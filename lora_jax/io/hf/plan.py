@@ -11,6 +11,7 @@ from lora_jax.errors import CheckpointError, listed, nearest
 from lora_jax.io.formats.resolve import is_flat
 from lora_jax.io.hf.changes import Change, Part, bias_part, holds, merged_with
 from lora_jax.io.hf.folder import Checkpoint
+from lora_jax.io.hf.identity import warn_of_other_base
 from lora_jax.io.hf.tensors import Tensor
 from lora_jax.io.hf.ties import is_head, resolve_ties, tied_tables
 from lora_jax.io.hf.vocabulary import new_vocabulary
@@ -84,6 +85,7 @@ def on_base(files: PeftFiles, base: Checkpoint) -> PeftFiles:
     Raises:
       CheckpointError: a name means several modules, or several names mean one.
     """
+    warn_of_other_base(files.where, files.config, base.path)
     tied = tied_tables(base)
     known = {name.rpartition(".")[0] for name in (*base.tensors, *(tied[:2] if tied else ()))}
     found = resolved(files, known)

@@ -16,13 +16,28 @@ from lora_jax.paths import is_array, named_leaves
 _SHOWN = 5
 
 
-def describe_base(params: Any) -> dict[str, Any] | None:
-    """Shapes and dtypes of all parameters, and samples of the values of those that have some, as JSON can hold them."""
+def describe_base(params: Any) -> dict[str, Any]:
+    """What the notes of a checkpoint say of a base, as JSON can hold it.
+
+    Shapes and dtypes of all parameters, and samples of the values of those that have some; of None nothing is said.
+    """
     if params is None:
-        return None
+        return {"base": None}
     leaves, _ = named_leaves(params)
+    return describe_recorded(leaves, sampled(leaves))
+
+
+def describe_recorded(leaves: Mapping[str, Any] | None, values: Mapping[str, float]) -> dict[str, Any]:
+    """The same of a base that is not at hand.
+
+    Args:
+      leaves: shapes and dtypes of all parameters by path, or None where only those of adapted ones are known.
+      values: samples of values that another file has recorded, by path.
+    """
+    if leaves is None:
+        return {"base": None, "values": dict(values)}
     shapes = _fingerprint(leaves)
-    return {"sha256": _digest(shapes), "parameters": shapes, "values": sampled(leaves)}
+    return {"base": {"sha256": _digest(shapes), "parameters": shapes, "values": dict(values)}}
 
 
 def check_shapes(where: str, notes: Mapping[str, Any], params: Any) -> None:
@@ -48,14 +63,18 @@ def check_shapes(where: str, notes: Mapping[str, Any], params: Any) -> None:
 
 def recorded_values(notes: Mapping[str, Any]) -> dict[str, float]:
     """Samples of the base's values by path; empty where none were recorded."""
-    base = notes["base"]
-    return {} if base is None else base.get("values", {})
+    return (notes if notes["base"] is None else notes["base"]).get("values", {})
 
 
 def base_shapes(notes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct] | None:
     """The base's parameters by path, or None if they were not recorded."""
     base = notes["base"]
     return None if base is None else {path: unspelled(text) for path, text in base["parameters"].items()}
+
+
+def adapted_shapes(notes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The adapted parameters by path."""
+    return {path: unspelled(text) for path, text in _adapted(notes).items()}
 
 
 def unspelled(text: str) -> jax.ShapeDtypeStruct:

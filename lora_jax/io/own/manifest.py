@@ -15,15 +15,15 @@ from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank, Replace, Update
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError
-from lora_jax.io.own.base import describe_base, unspelled
+from lora_jax.io.own.base import unspelled
 from lora_jax.typed import converted_fields
 
 FORMAT = 1
 """Version of what `describe` returns; to be raised whenever an older lora_jax could not read the new one."""
 
 
-def describe(adapter: Adapter, config: LoraConfig | None, params: Any) -> dict[str, Any]:
-    """Everything about an adapter that is no array."""
+def describe(adapter: Adapter, config: LoraConfig | None, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything about an adapter that is no array; of its base what `own/base.py` says."""
     return {
         "format": FORMAT,
         "version": _version(),
@@ -32,7 +32,7 @@ def describe(adapter: Adapter, config: LoraConfig | None, params: Any) -> dict[s
         "arrays": {
             path: {field: spell(leaf) for field, leaf in arrays(update).items()} for path, update in adapter.items()
         },
-        "base": describe_base(params),
+        **base,
     }
 
 

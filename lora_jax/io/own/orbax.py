@@ -29,7 +29,14 @@ from lora_jax.config.config import LoraConfig
 from lora_jax.errors import CheckpointError, LoraError, listed
 from lora_jax.io.formats.recognise import OWN, refuse_as_own
 from lora_jax.io.own import manifest
-from lora_jax.io.own.base import base_shapes, check_shapes, recorded_values
+from lora_jax.io.own.base import (
+    adapted_shapes,
+    base_shapes,
+    check_shapes,
+    describe_base,
+    describe_recorded,
+    recorded_values,
+)
 from lora_jax.io.own.stored import check_stored
 from lora_jax.io.own.write import guarded as _guarded_writing
 from lora_jax.io.own.write import plain_name, write
@@ -84,12 +91,38 @@ def save(
       >>> bool((lora.load(folder, params)["w"].a == adapter["w"].a).all())
       True
     """
-    where = _resolve(path)
-    if not adapter:
-        raise CheckpointError(f"Nothing to save at {where}: the adapter is empty")
     if params is not None:
         check_parameters(adapter, named_leaves(params)[0])
     warn_if_moved([adapter])
+    _save(path, adapter, config, describe_base(params), overwrite)
+
+
+def save_recorded(
+    path: str | PathLike[str],
+    adapter: Adapter,
+    shapes: Mapping[str, jax.ShapeDtypeStruct] | None,
+    values: Mapping[str, float],
+) -> None:
+    """Write an adapter for a base that is not at hand, with what other files say of it.
+
+    Args:
+      path: the directory to create.
+      adapter: what to save.
+      shapes: shapes and dtypes of all of the base's parameters by path, if they are known.
+      values: samples of the base's values, as `load_samples` gives them.
+
+    Raises:
+      CheckpointError: as for `save`.
+    """
+    _save(path, adapter, None, describe_recorded(shapes, values), overwrite=False)
+
+
+def _save(
+    path: str | PathLike[str], adapter: Adapter, config: LoraConfig | None, base: Mapping[str, Any], overwrite: bool
+) -> None:
+    where = _resolve(path)
+    if not adapter:
+        raise CheckpointError(f"Nothing to save at {where}: the adapter is empty")
     arrays = {name: {field: _array(leaf) for field, leaf in manifest.arrays(adapter[name]).items()} for name in adapter}
     arrays = gathered(arrays)
     if bad := _not_finite(arrays):
@@ -97,7 +130,7 @@ def save(
             f"{listed(bad)} of the adapter holds NaN or infinity, so nothing is written to {where}: the training "
             "diverged. Save an earlier state."
         )
-    notes: Any = {_KEY: manifest.describe(adapter, config, params)}
+    notes: Any = {_KEY: manifest.describe(adapter, config, base)}
     if _is_remote(path):
         _check_new(where)
         _guarded_writing(where, lambda: ocp.save(where, arrays, custom_metadata=notes))
@@ -167,9 +200,8 @@ def _with_arrays(where: Any, shown: str, notes: Any, sharding: Any) -> Adapter:
     abstract = _guarded(shown, _abstract, where, notes)
     _guarded(shown, manifest.check_sites, shown, abstract)
     _check_dtypes(shown, abstract)
-    if not _is_remote(shown):
-        expected = {path: manifest.arrays(update) for path, update in abstract.items()}
-        _guarded(shown, check_stored, shown, Path(where), expected)
+    expected = {path: manifest.arrays(update) for path, update in abstract.items()}
+    _guarded(shown, check_stored, shown, where, expected)
     places = sharding(abstract) if callable(sharding) and not isinstance(sharding, Sharding) else sharding
     target = _target(abstract, places)
     arrays = _guarded(shown, ocp.load, where, {name: manifest.arrays(target[name]) for name in target})
@@ -222,6 +254,23 @@ def load_base(path: str | PathLike[str]) -> dict[str, jax.ShapeDtypeStruct] | No
       CheckpointError: there is no adapter at `path`, or it is damaged.
     """
     return _guarded(fspath(path), base_shapes, _notes(path))
+
+
+def load_samples(path: str | PathLike[str]) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, float]]:
+    """Read what tells an adapter's base from others of the same shapes.
+
+    Args:
+      path: the directory that `save` wrote.
+
+    Returns:
+      Shapes and dtypes of the base's parameters by path, at least of the adapted ones, and samples of their values,
+      empty if none were recorded.
+
+    Raises:
+      CheckpointError: there is no adapter at `path`, or it is damaged.
+    """
+    notes = _notes(path)
+    return _guarded(fspath(path), lambda: (base_shapes(notes) or adapted_shapes(notes), recorded_values(notes)))
 
 
 def _notes(path: str | PathLike[str]) -> dict[str, Any]:

@@ -18,14 +18,14 @@ _COMPRESSED = 100
 _LONGEST = 1 << 20
 
 
-def check_stored(shown: str, where: Path, expected: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> None:
-    """Refuse a local checkpoint whose files hold other arrays than the manifest says, or claim more than they can.
+def check_stored(shown: str, where: Any, expected: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> None:
+    """Refuse a checkpoint whose files hold other arrays than the manifest says, or claim more than they can.
 
     Orbax reads whatever is stored, so that a folder of 7 kB fills the memory.
 
     Args:
       shown: where it is, for error messages.
-      where: where it is.
+      where: where it is, a path of Orbax's, which may be one of remote storage.
       expected: the arrays by path and field.
 
     Raises:
@@ -41,7 +41,7 @@ def check_stored(shown: str, where: Path, expected: Mapping[str, Mapping[str, ja
             f"{names[wrong[0]].shape}: it is damaged. Copy it again from where it was saved."
         )
     claimed = sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in names.values())
-    there = sum(file.stat().st_size for file in where.rglob("*") if file.is_file())
+    there = _nbytes(where)
     if claimed > _ZEROS + _COMPRESSED * there:
         raise CheckpointError(
             f"{shown} says that its arrays have {claimed:,d} bytes, and its files have {there:,d}. It is damaged, or "
@@ -49,14 +49,13 @@ def check_stored(shown: str, where: Path, expected: Mapping[str, Mapping[str, ja
         )
 
 
-def _arrays(where: Path) -> Iterator[tuple[str, Any]]:
+def _arrays(where: Any) -> Iterator[tuple[str, Any]]:
     """The metadata of every array by name."""
     databases = list(where.glob("*/manifest.ocdbt"))
     if not databases:
         raise ValueError("manifest.ocdbt is missing")
     for database in databases:
-        base = {"driver": "file", "path": f"{database.parent}/"}
-        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": _address(f"{database.parent}/")}).result()
         for key in store.list().result():
             name, _, file = key.decode().rpartition("/")
             if file == "zarr.json":
@@ -64,6 +63,18 @@ def _arrays(where: Path) -> Iterator[tuple[str, Any]]:
                 if len(text) > _LONGEST:
                     raise ValueError(f"{len(text)} bytes about {name!r} are too many")
                 yield name, json.loads(text)
+
+
+def _nbytes(folder: Any) -> int:
+    """Bytes of all files below a folder; paths of remote storage cannot be searched at once, and know no links."""
+    if "://" in str(folder):
+        return sum(_nbytes(each) if each.is_dir() else each.stat().length for each in folder.iterdir())
+    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def _address(folder: str) -> Any:
+    """A folder as tensorstore takes it; a path, unlike an address, may have any letters."""
+    return folder if "://" in folder else {"driver": "file", "path": folder}
 
 
 def _fits(array: Any, shape: tuple[int, ...]) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.adapter.base import spell
-from lora_jax.adapter.samples import sampled
 from lora_jax.errors import CheckpointError
 from lora_jax.paths import is_array
 
@@ -14,15 +13,19 @@ BASE = "lora_jax.base"
 """The key of a safetensors file's metadata under which they are."""
 
 
-def base_of(leaves: Mapping[str, Any]) -> dict[str, float]:
+def base_of(leaves: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, float]:
     """What a file records of a base.
+
+    Args:
+      leaves: its parameters, or their shapes and dtypes, by path.
+      values: samples of those that have some.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> list(base_of({"kernel": jnp.ones((4, 3))}))
-      ['kernel float32[4,3]']
+      >>> base_of({"kernel": jnp.ones((4, 3))}, {"kernel": 14.5})
+      {'kernel float32[4,3]': 14.5}
     """
-    return {f"{path} {spell(leaves[path])}": value for path, value in sorted(sampled(leaves).items())}
+    return {f"{path} {spell(leaves[path])}": value for path, value in sorted(values.items()) if path in leaves}
 
 
 def base_in(where: str, metadata: Mapping[str, str]) -> dict[str, float]:

@@ -154,7 +154,7 @@ def load_like(
     names: Names | str | None = None,
     *,
     alpha: float | None = None,
-) -> Adapter:
+) -> tuple[Adapter, dict[str, float]]:
     """Read an adapter that PyTorch PEFT wrote for the base of another adapter, without that base.
 
     Args:
@@ -164,16 +164,20 @@ def load_like(
       names: as for `load`.
       alpha: likewise.
 
+    Returns:
+      The adapter, and samples of its base's values by path, where the file has some.
+
     Raises:
       CheckpointError: as for `load`.
       MatchError: likewise.
     """
     sites = Sites([update.site for update in like.values() if update.site.kind != "full"], tuple(shapes))
-    reader = _Reader(read_peft(path, alpha=alpha), shapes, sites, find_names(names), like)
+    files = read_peft(path, alpha=alpha)
+    reader = _Reader(files, shapes, sites, find_names(names), like)
     adapter, unmatched = reader.adapter()
     if any(unmatched) or not adapter:
         raise CheckpointError(reader.complaint(unmatched))
-    return adapter
+    return adapter, recorded_for(files.base, shapes)
 
 
 class _Reader:

@@ -11,6 +11,7 @@ import numpy as np
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import check_parameters
 from lora_jax.adapter.checksum import warn_if_moved
+from lora_jax.adapter.samples import sampled
 from lora_jax.adapter.site import Site, Sites
 from lora_jax.adapter.updates import Replace
 from lora_jax.errors import CheckpointError
@@ -121,8 +122,12 @@ def peft_files(
     task_type: str | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
     uniform: bool = False,
+    base: Mapping[str, float] | None = None,
 ) -> PeftFiles:
     """What `save` writes, with the same arguments.
+
+    Args:
+      base: what another file has recorded of the base, as `base_of` has it; by default what `params` are.
 
     Raises:
       LoraError: as `save` does.
@@ -140,7 +145,9 @@ def peft_files(
     extra: dict[str, Any] = {"base_model_name_or_path": base_model, "task_type": task_type}
     if uniform:
         extra["modules_to_save"] = short_heads(files.config["modules_to_save"] or (), files)
-    return PeftFiles({**files.config, **extra}, files.modules, files.saved, base=base_of(leaves))
+    return PeftFiles(
+        {**files.config, **extra}, files.modules, files.saved, base=base or base_of(leaves, sampled(leaves))
+    )
 
 
 class _Writer:
