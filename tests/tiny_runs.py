@@ -20,15 +20,17 @@ def bytes_model(path: Path, family: str = "llama", **changes: object) -> Path:
     return path
 
 
-def bytes_encoder(path: Path) -> Path:
-    """A tiny random BERT that reads bytes and tells two classes apart."""
+def bytes_encoder(path: Path, *, pooled: bool = True, **changes: object) -> Path:
+    """A tiny random BERT that reads bytes and tells two classes apart; or without a layer on the first token."""
     values = {
         "model_type": "bert", "architectures": ["BertForSequenceClassification"], "vocab_size": 257, "hidden_size": 16,
         "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 64,
-        "id2label": {"0": "no", "1": "yes"}, "hidden_act": "gelu",
+        "id2label": {"0": "no", "1": "yes"}, "hidden_act": "gelu", **changes,
     }  # fmt: skip
     draw, tensors = np.random.default_rng(0), {}
-    for leaf in encoder_leaves(encoder_config("config.json", values, ["pooler.dense.weight"]), unrolled=True):
+    for leaf in encoder_leaves(
+        encoder_config("config.json", values, ["pooler.dense.weight"] if pooled else []), unrolled=True
+    ):
         normal = draw.normal(size=leaf.shape) * leaf.shape[-1] ** -0.5
         norm = leaf.template.endswith("LayerNorm.weight")
         tensors[leaf.template] = np.asarray(np.ones(leaf.shape) if norm else normal, np.float32)

@@ -5,23 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from lora_jax.adapter.site import Sites
 from lora_jax.cli.parse import Verb
 from lora_jax.data import DataError, encode, read_file
 from lora_jax.data.example import Example, Examples, Options
 from lora_jax.data.records import Records
 from lora_jax.generate.adapters import load_adapters
 from lora_jax.generate.score import Score, score, score_classes
-from lora_jax.models.config import DecoderConfig
+from lora_jax.models.classes import with_classes
 from lora_jax.models.load import Model, load
 from lora_jax.report.report import plain_value
 from lora_jax.report.tables import Table
 from lora_jax.report.terminal import Progress, Terminal
-from lora_jax.sites import find_sites
-from lora_jax.train.classes import classifier
+from lora_jax.train.classes import numbered
 from lora_jax.train.options import OptionError
 
 
@@ -78,7 +73,7 @@ class EvaluateJob:
         model = load(options.model)
         examples = self._encoded(model)
         model = self._fitted(model, examples)
-        adapters = load_adapters(options.adapter, model, self._sites(model))
+        adapters = load_adapters(options.adapter, model)
         terminal.show(examples.counts)
         rows = {"base": self._scored("base", model, examples)}
         for name, adapter in adapters.items():
@@ -98,19 +93,16 @@ class EvaluateJob:
     def _fitted(self, model: Model, examples: Examples) -> Model:
         """The model itself, or with a head for the classes."""
         if self._classes:
-            return classifier(model, len(examples.labels))
-        if not isinstance(model.config, DecoderConfig):
-            raise OptionError(f"{model.directory} is an encoder: give it inputs with labels")
+            return with_classes(model, examples.labels)
+        if not model.continues:
+            raise OptionError(f"{model.directory} is {model.what}: give it inputs with labels")
         return model
-
-    def _sites(self, model: Model) -> Sites:
-        matrix = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-        return find_sites(model.apply, model.params, *[matrix] * (2 if self._classes else 1))
 
     def _encoded(self, model: Model) -> Examples:
         if model.tokenizer is None:
             raise OptionError(f"{self._options.model} has no tokenizer: put its tokenizer.json into the directory")
-        return encode(self._records, model.tokenizer, self._encoding, labels=self._options.labels or None)
+        labels = self._options.labels or (numbered(model, self._records) if self._classes else None)
+        return encode(self._records, model.tokenizer, self._encoding, labels=labels)
 
     def _scored(self, name: str, model: Model, examples: Sequence[Example], adapter: Any = None) -> Score:
         with Progress(name, len(examples), unit="example").shown() as progress:

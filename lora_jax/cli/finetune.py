@@ -134,8 +134,6 @@ class Finetune(Verb):
         self.reading.check()
         if self.tensorboard:
             board.check()
-        if self.task == "classify" and (self.merge or self.mesh):
-            raise OptionError(f"--task classify goes without {'--merge' if self.merge else '--mesh'}: leave it out")
         if self.source is not None and self.adapter != AdapterOptions():
             changed = _changed(self.adapter, AdapterOptions())
             raise OptionError(f"--from brings its own adapter: leave out {', '.join(map(flag, changed))}")
@@ -156,8 +154,8 @@ class Finetune(Verb):
             classes.check_continues(model)
         found = material.encoded(data, name, model, self.reading, self.task, self.training)
         if self.task == "classify":
-            model = classes.classifier(model, len(found.train.labels), self.training.seed)
-            config = replace(config, train=(*config.train, *classes.trained_with(model)))
+            base, model = model, models.with_classes(model, found.train.labels, seed=self.training.seed)
+            config = replace(config, train=(*config.train, *classes.trained_with(model, base)))
         task = tasks.task(self.task, model, room=found.room, beta=self.beta, method=config.method)
         kept = {name: value for name, value in asdict(self).items() if name not in _OF_A_CALL}
         kept = {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}

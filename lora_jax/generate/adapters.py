@@ -29,13 +29,12 @@ def load_adapter(path: str | PathLike[str], model: Model, sites: Sites | None = 
     return load_for(path, model.params, lambda: model_sites(model) if sites is None else sites, model.directory)
 
 
-def load_adapters(given: Sequence[str], model: Model, sites: Sites | None = None) -> dict[str, Adapter]:
+def load_adapters(given: Sequence[str], model: Model) -> dict[str, Adapter]:
     """Read several adapters by name.
 
     Args:
       given: `NAME=PATH`, or a path, whose name is its last part, or the one before where that is `adapter`.
       model: of `lora_jax.models.load`.
-      sites: of the model, where they are known.
 
     Raises:
       CheckpointError: two have the same name, or one cannot be read.
@@ -45,8 +44,7 @@ def load_adapters(given: Sequence[str], model: Model, sites: Sites | None = None
       ('french', '1', 'german')
     """
     found: dict[str, Adapter] = {}
-    if given and sites is None:
-        sites = model_sites(model)
+    sites = model_sites(model) if given else None
     for each in given:
         name = adapter_name(each)
         if name in found:

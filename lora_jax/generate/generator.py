@@ -16,7 +16,6 @@ from lora_jax.generate.sampling import Sampling
 from lora_jax.generate.text import Answer, Text
 from lora_jax.many.bank import AdapterBank
 from lora_jax.models.cache import empty_cache
-from lora_jax.models.config import DecoderConfig
 from lora_jax.models.load import Model
 
 _STEPS = 8
@@ -41,7 +40,7 @@ class Generator:
       slots: of several adapters the slot of each in the bank; empty for one or none.
 
     Raises:
-      ConfigError: the model is no decoder, or has no tokenizer.
+      ConfigError: the model continues no texts, or has no tokenizer.
 
     Example:
       >>> model = lora_jax.models.load("SmolLM2-135M")  # doctest: +SKIP
@@ -50,8 +49,8 @@ class Generator:
     """
 
     def __init__(self, model: Model, adapters: Adapter | Mapping[str, Adapter] | None = None):
-        if not isinstance(model.config, DecoderConfig):
-            raise ConfigError(f"{model.directory} is an encoder, which continues no texts: give a decoder")
+        if not model.continues:
+            raise ConfigError(f"{model.directory} is {model.what}, which continues no texts: give another model")
         if model.tokenizer is None:
             raise ConfigError("The model has no tokenizer: put its tokenizer.json into the directory")
         self.model, self.tokenizer = model, model.tokenizer

@@ -13,6 +13,7 @@ import numpy as np
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.apply import adapt
 from lora_jax.data.example import Example
+from lora_jax.models.classes import class_logits
 from lora_jax.models.load import Model
 from lora_jax.models.loss import TokenLosses, token_losses
 
@@ -99,13 +100,13 @@ def score_classes(
     """Score a model for classes, alone or with an adapter.
 
     Args:
-      model: `apply(params, tokens, segments)` gives logits `[batch, classes]`; segments are 0 for padding.
+      model: with a head for classes.
       examples: with labels.
       adapter: None for the base.
       batch: examples at once.
       progress: is told how many examples are done, and their loss.
     """
-    program = _program(model.apply, model, adapter)
+    program = _program(partial(class_logits, model), model, adapter)
     loss, right, done = 0.0, 0, 0
     for rows in _batches(examples, batch):
         logits = program(rows.tokens, jnp.asarray(rows.segments))

@@ -1,10 +1,11 @@
 """Models of Hugging Face directories as plain functions of their parameters.
 
-`load` reads a directory, `Model` is what it returns, `save` writes one, and `empty_cache` makes the cache with which
-texts are continued.
+`load` reads a directory, `Model` is what it returns, `save` writes one, `with_classes` gives one a head for classes,
+and `empty_cache` makes the cache with which texts are continued.
 """
 
 from lora_jax.models.cache import empty_cache as empty_cache
+from lora_jax.models.classes import with_classes as with_classes
 from lora_jax.models.config import DecoderConfig as DecoderConfig
 from lora_jax.models.initial import initial as initial
 from lora_jax.models.load import Model as Model

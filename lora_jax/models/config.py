@@ -90,6 +90,7 @@ class DecoderConfig:
       positions: number of learned positions; 0 for none.
       modules: what its modules are called.
       tied: whether the table is the head too.
+      labels: number of classes that a head `score` tells apart, in the place of logits; 0 for a model without.
       norm: `rms`, or `layer` with means and biases.
       norm_offset: what is added to the weights of norms.
       embed_scale: what embeddings are multiplied by, rounded to their dtype.
@@ -122,6 +123,7 @@ class DecoderConfig:
     positions: int = 0
     modules: Modules = LLAMA
     tied: bool = False
+    labels: int = 0
     norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0
     embed_scale: float = 1.0

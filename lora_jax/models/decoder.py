@@ -11,6 +11,7 @@ from lora_jax.models.blocks import Remat, run_layers
 from lora_jax.models.cache import Cache
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.layers import Params, capped, linear, norm
+from lora_jax.models.tensors import SCORE
 
 
 def hidden(
@@ -57,19 +58,33 @@ def hidden(
     return x if cache is None else (x, cache._replace(filled=start + time))
 
 
-def head(config: DecoderConfig, params: Params, x: jax.Array) -> jax.Array:
-    """Logits in float32, `[..., vocabulary]`, of hidden states `[..., width]`."""
+def head(config: DecoderConfig, params: Params, x: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+    """Logits in float32, `[..., vocabulary]`, of hidden states `[..., width]`.
+
+    Of a model for classes `[batch, labels]`, of the last token of each row that has a segment other than 0.
+    """
     names = config.modules
+    if config.labels:
+        return linear(params[SCORE], _last(x, segments).astype(jnp.float32))
     layer = params[names.root][names.table] if config.tied else params[names.head]
     return capped(linear(layer, x).astype(jnp.float32), config.logit_cap)
 
 
 def apply(config: DecoderConfig, remat: Remat, params: Params, tokens: jax.Array, **kwargs: Any) -> Any:
-    """Logits `[batch, time, vocabulary]` in float32, and the cache if there is one; see `hidden`."""
+    """`head` of `hidden`: logits in float32, and the cache if there is one."""
     if kwargs.get("cache") is None:
-        return head(config, params, hidden(config, remat, params, tokens, **kwargs))
+        x = hidden(config, remat, params, tokens, **kwargs)
+        return head(config, params, x, kwargs.get("segments"))
     x, cache = hidden(config, remat, params, tokens, **kwargs)
     return head(config, params, x), cache
+
+
+def _last(x: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """What stands at the last token of each row, `[batch, width]`."""
+    if segments is None:
+        return x[:, -1]
+    places = jnp.where(segments > 0, jnp.arange(x.shape[1])[None], 0).max(1)
+    return jnp.take_along_axis(x, places[:, None, None], 1)[:, 0]
 
 
 def _check_length(config: DecoderConfig, tokens: jax.Array, cache: Cache | None) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_jax.models.fields import Fields
+from lora_jax.models.fields import Fields, labels
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.tensors import Leaf, Shape, stacked
 
@@ -75,19 +75,17 @@ def encoder_config(where: Path | str, values: Mapping[str, Any], tensors: Collec
     width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     if width % heads:
         raise fields.error("hidden_size", width, f"must be a multiple of num_attention_heads={heads}")
-    classifies = "ForSequenceClassification" in str(fields.get("architectures"))
+    classes = labels(fields)
     fields.get("tie_word_embeddings")  # That of a head that is not read.
-    padding, labels = fields.get("pad_token_id", 1), fields.get("id2label", {"0": "", "1": ""})
+    padding = fields.get("pad_token_id", 1)
     if isinstance(padding, bool) or not isinstance(padding, int):
         raise fields.error("pad_token_id", padding, "must be a token")
-    if not isinstance(labels, Mapping):
-        raise fields.error("id2label", labels, "must have a name for each class")
     config = EncoderConfig(
-        family=family, root=ENCODERS[family] if classifies else "", width=width, heads=heads, activation=activation,
+        family=family, root=ENCODERS[family] if classes else "", width=width, heads=heads, activation=activation,
         layers=fields.size("num_hidden_layers"), hidden=fields.size("intermediate_size"),
         vocab=fields.size("vocab_size"), positions=fields.size("max_position_embeddings", 512),
         types=fields.size("type_vocab_size", 2), eps=fields.number("layer_norm_eps", 1e-12),
-        padding=None if family == "bert" else padding, labels=len(labels) if classifies else 0,
+        padding=None if family == "bert" else padding, labels=classes,
         pooler=any("pooler.dense.weight" in name for name in tensors),
     )  # fmt: skip
     fields.check_all_read()

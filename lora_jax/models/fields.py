@@ -152,3 +152,20 @@ class Fields:
                 name, value, f"may change the logits and is not understood here. Fields that are understood: {known}. "
                 "If it changes nothing, remove it from the file."
             )  # fmt: skip
+
+
+def labels(fields: Fields) -> int:
+    """How many classes a head tells apart; 0 for a model of another kind.
+
+    Raises:
+      CheckpointError: the classes have no names.
+
+    >>> labels(Fields("", {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}))
+    2
+    """
+    if "ForSequenceClassification" not in str(fields.get("architectures")):
+        return 0
+    names = fields.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    if not isinstance(names, Mapping) or not names or not all(str(each).isdecimal() for each in names):
+        raise fields.error("id2label", names, "must have a name for each class")
+    return len(names)

@@ -14,7 +14,7 @@ from lora_jax.io.hf.folder import CONFIG, open_checkpoint
 from lora_jax.io.peft.config import read_config
 from lora_jax.models import decoder, encoder, gguf_tokenizer
 from lora_jax.models.blocks import Remat, rematerialised
-from lora_jax.models.encoder_config import ENCODERS, encoder_config, encoder_leaves
+from lora_jax.models.encoder_config import ENCODERS, EncoderConfig, encoder_config, encoder_leaves
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.gguf import read_gguf
 from lora_jax.models.packaged import PACKAGED, locate
@@ -42,6 +42,10 @@ class Model:
       config: what it computes: a `DecoderConfig`, or an `EncoderConfig`.
       directory: where it was read from; of a GGUF file the file.
       source: its `config.json`.
+      remat: what is kept for the backward pass.
+
+    A decoder with a head for classes (`score`) gives logits `[batch, labels]`, of the last token of each row whose
+    segment is not 0, and the segments go to `head(params, hidden, segments)` as well.
 
     Encoders take `apply(params, tokens, *, mask=None, types=None)` and give logits of classes `[batch, labels]` if the
     checkpoint has a classifier, otherwise the mean of each text's hidden states, `[batch, width]`, both in float32.
@@ -56,6 +60,7 @@ class Model:
     config: Any
     directory: Path
     source: Mapping[str, Any]
+    remat: Remat
     _read_tokenizer: Callable[[], Tokenizer | None] = field(repr=False)
 
     @cached_property
@@ -63,11 +68,33 @@ class Model:
         """The directory's tokenizer, read at the first use; None if there is none (extra `[text]`)."""
         return self._read_tokenizer()
 
+    @property
+    def continues(self) -> bool:
+        """Whether it gives logits of the next token."""
+        return not isinstance(self.config, EncoderConfig) and not self.config.labels
+
+    @property
+    def what(self) -> str:
+        """What it is, in words."""
+        kind = "an encoder" if isinstance(self.config, EncoderConfig) else "a decoder"
+        return f"{kind} for {self.config.labels} classes" if self.config.labels else kind
+
+    def changed(self, config: Any, params: dict[str, Any], source: Mapping[str, Any]) -> "Model":
+        """A model that computes something else, with other parameters."""
+        return Model(
+            *_functions(config, self.remat), params, config, self.directory, source, self.remat, self._read_tokenizer
+        )
+
+
+def _functions(config: Any, remat: Remat) -> tuple[Any, Any, Any]:
+    """`apply`, `hidden` and `head`."""
+    module = encoder if isinstance(config, EncoderConfig) else decoder
+    return partial(module.apply, config, remat), partial(module.hidden, config, remat), partial(module.head, config)
+
 
 class _Source(NamedTuple):
-    """What a directory or a file holds, before the parameters are read: `functions` is the module that computes it."""
+    """What a directory or a file holds, before the parameters are read."""
 
-    functions: Any
     config: Any
     leaves: list[Leaf]
     values: Mapping[str, Any]
@@ -115,11 +142,8 @@ def load(
     check_tensors(path, found.leaves, found.tensors)
     place = None if mesh is None else placement(found.config, mesh)
     params = read_parameters(found.leaves, found.tensors, dtype, place)
-    functions, config = found.functions, found.config
-    return Model(
-        partial(functions.apply, config, remat), partial(functions.hidden, config, remat),
-        partial(functions.head, config), params, config, path, found.values, found.read_tokenizer,
-    )  # fmt: skip
+    functions = _functions(found.config, remat)
+    return Model(*functions, params, found.config, path, found.values, remat, found.read_tokenizer)
 
 
 def _of_file(path: Path, unrolled: bool) -> _Source:
@@ -127,7 +151,7 @@ def _of_file(path: Path, unrolled: bool) -> _Source:
     config = decoder_config(path, found.config)
     tokenizer = partial(gguf_tokenizer.read_tokenizer, found.metadata)
     leaves = decoder_leaves(config, unrolled=unrolled)
-    return _Source(decoder, config, leaves, found.config, found.tensors, tokenizer)
+    return _Source(config, leaves, found.config, found.tensors, tokenizer)
 
 
 def _of_directory(path: Path, unrolled: bool) -> _Source:
@@ -136,10 +160,10 @@ def _of_directory(path: Path, unrolled: bool) -> _Source:
     if values.get("model_type") in ENCODERS:
         config = encoder_config(path / CONFIG, values, base.tensors)
         leaves, tensors = encoder_leaves(config, unrolled=unrolled), encoder_tensors(base, config)
-        return _Source(encoder, config, leaves, values, tensors, tokenizer)
+        return _Source(config, leaves, values, tensors, tokenizer)
     config = decoder_config(path / CONFIG, values, base.tensors)
     leaves, tensors = decoder_leaves(config, unrolled=unrolled), decoder_tensors(base, config)
-    return _Source(decoder, config, leaves, values, tensors, tokenizer)
+    return _Source(config, leaves, values, tensors, tokenizer)
 
 
 def _config(path: Path) -> Mapping[str, Any]:

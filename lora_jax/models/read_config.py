@@ -9,7 +9,7 @@ from lora_jax.errors import CheckpointError
 from lora_jax.models.config import DecoderConfig, Experts
 from lora_jax.models.encoder_config import ENCODERS
 from lora_jax.models.families import FAMILIES, Family
-from lora_jax.models.fields import Fields
+from lora_jax.models.fields import Fields, labels
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.read_attention import attention
 from lora_jax.models.tensors import GATE_UP
@@ -103,7 +103,7 @@ def _layout(fields: Fields, kind: str, family: Family) -> dict[str, Any]:
         "modules": family.modules, "biases": frozenset(biases), "activation": _activation(fields, family),
         "eps": fields.number(family.eps, 1e-6 if family.eps.startswith("rms") else 1e-5),
         "tied": fields.switch("tie_word_embeddings", family.tied), "experts": _experts(fields, family),
-        **family.fixed,
+        "labels": labels(fields), **family.fixed,
     }  # fmt: skip
     if kind.startswith("gemma"):
         found |= {"embed_scale": fields.size("hidden_size") ** 0.5}

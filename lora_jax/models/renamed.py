@@ -12,6 +12,7 @@ from lora_jax.io.hf.folder import Checkpoint
 from lora_jax.io.hf.tensors import Tensor
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.encoder_config import ENCODERS, EncoderConfig
+from lora_jax.models.tensors import SCORE
 
 # Masks and frequencies that older versions of transformers stored.
 _BUFFERS = re.compile(r"(.*\.)?(attn|attention)\.(bias|masked_bias)|.*\.rotary_emb\.inv_freq|.*\bposition_ids")
@@ -26,12 +27,12 @@ def decoder_tensors(base: Checkpoint, config: DecoderConfig) -> dict[str, Tensor
     Raises:
       CheckpointError: there is a head beside a table that is said to be the head too.
     """
-    root, head = f"{config.modules.root}.", f"{config.modules.head}.weight"
+    root, head = f"{config.modules.root}.", f"{SCORE if config.labels else config.modules.head}.weight"
     tensors = _without_buffers(base)
     if not any(name.startswith(root) for name in tensors):
         # The Hub's GPT-2, and models that were saved without their head.
         tensors = {name if name == head else root + name: each for name, each in tensors.items()}
-    if config.tied and head in tensors:
+    if config.tied and not config.labels and head in tensors:
         _check_tied(base.path, tensors.pop(head), tensors.get(f"{root}{config.modules.table}.weight"))
     return tensors
 

@@ -17,6 +17,7 @@ from lora_jax.models.config import DecoderConfig
 from lora_jax.models.encoder_config import EncoderConfig, encoder_leaves
 from lora_jax.models.load import Model
 from lora_jax.models.tensors import Leaf, decoder_leaves
+from lora_jax.processes import gathered, written_by_the_first
 from lora_jax.publish import place, publish
 
 SHARD_BYTES = 5_000_000_000
@@ -29,6 +30,7 @@ def save(
     """Write a directory that transformers loads: the model's config and tokenizer as they were read, and its weights.
 
     The directory is written beside its place and appears at once and whole. Weights are written one tensor at a time.
+    In a program of several processes all call it, and the first one writes: it holds what is spread over them whole.
 
     Args:
       directory: the place.
@@ -62,7 +64,8 @@ def save(
         dump(beside / CONFIG, config)
         _write(beside, shards)
 
-    publish(where, write, replace=(lambda there: _check_replaceable(there, shards)) if overwrite else None)
+    replace = (lambda there: _check_replaceable(there, shards)) if overwrite else None
+    written_by_the_first(where, lambda: publish(where, write, replace=replace))
 
 
 def _check_replaceable(where: Path, new: Collection[str]) -> None:
@@ -75,7 +78,7 @@ def _check_replaceable(where: Path, new: Collection[str]) -> None:
 
 
 def _items(model: Model, params: Mapping[str, Any]) -> Iterator[Item]:
-    """Every tensor to be written; nothing is fetched from its device yet."""
+    """Every tensor to be written; nothing is fetched from its device yet but what is spread over several processes."""
     leaves = _leaves(model.config, params)
     names = {dtype: name for name, dtype in FLOATS.items()}
     for leaf in leaves:
@@ -83,8 +86,10 @@ def _items(model: Model, params: Mapping[str, Any]) -> Iterator[Item]:
         if array.dtype not in names:
             raise ParameterError(f"{'/'.join(leaf.path)} is {array.dtype}; a directory holds {', '.join(FLOATS)}")
         size = int(np.prod(leaf.shape, dtype=np.int64)) * array.dtype.itemsize
+        whole = gathered(array)
+        here = whole if jax.process_index() == 0 else None
         for index, name in leaf.members():
-            yield Item(name, names[array.dtype], leaf.shape, size, _pieces(array, index))
+            yield Item(name, names[array.dtype], leaf.shape, size, _pieces(here, index))
 
 
 def _leaves(config: DecoderConfig | EncoderConfig, params: Mapping[str, Any]) -> list[Leaf]:

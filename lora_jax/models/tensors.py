@@ -7,6 +7,8 @@ from typing import NamedTuple
 from lora_jax.models.config import DecoderConfig, Experts
 
 Shape = tuple[int, ...]
+SCORE = "score"
+"""What transformers calls the head of a decoder for classes."""
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """What experts that are one tensor are called."""
 
@@ -47,7 +49,9 @@ def decoder_leaves(config: DecoderConfig, *, unrolled: bool = False) -> list[Lea
     """
     names, found = config.modules, []
     outside = {f"{names.root}.{name}": shape for name, shape in _outside(config).items()}
-    if not config.tied:
+    if config.labels:
+        outside[f"{SCORE}.weight"] = (config.labels, config.width)
+    elif not config.tied:
         outside[f"{names.head}.weight"] = (config.vocab, config.width)
     found = [Leaf(tuple(name.split(".")), name, (), shape) for name, shape in outside.items()]
     layers = f"{names.root}.{names.layers}"

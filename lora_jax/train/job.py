@@ -95,8 +95,7 @@ class FinetuneJob:
         self._result: dict[str, Any] = {"out": folder.path}
         model = plan.model
         tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
-        shown = (tokens, tokens) if plan.material.task == "classify" else (tokens,)
-        self._sites = lora.find_sites(model.apply, model.params, *shown)
+        self._sites = lora.find_sites(model.apply, model.params, tokens)
         self._init_key, self._step_key = jax.random.split(jax.random.key(plan.training.seed))
         self._check()
 
@@ -261,7 +260,7 @@ class FinetuneJob:
         """Write the merged model, and compare its loss with the adapted one's."""
         folder = self._folder
         self._once(lambda: discard(folder.merged))
-        self._once(self._write_merged)
+        self._write_merged()
         self._terminal.say(f"{folder.merged}: the merged model")
         if trainer.held_out:
             merged = self._plan.load(folder.merged)
@@ -272,10 +271,10 @@ class FinetuneJob:
 
     def _write_merged(self) -> None:
         folder, model = self._folder, self._plan.model
-        if model.directory.is_dir():
-            merge_checkpoint(model.directory, folder.adapter, folder.merged)
+        if model.directory.is_dir() and model.continues:
+            self._once(lambda: merge_checkpoint(model.directory, folder.adapter, folder.merged))
             return
-        # A GGUF file, of which there is no checkpoint to rewrite.
+        # There is no checkpoint to rewrite: of a GGUF file, and of a model with another head.
         adapter = lora.peft.load(folder.adapter, model.params, self._sites)
         models.save(folder.merged, model, lora.merge(model.params, adapter))
 
@@ -295,7 +294,8 @@ class FinetuneJob:
         given, found = self._plan.record["options"]["model"], self._plan.record["model"]["name"]
         base, adapter = given or found, self._folder.adapter
         self._terminal.title("Next")
-        self._terminal.say(f"lora-jax generate --model {base} --adapter {adapter} --prompt TEXT")
-        if not self._plan.merge and self._plan.model.directory.is_dir():
+        verb, more = ("generate", "--prompt TEXT") if self._plan.model.continues else ("evaluate", "--data FILE")
+        self._terminal.say(f"lora-jax {verb} --model {base} --adapter {adapter} {more}")
+        if not self._plan.merge and self._plan.model.directory.is_dir() and self._plan.model.continues:
             self._terminal.say(f"lora-jax merge {base} {adapter} {self._folder.merged}")
         self._terminal.say(f"lora-jax export {adapter} {self._folder.path / 'served'} --for vllm")

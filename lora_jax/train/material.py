@@ -13,6 +13,7 @@ from lora_jax.data import show as show_example
 from lora_jax.data.example import texts_of
 from lora_jax.errors import LoraError, listed
 from lora_jax.report.terminal import Terminal
+from lora_jax.train import classes
 from lora_jax.train.options import DataOptions, TrainingOptions
 from lora_jax.train.tasks import Name
 
@@ -123,6 +124,10 @@ class Material:
             f"An epoch is {rows.steps_per_epoch:,} batches of {size:,} rows, of whose places {rows.fill:.1%} hold "
             f"tokens; {held_out:,} examples are held out"
         )
+        if self.train.labels:
+            terminal.say(
+                f"The {len(self.train.labels)} classes, by their numbers: {listed(self.train.labels, count=20)}"
+            )
         if not terminal.as_json and self.task != "classify":
             show_example(texts_of(self.train[0])[0], self.tokenizer)
 
@@ -142,7 +147,8 @@ def encoded(data: Dataset, name: str, model: Any, options: DataOptions, task: Na
         length=how.length, train_on=options.train_on, turns=options.turns, chat=options.in_template,
         strict=options.strict, now=options.now,
     )  # fmt: skip
-    train = encode(data.train, tokenizer, settings)
+    labels = classes.numbered(model, data.train) if task == "classify" else None
+    train = encode(data.train, tokenizer, settings, labels=labels)
     _check_vocabulary(train, model)
     valid = None if data.valid is None else encode(data.valid, tokenizer, settings, labels=train.labels or None)
     return Material(name, data, train, valid, tokenizer, how, task)

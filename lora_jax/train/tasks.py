@@ -11,6 +11,7 @@ import optax
 
 import lora_jax as lora
 from lora_jax.methods.adalora import AdaLora
+from lora_jax.models.classes import class_logits
 from lora_jax.models.loss import token_losses
 from lora_jax.train.step import Losses
 
@@ -61,7 +62,7 @@ def task(name: Name, model: Any, *, room: int | None = None, beta: float = 0.1, 
 
     Args:
       name: `"sft"`, `"classify"` or `"dpo"`.
-      model: of `lora_jax.models`; for classes of `lora_jax.train.classes.classifier`.
+      model: of `lora_jax.models`; for classes of `lora_jax.models.with_classes`.
       room: how many trained tokens a batch holds at most; all by default.
       beta: of DPO: how dear it is to go away from the base.
       method: of the adapter.
@@ -102,7 +103,7 @@ def _next_tokens(model: Any, room: int | None) -> Callable[[Any, Any], Score]:
 
 def _classes(model: Any) -> Callable[[Any, Any], Score]:
     def score(params: Any, batch: Any) -> Score:
-        logits = model.apply(params, batch.tokens, batch.segments)
+        logits = class_logits(model, params, batch.tokens, batch.segments)
         # A row that fills the last batch up has no label.
         counts = batch.labels >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counts, batch.labels, 0))

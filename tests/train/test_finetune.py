@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import assert_close
 from safetensors.numpy import load_file
-from tiny_runs import assert_equal_runs, bytes_encoder
+from tiny_runs import assert_equal_runs
 
 import lora_jax as lora
 from lora_jax import models
@@ -287,24 +287,3 @@ def test_one_program_for_all_steps(whole: Path, tiny: list[str], tmp_path: Path)
         patch.setattr(jax, "jit", counted)
         assert main([*tiny, "--out", str(tmp_path / "out")]) == 0
     assert [each._cache_size() for each in compiled] == [1]
-
-
-@pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_classes(kind: str, model: Path, tmp_path: Path) -> None:
-    lines = [{"input": f"{'good' if i % 2 else 'bad'} {i}", "label": "yes" if i % 2 else "no"} for i in range(40)]
-    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    base = model if kind == "decoder" else bytes_encoder(tmp_path / "encoder")
-    args = f"finetune --task classify --model {base} --data {tmp_path}/labels.jsonl --out {tmp_path}/out --lr 0.03"
-    more = "--length 64 --batch 8 --steps 16 --eval-every 8 --held-out 8 --warmup 1"
-    assert main([*args.split(), *more.split()]) == 0
-    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
-    assert records[0]["base_eval_loss"] > 0.3 and records[-1]["eval_accuracy"] == 1.0
-    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
-    head = "score" if kind == "decoder" else "classifier"
-    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", [head])
-
-
-def test_an_encoder_continues_no_texts(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = bytes_encoder(tmp_path / "encoder")
-    assert main(["finetune", "--model", str(base), "--data", str(data), "--out", str(tmp_path / "out")]) == 2
-    assert "is an encoder, which continues no texts: --task classify trains it" in capsys.readouterr().err

@@ -36,8 +36,8 @@ def one_for_experts(made: Mapping[str, ScaledModule]) -> tuple[dict[str, ScaledM
 def as_parameters(modules: Set[str], owners: Collection[str]) -> set[str]:
     """Modules whose weight PEFT has to adapt as a parameter, by the stacks of experts in the same file.
 
-    Routers beside a stack are no linear layers of PyTorch's. And PEFT takes every linear layer that is called as parts of
-    experts are, in layers without experts too, for a part of fused ones.
+    Routers beside a stack are no linear layers of PyTorch's. And PEFT takes every linear layer that is called as a part
+    of an expert, in layers without experts too, for a part of fused ones.
 
     >>> sorted(as_parameters({"0.mlp.gate", "0.mlp.up_proj", "gate", "1.mlp.experts.0.up_proj"}, {"0.mlp.experts"}))
     ['0.mlp.gate', '0.mlp.up_proj']
