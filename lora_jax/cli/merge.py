@@ -12,6 +12,7 @@ import tyro
 from lora_jax.cli.parse import Verb
 from lora_jax.errors import listed
 from lora_jax.io.hf.merge import Merged, merge_checkpoint
+from lora_jax.models.locate import locate
 from lora_jax.report.report import plain_value
 from lora_jax.report.tables import scaled
 from lora_jax.report.terminal import Progress, Terminal
@@ -29,7 +30,7 @@ class Merge(Verb):
     """
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
-    """The base's directory, one or more PEFT adapters, and the directory to create."""
+    """The base (a directory, or USER/NAME of the Hugging Face Hub), PEFT adapters, and the directory to create."""
     weights: tuple[float, ...] | None = None
     """A factor for the update of every adapter, in order, given after the paths; 1 for each by default."""
     alpha: float | None = None
@@ -66,6 +67,7 @@ class MergeJob:
         """Merge, with progress, and say what was written."""
         options = self._options
         base, *adapters, out = options.paths
+        base = locate(base).path
         began = time.monotonic()
         with ExitStack() as stack:
             merged = merge_checkpoint(

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_jax.errors import CheckpointError
 from lora_jax.io.formats.recognise import FILES
+from lora_jax.io.hf.snapshot import hub, snapshot
 from lora_jax.io.inspect import Contents, inspect
 from lora_jax.io.peft.config import CONFIG, read_config
 from lora_jax.io.peft.keys import WEIGHTS
@@ -16,7 +17,6 @@ from lora_jax.regular import copyable
 
 __all__ = ["card", "download", "push"]
 
-_INSTALL = 'This needs huggingface_hub: pip install "lora_jax[hub]"'
 _CARD = "README.md"
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # PEFT's two files and what other tools call theirs, or all of an Orbax checkpoint.
@@ -59,21 +59,12 @@ def download(
       >>> folder = download("user/my-adapter", revision="v2")  # doctest: +SKIP
       >>> adapter = lora_jax.peft.load(folder, params, sites)  # doctest: +SKIP
     """
-    hub = _hub()
     inside = f"{subfolder.strip('/')}/" if subfolder else ""
-    try:
-        root = hub.snapshot_download(
-            repo_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token,
-            library_name="lora_jax", allow_patterns=[f"{inside}{name}" for name in _WANTED],
-        )  # fmt: skip
-    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError, ValueError) as error:
-        at = f" at revision {revision!r}" if revision else ""
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{repo_id!r}{at} could not be fetched from the Hugging Face Hub: {reason} Check the name and the network, "
-            "and for private repositories run: hf auth login"
-        ) from error
-    folder = Path(root) / inside
+    root = snapshot(
+        repo_id, [f"{inside}{name}" for name in _WANTED], revision=revision, cache_dir=cache_dir,
+        local_files_only=local_files_only, token=token,
+    )  # fmt: skip
+    folder = root / inside
     if not _holds_adapter(folder):
         raise CheckpointError(
             f"{repo_id!r} holds no adapter{f' in {subfolder!r}' if subfolder else ''}: neither {WEIGHTS} nor a "
@@ -114,13 +105,13 @@ def push(
       >>> push("my-adapter", "user/my-adapter", base_model="meta-llama/Llama-3.2-1B")  # doctest: +SKIP
       'https://huggingface.co/user/my-adapter/commit/...'
     """
-    hub, source = _hub(), Path(folder).expanduser()
+    package, source = hub(), Path(folder).expanduser()
     if not source.is_dir():
         raise CheckpointError(
             f"{source} is not a directory. Give the one that lora_jax.peft.save or lora_jax.save wrote."
         )
     text = None if (source / _CARD).exists() else card(source, repo_id, base_model=base_model)
-    api = hub.HfApi(token=token, library_name="lora_jax")
+    api = package.HfApi(token=token, library_name="lora_jax")
     with tempfile.TemporaryDirectory() as staging:
         whole = Path(staging) / "adapter"
         for file in copyable(source, [each.relative_to(source) for each in source.rglob("*") if not each.is_dir()]):
@@ -131,7 +122,7 @@ def push(
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(repo_id=repo_id, folder_path=whole, commit_message=message)
-        except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as error:
+        except (package.errors.HfHubHTTPError, package.errors.HFValidationError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"The Hub refused {repo_id!r}: {reason} Check the name, and run: hf auth login"
@@ -164,14 +155,14 @@ def card(folder: str | PathLike[str], repo_id: str = "user/adapter", *, base_mod
       - lora
       - lora_jax
     """
-    hub, source = _hub(), Path(folder).expanduser()
+    package, source = hub(), Path(folder).expanduser()
     found = inspect(source)
     config = read_config(source / CONFIG) or {}
     named = str(config.get("base_model_name_or_path") or "")
     # A directory of this machine says nothing to others, and the Hub refuses it.
     base = base_model or (named if _REPOSITORY.fullmatch(named) else None)
     library = "peft" if found.format == "peft" else "lora_jax"
-    data = hub.ModelCardData(base_model=base, library_name=library, tags=["lora", "lora_jax"])
+    data = package.ModelCardData(base_model=base, library_name=library, tags=["lora", "lora_jax"])
     return f"---\n{data.to_yaml()}\n---\n\n{_text(found, repo_id, base)}"
 
 
@@ -211,12 +202,3 @@ def _shown(value: float | None) -> str:
 def _holds_adapter(folder: Path) -> bool:
     names = (*FILES, "adapter_model.bin", "_CHECKPOINT_METADATA")
     return any((folder / name).exists() for name in names)
-
-
-def _hub() -> Any:
-    try:
-        import huggingface_hub
-        import huggingface_hub.errors
-    except ImportError as error:
-        raise ImportError(_INSTALL) from error
-    return huggingface_hub

@@ -76,12 +76,14 @@ class Gguf:
       path: the file.
       metadata: its keys and values; lists as lists.
       config: what the model's `config.json` would say.
+      name: the repository of the Hugging Face Hub that it says it was converted from, or empty.
       tensors: by their names in a Hugging Face checkpoint.
     """
 
     path: Path
     metadata: Mapping[str, Any]
     config: Mapping[str, Any]
+    name: str
     tensors: Mapping[str, GgufTensor]
 
 
@@ -115,7 +117,22 @@ def read_gguf(path: str | PathLike[str]) -> Gguf:
         tensors = [_tensor(config, each) for name, each in stored.items() if name != _ROPE_FACTORS]
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return Gguf(path, metadata, config, {tensor.name: tensor for tensor in tensors})
+    return Gguf(path, metadata, config, _converted_from(metadata), {tensor.name: tensor for tensor in tensors})
+
+
+def _converted_from(metadata: Mapping[str, Any]) -> str:
+    """The repository of the weights before they were converted; not that of the file, nor of what they were tuned from.
+
+    >>> _converted_from({"general.source.url": "https://huggingface.co/org/model"})
+    'org/model'
+    """
+    for name in ("source.huggingface.repository", "source.repo_url", "source.url"):
+        found = re.fullmatch(
+            r"(?:https://huggingface\.co/)?([\w.-]+/[\w.-]+)/?", str(metadata.get(f"general.{name}", ""))
+        )
+        if found:
+            return found[1]
+    return ""
 
 
 def _reader(path: Path) -> Any:

