@@ -18,8 +18,7 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.cli import main
 from lora_jax.errors import CheckpointError
-from lora_jax.generate import load_adapter
-from lora_jax.generate.adapters import model_sites
+from lora_jax.generate.adapters import load_adapter, model_sites
 from lora_jax.io.own import stored
 from lora_jax.io.own.orbax import load_samples
 from lora_jax.models.load import Model
@@ -27,7 +26,7 @@ from lora_jax.models.load import Model
 PARAMS = {"up": {"kernel": jax.random.normal(jax.random.key(0), (4, 6))}, "norm": jnp.ones(6)}
 OTHER = PARAMS | {"norm": jnp.full(6, 2.0)}
 SITES = lora.find_sites(lambda p, x: x @ p["up"]["kernel"] * p["norm"][None], PARAMS, jnp.ones((2, 4)))
-ADAPTER = random_adapter(SITES.values())
+ADAPTER = random_adapter(SITES)
 COMMIT, NEXT = "1" * 40, "2" * 40
 
 
@@ -38,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture
 def adapter(model: Model) -> lora.Adapter:
-    return random_adapter(site for site in model_sites(model).values() if "q_proj" in site.path)
+    return random_adapter([site for site in model_sites(model).values() if "q_proj" in site.path])
 
 
 def refused_elsewhere(load: Any) -> None:
@@ -192,7 +191,7 @@ def test_remote_checkpoints_are_looked_at_before_arrays_are_read(
     lora.save(tmp_path / "lora", ADAPTER)
     asked: list[str] = []
     monkeypatch.setattr(stored, "_address", lambda folder: asked.append(folder) or f"file://{folder[11:]}")
-    update = ADAPTER["up/kernel"]
+    update: Any = ADAPTER["up/kernel"]
     shapes = {"a": update.a, "b": update.b, "scale": update.scale}
     expected = {"up/kernel": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)}
     stored.check_stored("gs://bucket/lora", Bucket(tmp_path / "lora"), expected)

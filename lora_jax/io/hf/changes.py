@@ -13,6 +13,13 @@ from lora_jax.io.hf.tensors import FLOATS, Item, Tensor
 _BLOCK = 1 << 19
 """Elements that are changed at a time: 2 MiB of float32 stay in the processor's cache, and more is slower."""
 
+_ALONE, _ROWS = 1 << 18, 4
+"""Rows times columns times rank of a product that OpenBLAS leaves to the thread that asks, and how many rows it has.
+
+Of a larger one the other processors get a part. They wait for the next in a loop, and take the time of whoever reads,
+writes or changes another tensor.
+"""
+
 Rounding = Callable[[np.ndarray, np.dtype[Any], int], np.ndarray]
 """From exact numbers, a dtype and the position of the first one in the tensor, to numbers of that dtype."""
 
@@ -165,8 +172,22 @@ def _exact(tensor: Tensor, change: Change) -> Iterator[tuple[int, int, np.ndarra
             if parts:
                 # What is not finite is refused later, with the tensor's name.
                 with np.errstate(over="ignore", invalid="ignore"):
-                    exact += parts.left[index, start:stop] @ parts.right[index]
+                    exact += _product(parts.left[index, start:stop], parts.right[index])
             yield first, columns, exact
+
+
+def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """`left @ right` by this thread alone, as products that are too small to wake others for."""
+    (rows, rank), columns = left.shape, right.shape[1]
+    out = np.empty((rows, columns), np.float32)
+    step = max(_ALONE // max(_ROWS * rank, 1), 1)
+    for first, count, height in ((0, rows // _ROWS, _ROWS), (rows - rows % _ROWS, 1, rows % _ROWS)):
+        last = first + count * height
+        factor, result = left[first:last].reshape(count, height, rank), out[first:last].reshape(count, height, columns)
+        for start in range(0, columns, step):
+            part = slice(start, start + step)
+            np.matmul(factor, right[:, part], out=result[..., part])
+    return out
 
 
 def _wide(flat: Tensor, change: Change, first: int, last: int) -> np.ndarray:

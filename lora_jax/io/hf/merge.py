@@ -1,5 +1,6 @@
 """Merging PEFT adapters into a Hugging Face checkpoint, tensor by tensor."""
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from lora_jax.merge import round_stochastically
 from lora_jax.publish import publish
 
 _SPARE = 64 << 20
+_THREADS = min(os.cpu_count() or 1, 4)
+"""Tensors that are changed and written at once."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,7 @@ def _write(
         progress(done, total)
 
     for shard, metadata, items in shards:
-        write_file(beside / shard.path.name, metadata, items, advance)
+        write_file(beside / shard.path.name, metadata, items, advance, threads=_THREADS)
     if source.index is not None:
         weight_map = {item.name: shard.path.name for shard, _, items in shards for item in items}
         metadata = {**(source.index.get("metadata") or {}), "total_size": total}

@@ -30,8 +30,8 @@ def check_not_merged(base: Checkpoint, files: Sequence[Path], digests: Sequence[
     for path, digest in zip(files, digests, strict=True):
         if digest in merged:
             raise CheckpointError(
-                f"{path} is merged into {base.path} already, as that says itself: once more, its change would count "
-                "twice. Take the base that it was trained on; a merge goes on with again=True (--again)."
+                f"{path} is merged into {base.path} already: once more, its change would count twice. "
+                "Take the base that it was trained on; a merge goes on with again=True (--again)."
             )
 
 

@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from io import BufferedReader
+from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -122,21 +125,46 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
     return metadata, sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end))
 
 
-def write_file(path: Path, metadata: Mapping[str, str], items: list[Item], advance: Callable[[int], None]) -> None:
-    """Write a file piece by piece; `advance` is told the bytes of each."""
+def write_file(
+    path: Path, metadata: Mapping[str, str], items: list[Item], advance: Callable[[int], None], *, threads: int = 1
+) -> None:
+    """Write a file piece by piece.
+
+    Args:
+      path: of the new file.
+      metadata: of the file.
+      items: its tensors, in order.
+      advance: is told the bytes of every piece, by one thread at a time.
+      threads: how many tensors are made and written at once.
+    """
+    ends = list(accumulate((item.nbytes for item in items), initial=0))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for item in items:
-        header[item.name] = {"dtype": item.dtype, "shape": item.shape, "data_offsets": [end, end + item.nbytes]}
-        end += item.nbytes
+    for item, place in zip(items, pairwise(ends), strict=True):
+        header[item.name] = {"dtype": item.dtype, "shape": item.shape, "data_offsets": place}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for item in items:
+    telling, stopped = Lock(), Event()
+
+    def put(item: Item, start: int) -> None:
+        with path.open("r+b") as file:
+            file.seek(8 + len(text) + start)
             for piece in item.pieces:
+                if stopped.is_set():
+                    return
                 file.write(piece)
-                advance(len(piece))
+                with telling:
+                    advance(len(piece))
+
+    with ThreadPoolExecutor(threads) as pool:
+        tasks = [pool.submit(put, item, start) for item, start in zip(items, ends, strict=False)]
+        try:
+            for task in as_completed(tasks):
+                task.result()
+        finally:  # Of one that fails, and of whoever stops this, the others take notice.
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def new_item(name: str, value: np.ndarray) -> Item:
