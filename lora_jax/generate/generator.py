@@ -16,6 +16,7 @@ from lora_jax.generate.sampling import Sampling
 from lora_jax.generate.text import Answer, Text
 from lora_jax.many.bank import AdapterBank
 from lora_jax.models.cache import empty_cache
+from lora_jax.models.decoder import body_of
 from lora_jax.models.load import Model
 
 _STEPS = 8
@@ -132,7 +133,7 @@ class Generator:
         room = places(prompts, more, config.positions)
         tokens = np.zeros((len(rows), room), np.int32)
         tokens[:, room - prompts.tokens.shape[1] :] = prompts.tokens
-        table = self.model.params[config.modules.root][config.modules.table]["weight"]
+        table = body_of(config, self.model.params)[config.modules.table]["weight"]
         cache = empty_cache(config, len(rows), room, table.dtype)
         return read(
             run.forward, run.weights, jnp.asarray(tokens), jnp.asarray(prompts.lengths), cache, jax.random.key(seed),

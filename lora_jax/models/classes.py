@@ -77,7 +77,7 @@ def _with_new_head(model: Model, names: Sequence[str], seed: int) -> Model:
         config = replace(config, root=root, pooler=root == "bert")
         params, leaves = {root: {**model.params}}, encoder_leaves(config)
     else:
-        root = config.modules.root
+        root = config.modules.root.partition(".")[0]
         params, leaves = {root: model.params[root]}, decoder_leaves(config)
     pooled = "pooler" in params[root]
     new = [leaf.path for leaf in leaves if leaf.path[0] != root or (leaf.path[1] == "pooler" and not pooled)]
@@ -87,7 +87,8 @@ def _with_new_head(model: Model, names: Sequence[str], seed: int) -> Model:
         for part in path[:-1]:
             inner = inner.setdefault(part, {})
         inner[path[-1]] = _drawn(key, path, shapes[path], model.params)
-    return model.changed(config, params, _source(model, names))
+    changed = model.changed(config, params, _source(model, names))
+    return replace(changed, beside={}) if isinstance(config, EncoderConfig) else changed
 
 
 def _drawn(key: jax.Array, path: Sequence[str], shape: tuple[int, ...], like: Any) -> jax.Array:

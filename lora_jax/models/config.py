@@ -11,7 +11,7 @@ class Modules:
     """What a family calls its modules; one name for two layers means that they are fused into one.
 
     Attributes:
-      root: what holds everything but the head.
+      root: what holds everything but the head; modules in each other are joined by points.
       table: the look-up table of tokens.
       positions: the learned table of positions, or empty.
       layers: the stack of layers.

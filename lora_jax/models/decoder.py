@@ -1,5 +1,6 @@
 """The decoder: tokens to hidden states to logits, with its layers under `scan` or one by one."""
 
+from functools import reduce
 from typing import Any
 
 import jax
@@ -12,6 +13,11 @@ from lora_jax.models.cache import Cache
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.layers import Params, capped, linear, norm
 from lora_jax.models.tensors import SCORE
+
+
+def body_of(config: DecoderConfig, params: Params) -> Params:
+    """The parameters of everything but the head."""
+    return reduce(lambda inner, name: inner[name], config.modules.root.split("."), params)
 
 
 def hidden(
@@ -39,7 +45,7 @@ def hidden(
       ParameterError: `tokens` is no matrix, or longer than the model or the cache has places for.
     """
     _check_length(config, tokens, cache)
-    body, (batch, time) = params[config.modules.root], tokens.shape
+    body, (batch, time) = body_of(config, params), tokens.shape
     start = 0 if cache is None else cache.filled
     if positions is None:
         first = jnp.zeros(1, jnp.int32) if cache is None else cache.positions
@@ -66,7 +72,7 @@ def head(config: DecoderConfig, params: Params, x: jax.Array, segments: jax.Arra
     names = config.modules
     if config.labels:
         return linear(params[SCORE], _last(x, segments).astype(jnp.float32))
-    layer = params[names.root][names.table] if config.tied else params[names.head]
+    layer = body_of(config, params)[names.table] if config.tied else params[names.head]
     return capped(linear(layer, x).astype(jnp.float32), config.logit_cap)
 
 

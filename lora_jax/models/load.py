@@ -1,5 +1,6 @@
 """`models.load`: a Hugging Face directory, or a GGUF file, as functions and parameters."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -9,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax.errors import CheckpointError
+from lora_jax.errors import CheckpointError, listed
 from lora_jax.io.hf.folder import CONFIG, open_checkpoint
+from lora_jax.io.hf.tensors import Tensor
 from lora_jax.io.peft.config import read_config
 from lora_jax.models import decoder, encoder, gguf_tokenizer
 from lora_jax.models.blocks import Remat, rematerialised
@@ -24,6 +26,7 @@ from lora_jax.models.read_config import decoder_config, refuse_quantised, unknow
 from lora_jax.models.read_tensors import Stored, check_tensors, read_parameters
 from lora_jax.models.renamed import decoder_tensors, encoder_tensors
 from lora_jax.models.tensors import Leaf, decoder_leaves
+from lora_jax.models.text_part import ROOT, WITH_IMAGES, split_tensors, text_config
 from lora_jax.text.files import read_tokenizer
 from lora_jax.text.tokenizer import Tokenizer
 
@@ -45,6 +48,7 @@ class Model:
       name: what it is called: its id on the Hugging Face Hub where that is known, its path otherwise.
       source: its `config.json`.
       remat: what is kept for the backward pass.
+      beside: tensors of the directory that are no parameters: what sees images, and heads for masked tokens.
 
     A decoder with a head for classes (`score`) gives logits `[batch, labels]`, of the last token of each row whose
     segment is not 0, and the segments go to `head(params, hidden, segments)` as well.
@@ -64,6 +68,7 @@ class Model:
     name: str
     source: Mapping[str, Any]
     remat: Remat
+    beside: Mapping[str, Tensor] = field(repr=False)
     _read_tokenizer: Callable[[], Tokenizer | None] = field(repr=False)
 
     @cached_property
@@ -105,6 +110,7 @@ class _Source(NamedTuple):
     tensors: Mapping[str, Stored]
     name: str
     read_tokenizer: Callable[[], Tokenizer | None]
+    beside: Mapping[str, Tensor] = {}
 
 
 def load(
@@ -150,7 +156,8 @@ def load(
     params = read_parameters(found.leaves, found.tensors, dtype, place)
     return Model(
         **_functions(found.config, remat), params=params, config=found.config, directory=path,
-        name=name or found.name or str(path), source=found.values, remat=remat, _read_tokenizer=found.read_tokenizer,
+        name=name or found.name or str(path), source=found.values, remat=remat, beside=found.beside,
+        _read_tokenizer=found.read_tokenizer,
     )  # fmt: skip
 
 
@@ -167,11 +174,29 @@ def _of_directory(path: Path, unrolled: bool) -> _Source:
     base = open_checkpoint(path)
     if values.get("model_type") in ENCODERS:
         config = encoder_config(path / CONFIG, values, base.tensors)
-        leaves, tensors = encoder_leaves(config, unrolled=unrolled), encoder_tensors(base, config)
-        return _Source(config, leaves, values, tensors, "", tokenizer)
-    config = decoder_config(path / CONFIG, values, base.tensors)
-    leaves, tensors = decoder_leaves(config, unrolled=unrolled), decoder_tensors(base, config)
-    return _Source(config, leaves, values, tensors, "", tokenizer)
+        tensors, beside = encoder_tensors(path, base.tensors, config)
+        leaves = encoder_leaves(config, unrolled=unrolled)
+        return _told(path, _Source(config, leaves, values, tensors, "", tokenizer, beside))
+    stored, beside, described = base.tensors, dict[str, Tensor](), values
+    if sees := values["model_type"] in WITH_IMAGES:
+        (stored, beside), described = split_tensors(stored), text_config(path / CONFIG, values)
+    config = decoder_config(path / CONFIG, described, stored)
+    if sees:
+        config = replace(config, modules=replace(config.modules, root=ROOT))
+    leaves, tensors = decoder_leaves(config, unrolled=unrolled), decoder_tensors(path, stored, config)
+    return _told(path, _Source(config, leaves, values, tensors, "", tokenizer, beside))
+
+
+def _told(path: Path, found: _Source) -> _Source:
+    """The same, once a warning has named what is beside the parameters."""
+    if found.beside:
+        parts = {name.removeprefix("model.").partition(".")[0] for name in found.beside}
+        warnings.warn(
+            f"{path}: {listed(sorted(parts))} is left out of what is computed here, and saved as it is. Of models "
+            "that see images the language model is run, and of encoders no head for masked tokens.",
+            stacklevel=4,
+        )
+    return found
 
 
 def _config(path: Path) -> Mapping[str, Any]:
@@ -185,6 +210,6 @@ def _config(path: Path) -> Mapping[str, Any]:
     if values is None:
         raise CheckpointError(f"{path} has no {CONFIG}, which says what model it is. Give the directory of a model.")
     refuse_quantised(path / CONFIG, values)
-    if values.get("model_type") not in (*FAMILIES, *ENCODERS):
+    if values.get("model_type") not in (*FAMILIES, *ENCODERS, *WITH_IMAGES):
         raise unknown_family(path / CONFIG, values.get("model_type"))
     return values

@@ -13,6 +13,7 @@ from lora_jax.models.fields import Fields, labels
 from lora_jax.models.layers import ACTIVATIONS
 from lora_jax.models.read_attention import attention
 from lora_jax.models.tensors import GATE_UP
+from lora_jax.models.text_part import WITH_IMAGES
 
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
@@ -57,8 +58,8 @@ def _together(config: DecoderConfig) -> DecoderConfig:
 def unknown_family(where: Path | str, kind: Any) -> CheckpointError:
     """The error for a `model_type` that is in no table."""
     return CheckpointError(
-        f"{where}: model_type={kind!r} is not known; there are {', '.join((*FAMILIES, *ENCODERS))}. SmolLM and SmolLM2 "
-        "are llama. A new family is one entry of a table: docs/add-a-family.md."
+        f"{where}: model_type={kind!r} is not known; there are {', '.join((*FAMILIES, *ENCODERS, *WITH_IMAGES))}. "
+        "SmolLM and SmolLM2 are llama. A new family is one entry of a table: docs/add-a-family.md."
     )
 
 

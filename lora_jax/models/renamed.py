@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax.errors import CheckpointError
-from lora_jax.io.hf.folder import Checkpoint
 from lora_jax.io.hf.tensors import Tensor
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.encoder_config import ENCODERS, EncoderConfig
@@ -21,42 +20,45 @@ _MASKED_HEADS = ("cls.", "lm_head.")
 _OLD_NORMS = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
 
 
-def decoder_tensors(base: Checkpoint, config: DecoderConfig) -> dict[str, Tensor]:
+def decoder_tensors(where: Path, stored: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     """The tensors of a decoder.
 
     Raises:
       CheckpointError: there is a head beside a table that is said to be the head too.
     """
     root, head = f"{config.modules.root}.", f"{SCORE if config.labels else config.modules.head}.weight"
-    tensors = _without_buffers(base)
+    tensors = _without_buffers(stored)
     if not any(name.startswith(root) for name in tensors):
         # The Hub's GPT-2, and models that were saved without their head.
         tensors = {name if name == head else root + name: each for name, each in tensors.items()}
     if config.tied and not config.labels and head in tensors:
-        _check_tied(base.path, tensors.pop(head), tensors.get(f"{root}{config.modules.table}.weight"))
+        _check_tied(where, tensors.pop(head), tensors.get(f"{root}{config.modules.table}.weight"))
     return tensors
 
 
-def encoder_tensors(base: Checkpoint, config: EncoderConfig) -> dict[str, Tensor]:
-    """The tensors of an encoder, without heads for training on masked tokens.
+def encoder_tensors(
+    where: Path, stored: Mapping[str, Tensor], config: EncoderConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of an encoder, and those of heads for masked tokens.
 
     Raises:
       CheckpointError: texts are not embedded by their mean.
     """
-    _check_pooling(base.path)
-    prefix, found = f"{ENCODERS[config.family]}.", {}
-    for name, each in _without_buffers(base).items():
+    _check_pooling(where)
+    prefix, found, beside = f"{ENCODERS[config.family]}.", dict[str, Tensor](), dict[str, Tensor]()
+    for name, each in _without_buffers(stored).items():
         for old, new in _OLD_NORMS.items():
             name = name.replace(old, new)
         if name.startswith(_MASKED_HEADS):
+            beside[name] = each
             continue
         name = name.removeprefix(prefix)
         found[f"{config.root}.{name}" if config.root and not name.startswith("classifier.") else name] = each
-    return found
+    return found, beside
 
 
-def _without_buffers(base: Checkpoint) -> dict[str, Tensor]:
-    return {name: each for name, each in base.tensors.items() if not _BUFFERS.fullmatch(name)}
+def _without_buffers(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: each for name, each in stored.items() if not _BUFFERS.fullmatch(name)}
 
 
 def _check_tied(where: Path, head: Tensor, table: Tensor | None) -> None:

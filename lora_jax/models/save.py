@@ -90,6 +90,8 @@ def _items(model: Model, params: Mapping[str, Any]) -> Iterator[Item]:
         here = whole if jax.process_index() == 0 else None
         for index, name in leaf.members():
             yield Item(name, names[array.dtype], leaf.shape, size, _pieces(here, index))
+    for name, each in model.beside.items():
+        yield Item(name, each.dtype, each.shape, each.nbytes, each.pieces())
 
 
 def _leaves(config: DecoderConfig | EncoderConfig, params: Mapping[str, Any]) -> list[Leaf]:

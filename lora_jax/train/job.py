@@ -15,6 +15,7 @@ from lora_jax import models
 from lora_jax.errors import CheckpointError
 from lora_jax.io.hf.merge import merge_checkpoint
 from lora_jax.io.load import load_for
+from lora_jax.io.peft.config import read_config
 from lora_jax.processes import written_by_the_first
 from lora_jax.publish import discard, publish_file
 from lora_jax.report.tables import Table
@@ -269,12 +270,22 @@ class FinetuneJob:
             usual = trainer.evaluate(adapter, 1)["loss"]
             self._agree(loss, usual, "merged into the base", _ROUNDED if narrow else _TOLERANCE)
 
+    @property
+    def _rewritable(self) -> bool:
+        """Whether the model is all that its directory holds."""
+        model = self._plan.model
+        return (
+            model.directory.is_dir()
+            and not model.beside
+            and read_config(model.directory / "config.json") == model.source
+        )
+
     def _write_merged(self) -> None:
         folder, model = self._folder, self._plan.model
-        if model.directory.is_dir() and model.continues:
+        if self._rewritable:
             self._once(lambda: merge_checkpoint(model.directory, folder.adapter, folder.merged))
             return
-        # There is no checkpoint to rewrite: of a GGUF file, and of a model with another head.
+        # Of a GGUF file, of the language model alone, and with another head there is no checkpoint to rewrite.
         adapter = lora.peft.load(folder.adapter, model.params, self._sites)
         models.save(folder.merged, model, lora.merge(model.params, adapter))
 
@@ -296,6 +307,6 @@ class FinetuneJob:
         self._terminal.title("Next")
         verb, more = ("generate", "--prompt TEXT") if self._plan.model.continues else ("evaluate", "--data FILE")
         self._terminal.say(f"lora-jax {verb} --model {base} --adapter {adapter} {more}")
-        if not self._plan.merge and self._plan.model.directory.is_dir() and self._plan.model.continues:
+        if not self._plan.merge and self._rewritable:
             self._terminal.say(f"lora-jax merge {base} {adapter} {self._folder.merged}")
         self._terminal.say(f"lora-jax export {adapter} {self._folder.path / 'served'} --for vllm")

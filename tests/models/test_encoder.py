@@ -85,7 +85,9 @@ def test_older_spellings_and_heads_that_are_not_used(tmp_path: Path):
     old |= {"bert.embeddings.position_ids": np.arange(40)[None], "cls.predictions.bias": np.ones(37, np.float32)}
     directory(tmp_path / "old", "bert", "ForMaskedLM")
     save_file(old, tmp_path / "old" / "model.safetensors")
-    assert_same(models.load(tmp_path / "old").params, models.load(new).params)
+    with pytest.warns(UserWarning, match="cls is left out of what is computed here, and saved as it is"):
+        found = models.load(tmp_path / "old")
+    assert_same(found.params, models.load(new).params)
 
 
 @pytest.mark.parametrize(("family", "task"), ROWS)

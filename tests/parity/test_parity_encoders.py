@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,16 @@ def run(model: Any, family: str) -> np.ndarray:
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_results_are_those_of_transformers(family: str, task: str, tmp_path: Path):
     theirs = saved(tmp_path / "m", family, task)
-    model = models.load(tmp_path / "m")
+    masked = pytest.warns(UserWarning, match="no head for masked tokens") if task == "ForMaskedLM" else nullcontext()
+    with masked:
+        model = models.load(tmp_path / "m")
     ours = jax.jit(model.apply)(
         model.params, jnp.asarray(TOKENS), mask=jnp.asarray(MASK), types=jnp.asarray(TYPES[family])
     )
     assert_close(np.asarray(ours), run(theirs, family))
+    models.save(tmp_path / "n", model)
+    again = type(theirs).from_pretrained(tmp_path / "n").state_dict()
+    assert all(torch.equal(each, again[name]) for name, each in theirs.state_dict().items())
 
 
 @pytest.mark.parametrize("family", ["bert", pytest.param("roberta", marks=pytest.mark.full)])
