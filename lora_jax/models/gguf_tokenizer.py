@@ -1,10 +1,11 @@
-"""The tokenizer in a GGUF file: byte-level BPE of its tokens and merges, cut into words as the file says."""
+"""The tokenizer in a GGUF file: byte-level BPE, cut into words as the file says, or SentencePiece."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from lora_jax.errors import CheckpointError
+from lora_jax.models.gguf_sentencepiece import sentencepiece
 from lora_jax.text.tokenizer import Tokenizer
 
 _INSTALL = 'Tokenizers need the package tokenizers: pip install "lora_jax[text]"'
@@ -14,8 +15,8 @@ _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA_3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}{_TAIL}"
 _QWEN_2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{_TAIL}"
 
-_SPECIAL, _USER_DEFINED = 3, 4
-"""Types of tokens in GGUF that are found in a text before it is cut into words."""
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+"""Types of tokens in GGUF that are found in a text before it is cut into words; all but the last are special."""
 
 _NAMES = {
     "bos_token_id": "bos_token", "eos_token_id": "eos_token", "unknown_token_id": "unk_token",
@@ -40,30 +41,21 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """
     try:
         from tokenizers import AddedToken
-        from tokenizers import Tokenizer as Backend
-        from tokenizers.decoders import ByteLevel
-        from tokenizers.models import BPE
     except ImportError as error:
         raise ImportError(_INSTALL) from error
     given = {name.removeprefix("tokenizer.ggml."): value for name, value in metadata.items()}
-    words = _words(given)
-    tokens = given.get("tokens", [])
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in given.get("merges", [])]
-    if not tokens or not merges:
-        raise CheckpointError("the file has no tokenizer: tokenizer.ggml.tokens or merges are missing")
-    backend: Any = Backend(BPE(vocabulary, merges, ignore_merges=given["pre"] == "llama-bpe"))
-    backend.pre_tokenizer, backend.decoder = words(), ByteLevel()
-    if given["pre"] == "qwen2":
-        from tokenizers.normalizers import NFC
-
-        backend.normalizer = NFC()
+    if given.get("model") not in _KINDS:
+        raise CheckpointError(
+            f"a tokenizer of the kind {given.get('model')!r} is not known; there are {' and '.join(_KINDS)}"
+        )
+    backend, tokens = _KINDS[given["model"]](given), given["tokens"]
     kinds = given.get("token_type", [1] * len(tokens))
-    for kind, special in ((_SPECIAL, True), (_USER_DEFINED, False)):
+    for kind, special in ((_UNKNOWN, True), (_CONTROL, True), (_USER_DEFINED, False)):
         added = [token for token, its in zip(tokens, kinds, strict=True) if its == kind]
         backend.add_tokens([AddedToken(token, normalized=False, special=special) for token in added])
     special = {hf: tokens[given[name]] for name, hf in _NAMES.items() if given.get(name) is not None}
-    if given.get("add_bos_token") and "bos_token" in special:
+    # llama.cpp begins texts of a SentencePiece vocabulary that does not say otherwise.
+    if given.get("add_bos_token", given["model"] == "llama") and "bos_token" in special:
         _begin(backend, special["bos_token"])
     ends = [given[name] for name in ("eos_token_id", "eot_token_id") if given.get(name) is not None]
     return Tokenizer(backend, special, template=metadata.get("tokenizer.chat_template"), eos_ids=ends)
@@ -79,15 +71,36 @@ def _begin(backend: Any, bos: str) -> None:
     )
 
 
+def _byte_level(given: Mapping[str, Any]) -> Any:
+    """Byte-level BPE of the file's tokens and merges."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.decoders import ByteLevel
+    from tokenizers.models import BPE
+    from tokenizers.normalizers import NFC
+
+    words = _words(given)
+    vocabulary = {token: index for index, token in enumerate(given.get("tokens", []))}
+    merges = [tuple(merge.split(" ", 1)) for merge in given.get("merges", [])]
+    if not vocabulary or not merges:
+        raise CheckpointError("the file has no tokenizer: tokenizer.ggml.tokens or merges are missing")
+    backend: Any = Backend(BPE(vocabulary, merges, ignore_merges=given["pre"] == "llama-bpe"))
+    backend.pre_tokenizer, backend.decoder = words(), ByteLevel()
+    if given["pre"] == "qwen2":
+        backend.normalizer = NFC()
+    return backend
+
+
+_KINDS = {"gpt2": _byte_level, "llama": sentencepiece}
+"""By `tokenizer.ggml.model`."""
+
+
 def _words(given: Mapping[str, Any]) -> Callable[[], Any]:
     """How the file's tokenizer cuts a text into words."""
-    model, name = given.get("model"), given.get("pre")
+    name = given.get("pre")
     known = {
         "gpt-2": _plain, "smollm": _digits, "starcoder": _digits,
         "llama-bpe": partial(_split, _LLAMA_3), "qwen2": partial(_split, _QWEN_2),
     }  # fmt: skip
-    if model != "gpt2":
-        raise CheckpointError(f"a tokenizer of the kind {model!r} is not known; there is gpt2 (byte-level BPE)")
     if name not in known:
         raise CheckpointError(f"words are cut as in {name!r}, which is not known; there are {', '.join(known)}")
     return known[name]

@@ -246,7 +246,8 @@ def test_texts_begin_with_the_beginning_token_where_the_file_says_so(write: Writ
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"model": "llama"}, "'llama' is not known; there is gpt2"),
+        ({"model": "t5"}, "'t5' is not known; there are gpt2 and llama"),
+        ({"model": "llama"}, r"14 pieces in tokenizer\.ggml\.tokens and 0 scores"),
         ({"pre": "chameleon"}, "'chameleon', which is not known; there are gpt-2, smollm"),
     ],
 )
@@ -255,6 +256,34 @@ def test_other_tokenizers_are_refused(write: Write, changed: dict[str, Any], sai
         read_tokenizer(read_gguf(write(**tokenizer_settings(**changed))).metadata)
     with pytest.raises(CheckpointError, match="not known"):
         read_tokenizer(read_gguf(write()).metadata)
+
+
+def sentencepiece_settings(**changed: Any) -> dict[str, Any]:
+    """A SentencePiece vocabulary as llama.cpp's converter writes it: specials, bytes, pieces from the best one on."""
+    found = ["▁l", "ow", "▁low", "l", "o", "w", "▁"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *found]
+    given = {
+        "model": "llama", "tokens": pieces, "scores": [0.0] * 259 + [-float(place) for place in range(len(found))],
+        "token_type": [2, 3, 3, *[6] * 256, *[1] * len(found)], "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0,
+    }  # fmt: skip
+    return {f"tokenizer.ggml.{name}": value for name, value in (given | changed).items()}
+
+
+def test_a_sentencepiece_vocabulary(write: Write) -> None:
+    tokenizer = read_tokenizer(read_gguf(write(**sentencepiece_settings())).metadata)
+    encode = tokenizer.backend.encode
+    assert encode("low  low").tokens == ["<s>", "▁low", "▁", "▁low"]
+    assert encode("olé</s>", add_special_tokens=False).tokens == ["▁", "o", "l", "<0xC3>", "<0xA9>", "</s>"]
+    assert tokenizer.adds_bos and tokenizer.eos_ids == (2,)
+    for text in ("low  low", "olé", "東京\n"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_sentencepiece_vocabulary_may_leave_texts_as_they_are(write: Write) -> None:
+    settings = sentencepiece_settings(add_space_prefix=False, add_bos_token=False)
+    tokenizer = read_tokenizer(read_gguf(write(**settings)).metadata)
+    assert tokenizer.backend.encode("low low").tokens == ["l", "ow", "▁low"]
+    assert tokenizer.decode(tokenizer.encode(" low")) == " low"
 
 
 def test_a_file_is_a_model_that_can_be_saved_as_a_directory(write: Write, tmp_path: Path) -> None:
