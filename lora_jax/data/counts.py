@@ -12,8 +12,23 @@ from lora_jax.report.tables import Table
 _TOLD = 5
 
 
+class _Counts(Report):
+    """Counts of what a file holds, with the first notes about what was left out of it."""
+
+    file: str
+    notes: list[str]
+
+    def _leave_out(self, counter: Counter[str], line: int, error: BadLine, strict: bool, advice: str) -> None:
+        note = f"{self.file}:{line}: {error}"
+        if strict:
+            raise DataError(f"{note}. {advice}")
+        counter[error.reason] += 1
+        if len(self.notes) < _TOLD:
+            self.notes.append(note)
+
+
 @dataclass(repr=False)
-class ReadCounts(Report):
+class ReadCounts(_Counts):
     """What became of the lines of a file.
 
     Attributes:
@@ -50,10 +65,8 @@ class ReadCounts(Report):
         Raises:
           DataError: `strict`, naming file and line.
         """
-        note = f"{self.file}:{line}: {error}"
-        if strict:
-            raise DataError(f"{note}. Correct the line, or leave bad lines out by not being strict")
-        _count(self.bad, self.notes, error.reason, note)
+        advice = "Correct the line, or leave bad lines out by not being strict"
+        self._leave_out(self.bad, line, error, strict, advice)
 
     def table(self) -> Table:
         """A row for each count."""
@@ -63,7 +76,7 @@ class ReadCounts(Report):
 
 
 @dataclass(repr=False)
-class EncodeCounts(Report):
+class EncodeCounts(_Counts):
     """What became of examples when they were encoded.
 
     Attributes:
@@ -102,10 +115,8 @@ class EncodeCounts(Report):
         Raises:
           DataError: `strict`, naming file and line.
         """
-        note = f"{self.file}:{line}: {error}"
-        if strict:
-            raise DataError(f"{note}. Change the example, or leave such examples out by not being strict")
-        _count(self.dropped, self.notes, error.reason, note)
+        advice = "Change the example, or leave such examples out by not being strict"
+        self._leave_out(self.dropped, line, error, strict, advice)
 
     def table(self) -> Table:
         """A row for each count."""
@@ -122,12 +133,6 @@ class EncodeCounts(Report):
             *_left_out(self.dropped),
         ]
         return Table((f"examples of {self.file}", "number"), rows, notes=self.notes)
-
-
-def _count(counter: Counter[str], notes: list[str], reason: str, note: str) -> None:
-    counter[reason] += 1
-    if len(notes) < _TOLD:
-        notes.append(note)
 
 
 def _left_out(bad: Counter[str]) -> Iterable[tuple[str, str]]:

@@ -11,8 +11,9 @@ from lora_jax.errors import CheckpointError
 from lora_jax.io.formats.recognise import FILES
 from lora_jax.io.hf.snapshot import hub, snapshot
 from lora_jax.io.inspect import Contents, inspect
-from lora_jax.io.peft.config import CONFIG, read_config
+from lora_jax.io.peft.config import CONFIG
 from lora_jax.io.peft.keys import WEIGHTS
+from lora_jax.jsonfile import read_object
 from lora_jax.regular import copyable
 
 __all__ = ["card", "download", "push"]
@@ -157,7 +158,7 @@ def card(folder: str | PathLike[str], repo_id: str = "user/adapter", *, base_mod
     """
     package, source = hub(), Path(folder).expanduser()
     found = inspect(source)
-    config = read_config(source / CONFIG) or {}
+    config = read_object(source / CONFIG) or {}
     named = str(config.get("base_model_name_or_path") or "")
     # A directory of this machine says nothing to others, and the Hub refuses it.
     base = base_model or (named if _REPOSITORY.fullmatch(named) else None)

@@ -13,8 +13,9 @@ from lora_jax.io.hf.identity import warn_of_other_base
 from lora_jax.io.hf.provenance import check_not_merged, fingerprints
 from lora_jax.io.inspect import detect
 from lora_jax.io.own import orbax
-from lora_jax.io.peft.config import CONFIG, read_config
+from lora_jax.io.peft.config import CONFIG
 from lora_jax.io.peft.load import load
+from lora_jax.jsonfile import read_object
 
 
 def load_for(path: str | PathLike[str], params: Any, sites: Callable[[], Sites], base: Path) -> Adapter:
@@ -40,4 +41,4 @@ def load_for(path: str | PathLike[str], params: Any, sites: Callable[[], Sites],
 def _check_base(file: Path, base: Path) -> None:
     """Look at names and notes: most adapters of others have no samples of their base's values."""
     check_not_merged(open_checkpoint(base), [file], fingerprints([file]))
-    warn_of_other_base(str(file), read_config(file.parent / CONFIG) or {}, base)
+    warn_of_other_base(str(file), read_object(file.parent / CONFIG) or {}, base)

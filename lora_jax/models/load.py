@@ -13,7 +13,7 @@ import jax
 from lora_jax.errors import CheckpointError, listed
 from lora_jax.io.hf.folder import CONFIG, open_checkpoint
 from lora_jax.io.hf.tensors import Tensor
-from lora_jax.io.peft.config import read_config
+from lora_jax.jsonfile import read_object
 from lora_jax.models import decoder, encoder, gguf_tokenizer
 from lora_jax.models.blocks import Remat, rematerialised
 from lora_jax.models.encoder_config import ENCODERS, EncoderConfig, encoder_config, encoder_leaves
@@ -206,7 +206,7 @@ def _config(path: Path) -> Mapping[str, Any]:
             f"{path} is not a directory with a model. Give the one that save_pretrained wrote, a .gguf file, "
             f"{' or '.join(PACKAGED)}, or USER/NAME of the Hugging Face Hub."
         )
-    values = read_config(path / CONFIG)
+    values = read_object(path / CONFIG)
     if values is None:
         raise CheckpointError(f"{path} has no {CONFIG}, which says what model it is. Give the directory of a model.")
     refuse_quantised(path / CONFIG, values)

@@ -1,6 +1,5 @@
 """A checkpoint's tensors by the names of the model's parameters: prefixes, older spellings, what nothing reads."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 
 from lora_jax.errors import CheckpointError
 from lora_jax.io.hf.tensors import Tensor
+from lora_jax.jsonfile import read_object
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.encoder_config import ENCODERS, EncoderConfig
 from lora_jax.models.tensors import SCORE
@@ -77,9 +77,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _check_pooling(where: Path) -> None:
     """What sentence-transformers says of how texts are embedded."""
     file = where / "1_Pooling" / "config.json"
-    if not file.is_file():
+    said = read_object(file)
+    if said is None:
         return
-    said: Mapping[str, object] = json.loads(file.read_text(encoding="utf-8"))
     others = [name for name, value in said.items() if name.startswith("pooling_mode_") and value is True]
     if others != ["pooling_mode_mean_tokens"]:
         raise CheckpointError(f"{file} embeds texts by {', '.join(others) or 'nothing known'}; only their mean is read")

@@ -1,11 +1,11 @@
 """`read_tokenizer`: a tokenizer from the files of a Hugging Face directory."""
 
-import json
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from lora_jax.jsonfile import read_object
 from lora_jax.regular import unreadable
 from lora_jax.text.errors import TokenizerError, extra
 from lora_jax.text.slow import build
@@ -14,6 +14,7 @@ from lora_jax.text.tokenizer import Tokenizer
 _WHOLE = "tokenizer.json"
 _SLOW = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tekken.json")
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_CONFIGS = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
 _IDS = ("bos_token", "eos_token", "pad_token")
 
 
@@ -42,8 +43,8 @@ def read_tokenizer(directory: str | PathLike[str]) -> Tokenizer | None:
     folder = Path(directory).expanduser()
     if not any((folder / name).exists() for name in (_WHOLE, *_SLOW)):
         return None
-    config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
-    configs = _json(folder / "generation_config.json"), _json(folder / "config.json")
+    special, config, *configs = (read_object(folder / name, TokenizerError) or {} for name in _CONFIGS)
+    config = {**special, **config}
     backend = _backend(folder, config)
     _add_tokens(backend, config, folder)
     special = {name: text for name, text in _special(config, folder) if text}
@@ -85,21 +86,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"cannot read {path}: {error}") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty if there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, TokenizerError):
-            raise
-        raise TokenizerError(f"{path} is not JSON ({error}). Copy it again from where it came from") from error
-    if not isinstance(found, dict):
-        raise TokenizerError(f"{path} holds a {type(found).__name__}, not the object that belongs there")
-    return found
 
 
 def _special(config: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:

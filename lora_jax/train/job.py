@@ -15,7 +15,7 @@ from lora_jax import models
 from lora_jax.errors import CheckpointError
 from lora_jax.io.hf.merge import merge_checkpoint
 from lora_jax.io.load import load_for
-from lora_jax.io.peft.config import read_config
+from lora_jax.jsonfile import read_object
 from lora_jax.processes import written_by_the_first
 from lora_jax.publish import discard, publish_file
 from lora_jax.report.tables import Table
@@ -277,7 +277,7 @@ class FinetuneJob:
         return (
             model.directory.is_dir()
             and not model.beside
-            and read_config(model.directory / "config.json") == model.source
+            and read_object(model.directory / "config.json") == model.source
         )
 
     def _write_merged(self) -> None:

@@ -244,7 +244,7 @@ def test_many_parameters_of_one_module(tmp_path: Path) -> None:
 
 def test_a_config_that_is_no_object(folder: Path) -> None:
     (folder / CONFIG).write_text("[]")
-    refused(folder, f"{CONFIG} holds a list, not the object that a config is")
+    refused(folder, f"{CONFIG} holds a list, not the object that belongs there")
 
 
 # Paths.
@@ -279,7 +279,7 @@ def test_something_else_where_a_file_belongs(name: str, kind: str, folder: Path)
         "pipe": lambda: os.mkfifo(path),
     }
     make[kind]()
-    refused(folder, rf"{name} is no regular file|is neither a PEFT adapter .{name}")
+    refused(folder, rf"{name} is .*regular file|is neither a PEFT adapter .{name}")
 
 
 # Writing.

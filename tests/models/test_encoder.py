@@ -148,6 +148,9 @@ def test_texts_that_are_not_embedded_by_their_mean_are_refused(tmp_path: Path):
         json.dumps({"word_embedding_dimension": 16, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True})
     )
     assert models.load(path).config.labels == 0
+    pooling.write_text("[")
+    with pytest.raises(lora.CheckpointError, match="1_Pooling/config.json is not readable as JSON"):
+        models.load(path)
 
 
 @pytest.mark.parametrize(("family", "room"), [("bert", 40), ("roberta", 38)])

@@ -17,7 +17,7 @@ from torch_side import adapted, numbers, opened, run
 
 import lora_jax as lora
 from lora_jax.io.peft import merge_checkpoint
-from lora_jax.io.peft.config import read_config
+from lora_jax.jsonfile import read_object
 
 
 class Model(nn.Module):
@@ -111,7 +111,7 @@ def test_what_has_no_factors_in_peft(options: dict[str, Any], written: dict[str,
     base, params, sites = twin()
     adapter = moved(lora.LoraConfig(**{"targets": ("up",)} | options), params, sites)
     lora.peft.save(tmp_path / "ours", adapter, sites=sites, params=params)
-    config = read_config(tmp_path / "ours" / "adapter_config.json") or {}
+    config = read_object(tmp_path / "ours" / "adapter_config.json") or {}
     assert {field: config.get(field) for field in written} == written
     x = torch.randint(0, 11, (2, 9))
     want = lora.adapt(model)(params, adapter, jnp.asarray(x.numpy()))

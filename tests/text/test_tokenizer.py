@@ -149,9 +149,9 @@ def test_files_of_gpt2(tmp_path: Path) -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "truncated": ({"tokenizer.json": '{"version": "1.0", "model"'}, "tokenizer.json is no tokenizer"),
     "latin1": ({"tokenizer.json": b"\xff\xfe{}"}, "cannot read"),
-    "config": ({"tokenizer_config.json": "{"}, "tokenizer_config.json is not JSON"),
+    "config": ({"tokenizer_config.json": "{"}, "tokenizer_config.json is not readable as JSON"),
     "list": ({"tokenizer_config.json": "[]"}, "holds a list"),
-    "deep": ({"tokenizer_config.json": "[" * 100_000}, "is not JSON"),
+    "deep": ({"tokenizer_config.json": "[" * 100_000}, "is not readable as JSON"),
     "added": ({"tokenizer_config.json": {"added_tokens_decoder": {"x": 1}}}, "added_tokens_decoder"),
     "moved": ({"tokenizer_config.json": {"added_tokens_decoder": {"9": {"content": "</s>"}}}}, "'</s>' is token 9"),
     "unknown": ({"tokenizer_config.json": {"eos_token": "<end>"}}, "eos_token is '<end>', which is not in the vocabul"),

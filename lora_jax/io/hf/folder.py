@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_jax.errors import CheckpointError
 from lora_jax.io.hf.tensors import Tensor, read_header
-from lora_jax.io.peft.config import read_config
+from lora_jax.jsonfile import read_object
 from lora_jax.regular import copyable
 
 SINGLE = "model.safetensors"
@@ -66,10 +66,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory with a base model. Give the one that save_pretrained wrote.")
-    config = read_config(path / CONFIG) or {}
+    config = read_object(path / CONFIG) or {}
     _check_config(path, config)
     _refuse_quantised(path, config)
-    index = read_config(path / INDEX)
+    index = read_object(path / INDEX)
     if index is not None and (path / SINGLE).exists():
         raise CheckpointError(
             f"{path} has both {SINGLE} and {INDEX}, which may be two models, and transformers reads the first. Remove "

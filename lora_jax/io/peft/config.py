@@ -1,10 +1,8 @@
-"""`adapter_config.json`: reading and checking it, the types of its fields, and what it says of ranks and scales."""
+"""`adapter_config.json`: checking it, the types of its fields, and what it says of ranks and scales."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,7 +14,6 @@ from lora_jax.io.peft.match import exact_key, in_pattern, is_plain
 
 CONFIG = "adapter_config.json"
 
-_MAX_BYTES = 1 << 24
 _MAX_KEYS = 1 << 14
 """Of `rank_pattern` and `alpha_pattern`: modules have one each, at most."""
 _MAX_REGEXES = 256
@@ -122,36 +119,6 @@ _CONVERT = (
     "With the base it was trained on: model.save_pretrained(path, path_initial_model_for_weight_conversion=...) in "
     "PEFT writes a plain adapter."
 )
-
-
-def read_config(path: Path) -> dict[str, Any] | None:
-    """The parsed file, or None if there is none."""
-    if not path.exists() and not path.is_symlink():
-        return None
-    if not path.is_file():
-        # Taken for no config at all it would change the scales, and reading a pipe would wait for ever.
-        raise CheckpointError(f"{path} is no regular file, which belongs there")
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes are too many")
-        # A byte order mark is no part of JSON, and some editors write one.
-        config = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not readable as JSON ({error}). Copy it again from where it was saved."
-        ) from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}, not the object that a config is")
-    return config
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of which no field is there twice: readers differ in which one they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"{_shown(twice)} is there twice")
-    return found
 
 
 def peft_type_of(config: Mapping[str, Any]) -> PeftType:

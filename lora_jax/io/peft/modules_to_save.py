@@ -1,6 +1,5 @@
 """What a PEFT file holds beside factors, both ways: `modules_to_save`, biases, trained tokens, saved embeddings."""
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from lora_jax.io.names.torch_model import TorchModel, is_tied, stacked, tensor_n
 from lora_jax.io.peft.config import setting
 from lora_jax.io.peft.files import EMBEDDINGS, TOKEN_ROWS, PeftFiles, full_tensors, token_indices, token_rows
 from lora_jax.io.peft.match import saves
+from lora_jax.jsonfile import read_object
 from lora_jax.methods import Rows
 
 
@@ -275,13 +275,9 @@ class FullTensorWriter:
     def resized(self, base_model: str | None) -> bool:
         """Whether a local base model says that its vocabulary has another size than every table here."""
         path = Path(base_model or "") / "config.json"
-        if not base_model or not path.is_file():
-            return False
-        try:
-            config = json.loads(path.read_text(encoding="utf-8-sig"))
-            size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is no config of a model ({error}), so it tells no vocab_size") from None
+        config = (read_object(path) if base_model else None) or {}
+        nested = config.get("text_config")
+        size = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
         tables = [site.fan_in for site in self.sites.values() if site.kind == "embedding"]
         return size is not None and bool(tables) and size not in tables
 

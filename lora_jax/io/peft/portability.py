@@ -8,11 +8,12 @@ from os import PathLike
 from pathlib import Path
 
 from lora_jax.io.formats.mlx_lm import is_mlx_config
-from lora_jax.io.peft.config import CONFIG, read_config
+from lora_jax.io.peft.config import CONFIG
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.keys import WEIGHTS
 from lora_jax.io.peft.read import read_peft
 from lora_jax.io.peft.servers import FEATURES, KNOWN, SERVERS, VLLM_RANKS, Server, Verdict
+from lora_jax.jsonfile import read_object
 from lora_jax.report.report import Report
 from lora_jax.report.tables import Table
 
@@ -77,7 +78,7 @@ def portability(path: str | PathLike[str], subfolder: str | None = None) -> Port
     folder = Path(path).expanduser() / (subfolder or "")
     if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
         return Portability(tuple(row(files, server) for server in SERVERS))
-    ours = is_mlx_config(str(folder), read_config(folder / CONFIG)) if folder.is_dir() else False
+    ours = is_mlx_config(str(folder), read_object(folder / CONFIG)) if folder.is_dir() else False
     told = ("these are not the files that it reads, which lora-jax export writes",)
     return Portability(tuple(Row(each, *_READS if ours and each == "mlx" else ("refuses", told)) for each in SERVERS))
 

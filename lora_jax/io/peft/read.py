@@ -18,13 +18,14 @@ from lora_jax.io.formats.spellings import respelled
 from lora_jax.io.formats.variants import check_keys
 from lora_jax.io.peft import config as peft_config
 from lora_jax.io.peft.base import base_in
-from lora_jax.io.peft.config import ADALORA, CONFIG, LORA, PeftType, peft_type_of, read_config
+from lora_jax.io.peft.config import ADALORA, CONFIG, LORA, PeftType, peft_type_of
 from lora_jax.io.peft.files import EMBEDDINGS, PeftFiles
 from lora_jax.io.peft.keys import parse, unparse
 from lora_jax.io.peft.match import saves, targets
 from lora_jax.io.peft.module import Module, ModuleKind
 from lora_jax.io.peft.scales import Source, configs_in, from_configs, from_tensors, settled
 from lora_jax.io.peft.without_factors import as_lora, has_no_factors
+from lora_jax.jsonfile import read_object
 from lora_jax.publish import steady
 
 _MAX_RANK = 1 << 16
@@ -97,7 +98,7 @@ def _read(path: Path, subfolder: str | None, alpha: float | None) -> PeftFiles:
     for each in (config_path, weights):
         note(each)
     check_text(config_path)
-    config, where = read_config(config_path), str(weights)
+    config, where = read_object(config_path), str(weights)
     if config is not None and has_no_factors(config):
         given, metadata = _read_arrays(weights, {})
         config, arrays = as_lora(where, config, given)
