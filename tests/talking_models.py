@@ -13,13 +13,13 @@ TEMPLATE = (
 )
 
 
-def talking_directory(path: Path, seed: int = 0, *, mute: bool = False, **changes: Any) -> Path:
-    """A llama in a new directory; without a tokenizer if `mute`. It never ends a text by itself."""
+def talking_directory(path: Path, seed: int = 0, *, family: str = "llama", mute: bool = False, **changes: Any) -> Path:
+    """A llama, or another family, in a new directory; without a tokenizer if `mute`. It never ends a text by itself."""
     sizes = {"vocab_size": 260, "eos_token_id": END, "hidden_size": 32, **changes}
-    tensors = tiny_tensors(tiny_config("llama", **sizes), seed)
+    tensors = tiny_tensors(tiny_config(family, **sizes), seed)
     tensors["lm_head.weight"] = tensors["lm_head.weight"] * 2
     tensors["lm_head.weight"][END:] = 0
-    tiny_directory(path, "llama", tensors, **sizes)
+    tiny_directory(path, family, tensors, **sizes)
     if not mute:
         _write_tokenizer(path)
     return path

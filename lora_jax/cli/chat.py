@@ -1,10 +1,11 @@
 """The verb `chat`: a conversation with a model."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_jax.cli.parse import Verb
+from lora_jax.cli.sampling import SamplingOptions
 from lora_jax.generate.adapters import load_adapter
 from lora_jax.generate.generator import Generator
 from lora_jax.generate.sampling import Sampling
@@ -28,18 +29,9 @@ class Chat(Verb):
     """An adapter, in PEFT's format or lora_jax's own."""
     system: str | None = None
     """What the model is told first, as a system message."""
-    max_tokens: int = 512
-    """How many tokens an answer may have."""
-    temperature: float = 0.7
-    """0 takes the most probable token; above, tokens are drawn."""
-    top_k: int = 0
-    """Draw from so many of the most probable tokens; 0 for all."""
-    top_p: float = 0.95
-    """Draw from the most probable tokens whose probabilities sum to this."""
-    min_p: float = 0.0
-    """Leave out tokens that are less probable than this share of the most probable one."""
-    seed: int = 0
-    """For drawing."""
+    sampling: SamplingOptions = field(
+        default_factory=lambda: SamplingOptions(max_tokens=512, temperature=0.7, top_p=0.95)
+    )
 
     def prepare(self, saved: "Chat | None") -> "ChatJob":
         """Check the options.
@@ -49,10 +41,7 @@ class Chat(Verb):
         """
         if self.json:
             raise OptionError("a conversation is no JSON object: lora-jax generate --json answers a prompt")
-        if self.max_tokens < 1:
-            raise OptionError(f"--max-tokens {self.max_tokens} must be at least 1")
-        sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
-        return ChatJob(self, sampling.checked())
+        return ChatJob(self, self.sampling.how)
 
 
 class ChatJob:
@@ -95,9 +84,9 @@ class ChatJob:
         if room is not None and len(tokens) >= room:
             self._terminal.say(f"The conversation is longer than the model's {room} tokens: /clear begins anew.")
             return
-        options = self._options
+        how = self._options.sampling
         continuation = generator.stream(
-            [tokens], max_tokens=options.max_tokens, sampling=self._sampling, seed=options.seed + len(messages)
+            [tokens], max_tokens=how.max_tokens, sampling=self._sampling, seed=how.seed + len(messages), keep=True
         )
         for (part,) in continuation:
             self._terminal.write(part)

@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.cli.parse import Verb
+from lora_jax.cli.sampling import SamplingOptions
 from lora_jax.generate.adapters import load_adapters
 from lora_jax.generate.generator import Generator
 from lora_jax.generate.prompts import Prompt, assigned, read_prompts, text_prompt
@@ -17,7 +18,7 @@ from lora_jax.generate.speed import Speed
 from lora_jax.generate.text import Answer
 from lora_jax.models.load import load
 from lora_jax.report.terminal import Progress, Terminal
-from lora_jax.train.options import OptionError
+from lora_jax.train.options import OptionError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,26 +38,15 @@ class Generate(Verb):
     """What to continue."""
     file: Path | None = None
     """JSON lines with prompt or messages, and maybe adapter: a name, or null for the base."""
-    max_tokens: int = 256
-    """How many tokens may follow a prompt."""
-    temperature: float = 0.0
-    """0 takes the most probable token; above, tokens are drawn."""
-    top_k: int = 0
-    """Draw from so many of the most probable tokens; 0 for all."""
-    top_p: float = 1.0
-    """Draw from the most probable tokens whose probabilities sum to this."""
-    min_p: float = 0.0
-    """Leave out tokens that are less probable than this share of the most probable one."""
     stop: tuple[str, ...] = ()
     """Strings that end a text, and are not part of it."""
-    seed: int = 0
-    """For drawing."""
     batch: int = 16
     """How many lines of a file are continued at once."""
     chat: bool = False
     """Insist on the chat template: without one, it is an error."""
     raw: bool = False
     """Continue prompts as they are, without a chat template."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     def prepare(self, saved: "Generate | None") -> "GenerateJob":
         """Check the options, and read the prompts.
@@ -68,12 +58,10 @@ class Generate(Verb):
             raise OptionError("generate takes either --prompt TEXT or --file FILE.jsonl")
         if self.chat and self.raw:
             raise OptionError("--chat and --raw exclude each other")
-        for name in ("max_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        require("batch", self.batch, least=1)
+        sampling = self.sampling.how
         prompts = [text_prompt(self.prompt)] if self.prompt is not None else read_prompts(self.file or Path())
-        return GenerateJob(self, prompts, sampling.checked())
+        return GenerateJob(self, prompts, sampling)
 
 
 class GenerateJob:
@@ -119,8 +107,9 @@ class GenerateJob:
         fill = (options.batch - len(prompts)) * (count > options.batch)
         names = [prompt.adapter for prompt in prompts]
         continuation = generator.stream(
-            [*tokens, *[tokens[-1]] * fill], max_tokens=options.max_tokens, sampling=self._sampling,
-            stops=options.stop, seed=options.seed, adapters=[*names, *[names[-1]] * fill] if generator.slots else None,
+            [*tokens, *[tokens[-1]] * fill], max_tokens=options.sampling.max_tokens, sampling=self._sampling,
+            stops=options.stop, seed=options.sampling.seed,
+            adapters=[*names, *[names[-1]] * fill] if generator.slots else None,
         )  # fmt: skip
         if count == 1:
             for (part,) in continuation:

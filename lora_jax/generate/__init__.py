@@ -4,6 +4,7 @@
 generate/sampling.py    how a token is chosen
 generate/decoding.py    compiled programs: read prompts into a cache, write tokens
 generate/forward.py     the model in those programs: by itself, adapted, or with an adapter for every row
+generate/kept.py        the cache of a text that goes on
 generate/text.py        from tokens to text as they come, up to a stop string
 generate/generator.py   Generator: prompts in, texts out
 generate/adapters.py    adapters from disk by name

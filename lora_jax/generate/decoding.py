@@ -94,25 +94,26 @@ def read(
     *,
     width: int,
 ) -> State:
-    """Read prompts into an empty cache, `width` tokens at a time; how many times is no part of the program.
+    """Read prompts into a cache, `width` tokens at a time; how many times is no part of the program.
 
     Args:
       forward: the model; one compiled program for each.
       weights: what it needs.
       tokens: `[batch, room]` of which the last `time` are the prompts' as `padded` gives them.
       lengths: `[batch]`, of the prompts.
-      cache: empty.
+      cache: empty, or of the texts that they go on with; then prompts fill whole parts of `width`.
       key: for drawing tokens.
       width: how many at once.
     """
-    room, time = tokens.shape[1], lengths.max()
+    room, time, before = tokens.shape[1], lengths.max(), cache.positions
     first = room - (time + width - 1) // width * width
 
     def step(carry: tuple[jax.Array, Cache, jax.Array]) -> tuple[jax.Array, Cache, jax.Array]:
         start, cache, _ = carry
         part = jax.lax.dynamic_slice_in_dim(tokens, start, width, axis=1)
         positions = (start + jnp.arange(width))[None, :] - (room - lengths)[:, None]
-        logits, cache = forward(weights, part, jnp.maximum(positions, 0), (positions >= 0).astype(jnp.int32), cache)
+        own = jnp.maximum(positions, 0) + before[:, None]
+        logits, cache = forward(weights, part, own, (positions >= 0).astype(jnp.int32), cache)
         return start + width, cache, logits
 
     shape = jax.eval_shape(step, (first, cache, None))[2]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from lora_jax.adapter.adapter import Adapter
 from lora_jax.errors import ConfigError, ParameterError, nearest
 from lora_jax.generate.decoding import Forward, State, padded, places, read, write
 from lora_jax.generate.forward import programs
+from lora_jax.generate.kept import WIDTH, Kept
 from lora_jax.generate.sampling import Sampling
 from lora_jax.generate.text import Answer, Text
 from lora_jax.many.bank import AdapterBank
@@ -55,6 +57,7 @@ class Generator:
         if model.tokenizer is None:
             raise ConfigError("The model has no tokenizer: put its tokenizer.json into the directory")
         self.model, self.tokenizer = model, model.tokenizer
+        self._kept: Kept | None = None
         forms = programs(model)
         self.slots: dict[str, int] = {}
         if adapters is None:
@@ -81,6 +84,7 @@ class Generator:
         stops: Sequence[str] = (),
         seed: int = 0,
         adapters: Sequence[str | None] | None = None,
+        keep: bool = False,
     ) -> "Continuation":
         """Continue prompts, and give the text as it comes.
 
@@ -91,6 +95,8 @@ class Generator:
           stops: strings that end a text, beside the tokenizer's `eos_ids`; they are not part of it.
           seed: for drawing tokens.
           adapters: for each prompt the name of its adapter, or None for the base.
+          keep: whether the cache of a single prompt is kept, until the next such call: what that prompt and the text so
+            far begin with is not read again, as in the turns of a conversation.
 
         Raises:
           ConfigError: there is no prompt, one is empty, or a number is out of range.
@@ -111,7 +117,15 @@ class Generator:
         texts = [Text(self.tokenizer.decode, self.tokenizer.eos_ids, stops) for _ in rows]
         ends = jnp.asarray(self.tokenizer.eos_ids or (-1,), jnp.int32)
         run = _Run(self._forward, weights, sampling.checked(), ends)
-        return Continuation(run, lambda: self._read(run, rows, max_tokens, seed), texts, max_tokens)
+        kept, self._kept = self._kept, None
+        if not keep or len(rows) > 1 or self.slots:
+            return Continuation(run, lambda: self._read(run, rows, max_tokens, seed), texts, max_tokens)
+        rest = None if kept is None else kept.rest(rows[0], max_tokens)
+        begin = lambda: self._read(run, rows, max_tokens, seed, rest)  # noqa: E731
+        return Continuation(run, begin, texts, max_tokens, partial(self._keep, rows[0]))
+
+    def _keep(self, prompt: list[int], written: list[int], state: State) -> None:
+        self._kept = Kept([*prompt, *written], state.cache)
 
     def _encoded(self, prompt: str | Sequence[int]) -> list[int]:
         return self.tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else list(prompt)
@@ -127,14 +141,19 @@ class Generator:
         slots = [0 if name is None else self.slots[name] for name in names]
         return (*self._weights, jnp.asarray(slots, jnp.int32))
 
-    def _read(self, run: "_Run", rows: Sequence[Sequence[int]], more: int, seed: int) -> State:
-        """Read the prompts into a new cache."""
-        config, prompts = self.model.config, padded(rows)
-        room = places(prompts, more, config.positions)
-        tokens = np.zeros((len(rows), room), np.int32)
-        tokens[:, room - prompts.tokens.shape[1] :] = prompts.tokens
-        table = body_of(config, self.model.params)[config.modules.table]["weight"]
-        cache = empty_cache(config, len(rows), room, table.dtype)
+    def _read(
+        self, run: "_Run", rows: Sequence[Sequence[int]], more: int, seed: int, rest: Kept | None = None
+    ) -> State:
+        """Read the prompts into a new cache, or the rest of one into the cache of what is before it."""
+        config = self.model.config
+        if rest is None:
+            prompts = padded(rows)
+            table = body_of(config, self.model.params)[config.modules.table]["weight"]
+            cache = empty_cache(config, len(rows), places(prompts, more, config.positions), table.dtype)
+        else:
+            prompts, cache = padded([rest.tokens])._replace(width=WIDTH), rest.cache
+        tokens = np.zeros((len(rows), cache.length), np.int32)
+        tokens[:, cache.length - prompts.tokens.shape[1] :] = prompts.tokens
         return read(
             run.forward, run.weights, jnp.asarray(tokens), jnp.asarray(prompts.lengths), cache, jax.random.key(seed),
             width=prompts.width,
@@ -160,8 +179,9 @@ class Continuation:
       rate: tokens per second after the first ones, or None if there were no more.
     """
 
-    def __init__(self, run: _Run, begin: Any, texts: Sequence[Text], max_tokens: int):
+    def __init__(self, run: _Run, begin: Any, texts: Sequence[Text], max_tokens: int, keep: Any = None):
         self._run, self._begin, self._texts, self._left = run, begin, texts, max_tokens
+        self._keep, self._written = keep, list[int]()
         self.tokens, self.waited = 0, 0.0
         self.rate: float | None = None
 
@@ -181,6 +201,7 @@ class Continuation:
             )  # fmt: skip
             rows = np.asarray(written)[:, :steps]
             self._left -= steps
+            self._written += [token for token in rows[0].tolist() if token >= 0]
             self.tokens += int((rows >= 0).sum())
             now = time.monotonic()
             if not first:
@@ -188,4 +209,6 @@ class Continuation:
             elif self.tokens > first:
                 self.rate = (self.tokens - first) / (now - began - self.waited)
             yield tuple(text.push(row) for text, row in zip(self._texts, rows.tolist(), strict=True))
+        if self._keep is not None:
+            self._keep(self._written, state)
         yield tuple(text.close() for text in self._texts)

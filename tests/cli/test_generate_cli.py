@@ -21,7 +21,6 @@ from lora_jax import models
 from lora_jax.cli import main
 from lora_jax.generate import Generator
 from lora_jax.generate.adapters import model_sites
-from lora_jax.train.classes import classifier
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +126,13 @@ def test_evaluate_counts_right_classes(made: Path, capsys: pytest.CaptureFixture
     lines = [{"input": f"text {i}", "label": "ab"[i % 2]} for i in range(5)]
     (made / "labels.jsonl").write_text("\n".join(map(json.dumps, lines)))
     base, adapted = printed("evaluate --model base --data labels.jsonl --adapter layers --batch 2", capsys)["rows"]
-    model = classifier(models.load("base"), 2)
+    model = models.with_classes(models.load("base"), "ab")
     adapter = lora.peft.load("layers", model.params, model_sites(models.load("base")))
     for row, params in ((base, model.params), (adapted, lora.merge(model.params, adapter))):
         losses, right = [], []
         for line in lines:
             tokens = jnp.asarray([model.tokenizer.encode(line["input"])])
-            shares = jax.nn.log_softmax(model.apply(params, tokens, jnp.ones_like(tokens))[0])
+            shares = jax.nn.log_softmax(model.apply(params, tokens)[0])
             losses.append(-float(shares["ab".index(line["label"])]))
             right.append(int(shares.argmax()) == "ab".index(line["label"]))
         assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
@@ -145,7 +144,7 @@ def test_evaluate_counts_right_classes(made: Path, capsys: pytest.CaptureFixture
     [
         ("generate --model base", "either --prompt TEXT or --file"),
         ("generate --model base --prompt a --raw --chat", "--chat and --raw exclude each other"),
-        ("generate --model base --prompt a --max-tokens 0", "--max-tokens 0 must be at least 1"),
+        ("generate --model base --prompt a --max-tokens 0", "--max-tokens must be at least 1, got 0"),
         ("generate --model base --prompt a --top-p 7", "top_p=7.0 must be"),
         ("generate --model base --file missing.jsonl", "missing.jsonl is nothing"),
         ("generate --model base --file prompts.jsonl --adapter fr", "no adapter 'de'; those given are fr"),
@@ -153,7 +152,7 @@ def test_evaluate_counts_right_classes(made: Path, capsys: pytest.CaptureFixture
         ("generate --model nowhere --prompt a", "nowhere"),
         ("generate --model base --prompt a --max-new-tokens 3", "did you mean --max-tokens?"),
         ("chat --model base --json", "generate --json"),
-        ("chat --model base --max-tokens 0", "--max-tokens 0"),
+        ("chat --model base --max-tokens 0", "--max-tokens must be at least 1, got 0"),
         ("evaluate --model base --data data.jsonl --batch 0", "--batch 0"),
         ("evaluate --model base --data pairs.jsonl", "pairs.jsonl holds preferences"),
     ],
