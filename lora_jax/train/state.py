@@ -16,7 +16,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from lora_jax.errors import CheckpointError
-from lora_jax.io.own.write import copied, elsewhere, guarded, plain_name
+from lora_jax.io.own.write import TURNS, copied, elsewhere, guarded, plain_name
 from lora_jax.processes import gathered, written_by_the_first
 from lora_jax.publish import discard, publish, steady
 
@@ -123,7 +123,7 @@ def _read(where: Path, empty: Any) -> Any:
     for name in _changed(where):
         raise CheckpointError(f"{where / name} is damaged: it is not what was written")
     try:
-        with plain_name(where) as path:
+        with plain_name(where) as path, TURNS:
             return ocp.load(str(path.absolute()), empty)
     except Exception as error:
         reason = str(error).partition("\n")[0][:300]

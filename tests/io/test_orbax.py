@@ -3,6 +3,8 @@
 import gc
 import json
 import os
+import threading
+import time
 import tracemalloc
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -448,3 +450,37 @@ def test_two_kinds_of_update_with_one_name_are_told_apart(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"mine\.Twice, and elsewhere has another kind of update named Twice"):
         save(tmp_path / "adapter", adapter)
     assert other.__name__ == "Twice"
+
+
+def test_threads_take_turns_with_orbax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, wrong, inside, most = make(), list[Exception](), [], 0
+
+    def watched(call: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal most
+            inside.append(call)
+            most = max(most, len(inside))
+            time.sleep(0.02)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                inside.remove(call)
+
+        return run
+
+    def work(name: str) -> None:
+        try:
+            for _ in range(2):
+                save(tmp_path / name, adapter, overwrite=True)
+                assert_bits(load(tmp_path / name), adapter)
+        except Exception as error:
+            wrong.append(error)
+
+    for name in ("save", "load"):
+        monkeypatch.setattr(ocp, name, watched(getattr(ocp, name)))
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("one", "one", "other")]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(120)
+    assert (wrong, most) == ([], 1)

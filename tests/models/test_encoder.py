@@ -149,7 +149,7 @@ def test_texts_that_are_not_embedded_by_their_mean_are_refused(tmp_path: Path):
     )
     assert models.load(path).config.labels == 0
     pooling.write_text("[")
-    with pytest.raises(lora.CheckpointError, match="1_Pooling/config.json is not readable as JSON"):
+    with pytest.raises(lora.CheckpointError, match=r"1_Pooling/config\.json is not readable as JSON"):
         models.load(path)
 
 

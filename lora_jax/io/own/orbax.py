@@ -38,8 +38,8 @@ from lora_jax.io.own.base import (
     recorded_values,
 )
 from lora_jax.io.own.stored import check_stored
+from lora_jax.io.own.write import TURNS, plain_name, write
 from lora_jax.io.own.write import guarded as _guarded_writing
-from lora_jax.io.own.write import plain_name, write
 from lora_jax.paths import named_leaves
 from lora_jax.processes import gathered
 from lora_jax.publish import place, steady
@@ -204,7 +204,8 @@ def _with_arrays(where: Any, shown: str, notes: Any, sharding: Any) -> Adapter:
     _guarded(shown, check_stored, shown, where, expected)
     places = sharding(abstract) if callable(sharding) and not isinstance(sharding, Sharding) else sharding
     target = _target(abstract, places)
-    arrays = _guarded(shown, ocp.load, where, {name: manifest.arrays(target[name]) for name in target})
+    with TURNS:
+        arrays = _guarded(shown, ocp.load, where, {name: manifest.arrays(target[name]) for name in target})
     if bad := _not_finite(arrays):
         raise CheckpointError(
             f"{shown} holds NaN or infinity at {listed(bad)}: its training diverged, or the file is damaged. Take an "
@@ -367,7 +368,8 @@ def _guarded(where: str, function: Callable[..., Any], *args: Any) -> Any:
 def _abstract(where: Any, notes: Any) -> Adapter:
     stored = manifest.stored(notes)
     if stored is None:
-        stored = ocp.metadata(where).metadata
+        with TURNS:
+            stored = ocp.metadata(where).metadata
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), manifest.assemble(notes, stored))
 
 

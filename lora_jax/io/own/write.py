@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from orbax.checkpoint import v1 as ocp
@@ -19,6 +20,8 @@ from lora_jax.errors import CheckpointError, LoraError
 from lora_jax.processes import said_by_the_first, written_by_the_first
 from lora_jax.publish import publish, unwritable
 
+TURNS = RLock()
+"""Held while Orbax works: what one thread saves fails if another saves or loads, as each takes files for its own."""
 _SPECIAL = set("[]*?{}\\")
 """Characters that Orbax takes for a pattern in the path of a checkpoint."""
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -48,9 +51,10 @@ def write(
 
 
 def guarded(where: Any, run: Callable[[], Any]) -> Any:
-    """Run what calls Orbax; whatever it raises is an error of this library."""
+    """Run what calls Orbax, one thread at a time; whatever it raises is an error of this library."""
     try:
-        return run()
+        with TURNS:
+            return run()
     except (LoraError, OSError):
         raise
     except Exception as error:
