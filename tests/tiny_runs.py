@@ -1,6 +1,11 @@
 """A tiny random model that reads bytes, and examples for it: what runs of `lora-jax finetune` need."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +58,21 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
     assert_same(*(load_file(path / "adapter" / "adapter_model.safetensors") for path in (one, other)))
     assert sorted(each.name for each in one.iterdir()) == sorted(each.name for each in other.iterdir())
+
+
+def in_two_processes(args: Sequence[str]) -> None:
+    """Run `lora-jax` in two processes of two devices each, which know of each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu",
+              "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "JAX_NUM_CPU_DEVICES": "2"}  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "lora_jax", *args], env=os.environ | shared | {"JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said

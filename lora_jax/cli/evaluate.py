@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.cli.parse import Verb
-from lora_jax.data import DataError, encode, read_file
+from lora_jax.data import DataError, read_file
 from lora_jax.data.example import Example, Examples, Options
 from lora_jax.data.records import Records
 from lora_jax.generate.adapters import load_adapters
@@ -17,6 +17,7 @@ from lora_jax.report.report import plain_value
 from lora_jax.report.tables import Table
 from lora_jax.report.terminal import Progress, Terminal
 from lora_jax.train.classes import numbered
+from lora_jax.train.material import encode_shown
 from lora_jax.train.options import OptionError
 
 
@@ -102,7 +103,7 @@ class EvaluateJob:
         if model.tokenizer is None:
             raise OptionError(f"{self._options.model} has no tokenizer: put its tokenizer.json into the directory")
         labels = self._options.labels or (numbered(model, self._records) if self._classes else None)
-        return encode(self._records, model.tokenizer, self._encoding, labels=labels)
+        return encode_shown(self._records, model.tokenizer, self._encoding, labels)
 
     def _scored(self, name: str, model: Model, examples: Sequence[Example], adapter: Any = None) -> Score:
         with Progress(name, len(examples), unit="example").shown() as progress:

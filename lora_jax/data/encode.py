@@ -1,6 +1,6 @@
 """`encode`: records as tokens, with those marked that are trained on; what is cut off or left out is counted."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,12 @@ _AT_ONCE = 512  # texts that are encoded together, by several threads
 
 
 def encode(
-    records: Records, tokenizer: Tokenizer, options: Options | None = None, *, labels: Sequence[str] | None = None
+    records: Records,
+    tokenizer: Tokenizer,
+    options: Options | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Examples:
     """Encode examples.
 
@@ -33,6 +38,7 @@ def encode(
       options: the length of examples and what is trained on.
       labels: names of the classes, by their numbers; by default those that are found, sorted. For examples to evaluate
         on, give `labels` of those to train on.
+      progress: is told how many records are done, now and then.
 
     Raises:
       DataError: no example is left; there is no chat template for conversations, or it does not tell answers from the
@@ -52,7 +58,7 @@ def encode(
     counts = EncodeCounts(records.file)
     named = _labels(records, labels)
     encoder = _Encoder(records, tokenizer, options, counts, {name: number for number, name in enumerate(named)})
-    items = tuple(encoder.examples())
+    items = tuple(encoder.examples(progress))
     if not items:
         first = f" First of all: {counts.notes[0]}" if counts.notes else ""
         raise DataError(f"none of the {len(records):,} examples of {records.file} can be trained on.{first}")
@@ -101,7 +107,7 @@ class _Encoder:
         self._records, self._tokenizer, self._options, self._counts = records, tokenizer, options, counts
         self._labels, self._ends = labels, _ends(tokenizer, records.kind == "label")
 
-    def examples(self) -> Iterator[Any]:
+    def examples(self, progress: Callable[[int], None]) -> Iterator[Any]:
         """What is left of the records, as examples or pairs."""
         for start in range(0, len(self._records), _AT_ONCE):
             found: list[tuple[Record, tuple[Marked, ...]]] = []
@@ -117,6 +123,7 @@ class _Encoder:
                     yield from self._finished(record, [(marked, next(encodings)) for marked in several])
                 except BadLine as error:
                     self._refuse(record, error)
+            progress(min(start + _AT_ONCE, len(self._records)))
 
     def _refuse(self, record: Record, error: BadLine) -> None:
         self._counts.refuse(record.line, error, self._options.strict)

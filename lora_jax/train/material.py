@@ -1,6 +1,6 @@
 """The data of a run: read, encoded, and as batches; what a person should know of them is told before the first step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +11,9 @@ import jax
 from lora_jax.data import Batches, Dataset, Examples, Options, encode, read
 from lora_jax.data import show as show_example
 from lora_jax.data.example import texts_of
+from lora_jax.data.records import Records
 from lora_jax.errors import LoraError, listed
-from lora_jax.report.terminal import Terminal
+from lora_jax.report.terminal import Progress, Terminal
 from lora_jax.train import classes
 from lora_jax.train.options import DataOptions, TrainingOptions
 from lora_jax.train.tasks import Name
@@ -20,6 +21,8 @@ from lora_jax.train.tasks import Name
 _KINDS: dict[Name, tuple[str, ...]] = {
     "sft": ("text", "completion", "messages"), "classify": ("label",), "dpo": ("preference",),
 }  # fmt: skip
+_MANY = 10_000
+"""Records from which on it is shown how many are encoded."""
 _PEFT = {"sft": "CAUSAL_LM", "classify": "SEQ_CLS", "dpo": "CAUSAL_LM"}
 
 
@@ -148,10 +151,19 @@ def encoded(data: Dataset, name: str, model: Any, options: DataOptions, task: Na
         strict=options.strict, now=options.now,
     )  # fmt: skip
     labels = classes.numbered(model, data.train) if task == "classify" else None
-    train = encode(data.train, tokenizer, settings, labels=labels)
+    train = encode_shown(data.train, tokenizer, settings, labels)
     _check_vocabulary(train, model)
-    valid = None if data.valid is None else encode(data.valid, tokenizer, settings, labels=train.labels or None)
+    valid = None if data.valid is None else encode_shown(data.valid, tokenizer, settings, train.labels or None)
     return Material(name, data, train, valid, tokenizer, how, task)
+
+
+def encode_shown(records: Records, tokenizer: Any, settings: Options, labels: Sequence[str] | None) -> Examples:
+    """What `lora_jax.data.encode` gives; how far it is shows where there are many records."""
+    if len(records) < _MANY or jax.process_index() > 0:
+        return encode(records, tokenizer, settings, labels=labels)
+    with Progress("encoding", len(records), unit="example").shown() as shown:
+        tell = lambda done: shown.update(done, f"{done / len(records):.0%}")  # noqa: E731
+        return encode(records, tokenizer, settings, labels=labels, progress=tell)
 
 
 def _check_vocabulary(examples: Examples, model: Any) -> None:

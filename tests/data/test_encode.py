@@ -213,3 +213,10 @@ def test_marks_within_a_character_lose_nothing() -> None:
     ids = np.array(its.encode("ü!"), np.int32)
     text = marked(Example(ids, np.array([False, True, True]), 1), its)
     assert text.endswith("!]")
+
+
+def test_how_far_it_is_is_told(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": f"number {n}"}) + "\n" for n in range(1100)))
+    told: list[int] = []
+    assert len(encode(read_file(tmp_path / "d.jsonl"), tokenizer(), progress=told.append)) == 1100
+    assert told == [512, 1024, 1100]

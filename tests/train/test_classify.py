@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_runs import bytes_encoder, bytes_model
+from tiny_runs import bytes_encoder, bytes_model, in_two_processes
 
 from lora_jax import models
 from lora_jax.cli import main
@@ -70,6 +70,18 @@ def test_a_mesh_gives_the_losses_of_one_device(model: Path, labels: Path, tmp_pa
     np.testing.assert_allclose(*losses.values(), rtol=1e-5)
     heads = [load_file(out / "merged" / "model.safetensors")["score.weight"] for out in sorted(tmp_path.iterdir())]
     np.testing.assert_allclose(*heads, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.full
+def test_two_processes_write_one_merged_model(model: Path, labels: Path, tmp_path: Path) -> None:
+    how = f"{HOW} --steps 3 --eval-every 3 --merge"
+    assert classify(model, labels, tmp_path / "one", "--steps 3 --eval-every 3 --merge") == 0
+    args = f"finetune --task classify --model {model} --data {labels} --out {tmp_path}/two {how} --mesh data=2,fsdp=2"
+    in_two_processes(args.split())
+    one, two = (load_file(tmp_path / name / "merged" / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, each in one.items():
+        np.testing.assert_allclose(each, two[name], rtol=1e-4, atol=1e-5)
 
 
 def test_classes_have_the_numbers_that_the_model_gives_them(labels: Path, tmp_path: Path) -> None:

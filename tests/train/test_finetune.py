@@ -287,3 +287,12 @@ def test_one_program_for_all_steps(whole: Path, tiny: list[str], tmp_path: Path)
         patch.setattr(jax, "jit", counted)
         assert main([*tiny, "--out", str(tmp_path / "out")]) == 0
     assert [each._cache_size() for each in compiled] == [1]
+
+
+def test_the_encoding_of_many_examples_is_shown(
+    data: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("lora_jax.train.material._MANY", 60)
+    how = "--length 32 --batch 2 --steps 1 --held-out 0 --targets q_proj"
+    assert main(f"finetune --model {model} --data {data} --out {tmp_path}/out {how}".split()) == 0
+    assert "encoding: example 64/64, 100%" in capsys.readouterr().err

@@ -1,13 +1,10 @@
 """Several devices and several processes give the losses of one device; a mesh that means nothing is refused."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_runs import in_two_processes
 
 from lora_jax.cli import main
 from lora_jax.train.mesh import MeshError, sizes_of
@@ -43,24 +40,8 @@ def test_eight_devices_give_the_losses_of_one(
 
 @pytest.mark.full
 def test_two_processes_give_the_losses_of_one(model: Path, data: Path, alone: list[float], tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    args = [sys.executable, "-m", "lora_jax", "finetune", "--model", str(model), "--data", str(data), *PLAIN.split()]
-    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu",
-              "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "JAX_NUM_CPU_DEVICES": "2"}  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [*args, "--mesh", "data=2,fsdp=2", "--out", str(tmp_path / "out")],
-            env=os.environ | shared | {"JAX_PROCESS_ID": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    said = [process.communicate(timeout=400)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    args = ["finetune", "--model", str(model), "--data", str(data), *PLAIN.split(), "--out", str(tmp_path / "out")]
+    in_two_processes([*args, "--mesh", "data=2,fsdp=2"])
     np.testing.assert_allclose(losses(tmp_path / "out"), alone, rtol=1e-5)
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
 
