@@ -16,6 +16,7 @@ Running and training:  `adapt`, `optimizer`, `partition`, `combine`, `trainable`
 Adapters:              `Adapter`, `Update`, `LowRank`, `Replace`, `methods`, `scale`, `summary`, `trainable_line`,
                        `adapter_sharding`
 Merging:               `merge`, `absorb`, `merge_report`
+Quantised bases:       `quantise`, `dequantise`, `Quantised`
 Composing:             `compose`, `compose_report`, `canonical`, `extract`, `extract_report`, `resize`
 Many adapters:         `route`, `routers`, `AdapterBank`, `AdapterCache`
 Analysis:              `analysis`
@@ -87,6 +88,9 @@ if TYPE_CHECKING:  # What type checkers and editors see; a test holds it equal t
     from lora_jax.optim.frozen import combine as combine
     from lora_jax.optim.frozen import optimizer as optimizer
     from lora_jax.optim.frozen import partition as partition
+    from lora_jax.quantise import dequantise as dequantise
+    from lora_jax.quantise import quantise as quantise
+    from lora_jax.quantised.leaf import Quantised as Quantised
     from lora_jax.sites import Explanation as Explanation
     from lora_jax.sites import explain as explain
     from lora_jax.sites import find_sites as find_sites
@@ -121,6 +125,8 @@ _lazy.face(
         "lora_jax.nnx": "",
         "lora_jax.optim": "",
         "lora_jax.optim.frozen": "combine optimizer partition",
+        "lora_jax.quantise": "dequantise quantise",
+        "lora_jax.quantised.leaf": "Quantised",
         "lora_jax.rules": "",
         "lora_jax.sites": "Explanation explain find_sites",
         "lora_jax.text": "",

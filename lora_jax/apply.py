@@ -15,6 +15,7 @@ from lora_jax.engine.dropout import dropout_keys
 from lora_jax.engine.lift import frozen
 from lora_jax.engine.weight import RANK, Labelled, Term, Weight
 from lora_jax.errors import ConfigError
+from lora_jax.quantised.leaf import dense_of, is_quantised
 
 
 def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..., Any]:
@@ -65,7 +66,7 @@ def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..
         params: Any, adapter: Adapter | Sequence[Adapter], *args: Any, lora_key: Any = None, **kwargs: Any
     ) -> Any:
         adapters = adapter_list(adapter)
-        if not adapters:
+        if not adapters and not any(map(is_quantised, jax.tree.leaves(params, is_leaf=is_quantised))):
             return fn(jax.tree.map(frozen, params), *args, **kwargs)
         call = trace_call(fn, params, args, kwargs)
         return run_adapted(call, adapters, Context(Log(), strategy=strategy), lora_key)
@@ -83,10 +84,12 @@ def run_adapted(call: Call, adapters: Sequence[Adapter], ctx: Context, lora_key:
 
 def _weight(ctx: Context, path: str, leaf: Any, numbered: list[NumberedUpdate]) -> Weight | Any:
     """The parameter with all its updates, symbolic unless they leave it an ordinary array."""
-    base, gain, changes = combined(leaf, [held(update) for _, update in numbered])
+    updates = [held(update) for _, update in numbered]
+    given = dense_of(leaf) if any(update.reads_base for update in updates) else leaf
+    base, gain, changes = combined(given, updates)
     if gain is None and not any(change.factors for change in changes):
         return base
-    weight, site = ctx.weight(path, base), numbered[0].update.site
+    weight, site = ctx.weight(path, leaf if base is given else base), numbered[0].update.site
     batch, into, out = ([weight.axes[i] for i in axes] for axes in (site.batch_axes, site.in_axes, site.out_axes))
     terms = tuple(
         Term(Labelled(a, (*batch, RANK, *into)), Labelled(b, (*batch, RANK, *out)), update.dropout, number, path)

@@ -17,6 +17,8 @@ from lora_jax.adapter.factors import Array, is_traced, widened
 from lora_jax.adapter.updates import exact_sum, held
 from lora_jax.errors import MergeError, listed
 from lora_jax.paths import named_leaves, rebuild
+from lora_jax.quantised.formats import FORMATS
+from lora_jax.quantised.leaf import Quantised
 from lora_jax.report.report import Report
 from lora_jax.report.tables import Table
 
@@ -33,7 +35,9 @@ def merge(
 
     Every adapted parameter becomes `W + Σ delta` (with DoRA's gain on `W`), summed in float32 (or wider, if `W` is) and
     rounded once to the dtype of `W`. Works on any tree (dicts, `FrozenDict`, `nnx.State`, Equinox modules, boxed linen
-    parameters), keeps types and shardings, and runs under `jax.jit`.
+    parameters), keeps types and shardings, and runs under `jax.jit`. Parameters that are `Quantised` are quantised
+    again in the same way, which loses most of a small delta: merge into what they were made of, or into
+    `lora_jax.dequantise(params)`, to keep it.
 
     There is no `unmerge`. The base is never written, so unmerging is keeping the tree you passed in. Subtracting
     the delta again, as PEFT's `unmerge_adapter` does, leaves a rounding error of up to 1e-3 of `W` in bfloat16.
@@ -48,7 +52,7 @@ def merge(
       rounding: `"nearest"`, or `"stochastic"`: up or down with probabilities that make the result unbiased. It
         differs only where the parameter is narrower than the arithmetic.
       key: `jax.random` key, required for stochastic rounding; each path draws from its own.
-      force: merge into float8 and narrower parameters even if less than half of a delta survives, with a warning.
+      force: merge into parameters of 8 bits and fewer even if less than half of a delta survives, with a warning.
 
     Returns:
       A tree like `params`.
@@ -83,15 +87,26 @@ def merge(
         updates = [held(update) for _, update in placed]
         _check_floating(path, leaves[path])
         exact = exact_sum(leaves[path], updates)
-        dtype = leaves[path].dtype
         own = None if key is None else jax.random.fold_in(key, crc32(path.encode()))
-        rounded = exact.astype(dtype) if own is None else round_stochastically(exact, dtype, own)
-        merged[path] = _like(rounded, leaves[path])
-        if own is None and dtype != exact.dtype and not is_traced(exact):
-            kept[path] = _survival(leaves[path], exact, _NOISE)
+        merged[path] = _rounded(path, exact, leaves[path], own)
+        if own is None and _loses(leaves[path], exact) and not is_traced(exact):
+            kept[path] = _survival(leaves[path], exact, merged[path], _NOISE)
     _check_finite(merged, leaves)
     _check_survival(jax.device_get(kept), leaves, force)
     return rebuild(treedef, leaves | merged)
+
+
+def _rounded(path: str, exact: Array, leaf: Any, key: Array | None) -> Any:
+    """The sum as the parameter holds numbers: in its dtype, or in its codes."""
+    if isinstance(leaf, Quantised):
+        if key is not None:
+            raise MergeError(f"{path!r} is quantised ({leaf.format}), and codes are rounded to the nearest only")
+        return leaf.like(exact)
+    return _like(exact.astype(leaf.dtype) if key is None else round_stochastically(exact, leaf.dtype, key), leaf)
+
+
+def _loses(leaf: Any, exact: Array) -> bool:
+    return isinstance(leaf, Quantised) or leaf.dtype != exact.dtype
 
 
 def absorb(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
@@ -111,6 +126,7 @@ def absorb(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
 
     Raises:
       ParameterError: the adapter does not fit these parameters.
+      MergeError: a parameter is quantised.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -127,6 +143,12 @@ def absorb(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
     """
     leaves, treedef = named_leaves(params)
     check_parameters(adapter, leaves)
+    small = [path for path in adapter if isinstance(leaves[path], Quantised)]
+    if small:
+        raise MergeError(
+            f"{listed(small)}: quantised parameters cannot take in a start, which codes would lose. Keep it in the "
+            "adapter, which computes the same, or absorb it before quantising"
+        )
     changed = {path: update.absorbed(leaves[path]) for path, update in adapter.items()}
     rest = {path: _like(weight, leaves[path]) for path, (weight, _) in changed.items() if weight is not leaves[path]}
     return rebuild(treedef, leaves | rest), Adapter({path: update for path, (_, update) in changed.items()})
@@ -197,9 +219,9 @@ _FEW_BITS = 8
 _NOISE = 1e-6  # norm of a delta over the parameter's, below which it is rounding: that of a fresh DoRA on PiSSA
 
 
-def _survival(weight: Any, exact: Array, noise: float = 0.0) -> Array:
+def _survival(weight: Any, exact: Array, rounded: Any, noise: float = 0.0) -> Array:
     """The projection of the delta that is left after rounding onto the exact one; 1 when nothing, or noise, is lost."""
-    delta, kept = exact - widened(weight), widened(exact.astype(weight.dtype)) - widened(weight)
+    delta, kept = exact - widened(weight), widened(rounded) - widened(weight)
     size = jnp.sum(delta * delta)  # no `vdot`: it would want an `out_sharding` on explicit meshes
     counts = size > noise**2 * jnp.sum(jnp.square(widened(weight)))
     return jnp.where(counts, jnp.sum(kept * delta) / jnp.where(counts, size, 1), 1)
@@ -209,16 +231,25 @@ def _check_survival(kept: Mapping[str, Any], leaves: Mapping[str, Any], force: b
     lost = {path: float(share) for path, share in kept.items() if share < REFUSE_BELOW}
     if not lost:
         return
-    narrow = [path for path in lost if jnp.finfo(leaves[path].dtype).bits <= _FEW_BITS]
-    shown = listed([f"{share:.0%} at {path!r} ({leaves[path].dtype})" for path, share in lost.items()])
-    said = (
-        f"Of the delta, rounding leaves {shown}. The unmerged model does not lose it. Merge with "
-        'rounding="stochastic", or into parameters of a wider dtype: '
-        "jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)"
-    )
+    narrow = [path for path in lost if _bits(leaves[path]) <= _FEW_BITS]
+    shown = listed([f"{share:.0%} at {path!r} ({spelled(leaves[path])})" for path, share in lost.items()])
+    ways = 'with rounding="stochastic", or into parameters of a wider dtype: '
+    ways += "jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)"
+    if any(isinstance(leaves[path], Quantised) for path in lost):
+        ways = "into the parameters that were quantised, or into lora_jax.dequantise(params)"
+    said = f"Of the delta, rounding leaves {shown}. The unmerged model does not lose it. Merge {ways}"
     if narrow and not force:
         raise MergeError(f"{said}; or pass force=True.")
     warnings.warn(f"{said}.", stacklevel=3)
+
+
+def _bits(leaf: Any) -> int:
+    return FORMATS[leaf.format].bits if isinstance(leaf, Quantised) else jnp.finfo(leaf.dtype).bits
+
+
+def spelled(leaf: Any) -> str:
+    """How a parameter holds its numbers: its dtype, or its format of codes."""
+    return leaf.format if isinstance(leaf, Quantised) else str(leaf.dtype)
 
 
 WARN_BELOW = 0.9
@@ -231,7 +262,7 @@ class MergeRow:
 
     Attributes:
       path: path of the parameter.
-      dtype: its dtype.
+      dtype: its dtype, or its format if it is quantised.
       relative: norm of the delta over norm of the parameter.
       unchanged: share of the entries that rounding to nearest leaves as they were.
       survival: projection of the delta that is left after rounding onto the exact one; 1 when nothing is lost.
@@ -312,13 +343,14 @@ def merge_report(params: Any, adapters: Adapter | Sequence[Adapter]) -> MergeRep
 
 def _rows(found: Mapping[str, list[NumberedUpdate]], leaves: Mapping[str, Any]) -> Iterable[MergeRow]:
     for path, placed in sorted(found.items()):
-        weight, dtype = widened(leaves[path]), leaves[path].dtype
+        weight = widened(leaves[path])
         exact = exact_sum(weight, [update for _, update in placed])
-        delta, kept = exact - weight, widened(exact.astype(dtype)) - weight
+        rounded = _rounded(path, exact, leaves[path], None)
+        delta, kept = exact - weight, widened(rounded) - weight
         yield MergeRow(
             path=path,
-            dtype=str(dtype),
+            dtype=spelled(leaves[path]),
             relative=float(jnp.linalg.norm(delta.ravel()) / jnp.linalg.norm(weight.ravel())),
             unchanged=float((kept == 0).mean()),
-            survival=float(_survival(leaves[path], exact)),
+            survival=float(_survival(leaves[path], exact, rounded)),
         )

@@ -15,6 +15,7 @@ import jax
 
 from lora_jax import regex as safe
 from lora_jax.errors import ParameterError
+from lora_jax.quantised.leaf import is_quantised
 
 ALL_LINEAR = "all-linear"
 # How a box around an array is keyed: NNX's and Flax's, penzai's named arrays, and any node without keys of its own.
@@ -48,7 +49,7 @@ def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
     """Flatten a tree into its leaves by path.
 
     A box around a leaf is not part of its path: the parameter that an NNX `Variable`, a Flax `Partitioned`
-    or a Haliax `NamedArray` holds is `layers/0/attn/kernel`, as in an unboxed tree.
+    or a Haliax `NamedArray` holds is `layers/0/attn/kernel`, as in an unboxed tree. A `Quantised` one is a leaf.
 
     Args:
       tree: any pytree. Leaves that are no arrays (functions in an Equinox module) are kept.
@@ -66,7 +67,7 @@ def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
       >>> rebuild(treedef, leaves)
       {'layers': [{'w': 1.0}, {'w': 2.0}]}
     """
-    entries, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    entries, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantised)
     names = _names([keys for keys, _ in entries])
     leaves = {name: leaf for name, (_, leaf) in zip(names, entries, strict=True)}
     if len(leaves) < len(names):

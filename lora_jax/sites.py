@@ -15,8 +15,9 @@ from lora_jax.adapter.checksum import warn_if_moved
 from lora_jax.adapter.site import Missed, Site, Sites
 from lora_jax.apply import run_adapted
 from lora_jax.engine import Call, Context, Log, Strategy, Use, dense, interpret, trace_call
-from lora_jax.engine.dependence import Dependence
+from lora_jax.engine.lift import analyse
 from lora_jax.errors import listed
+from lora_jax.quantised.leaf import abstract
 from lora_jax.report.report import Report
 from lora_jax.report.tables import Table
 
@@ -52,14 +53,14 @@ def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     """
     call = trace_call(fn, params, args, kwargs)
     log = Log()
-    log.facts = Dependence.of(call.program, len(call.arrays))
+    analyse(log, call)
     ctx = Context(log, look_inside=True)
 
     def run(arrays: list[Any], given: list[Any]) -> list[Any]:
         inputs = [_symbolic(ctx, path, leaf) for path, leaf in zip(call.arrays, arrays, strict=True)]
         return [dense(ctx, None, out, "returned") for out in interpret(ctx, call.program, [*inputs, *given])]
 
-    jax.eval_shape(run, list(call.arrays.values()), call.given)
+    jax.eval_shape(run, [abstract(leaf) for leaf in call.arrays.values()], call.given)
     uses, every = (_linear(each) for each in (log.needed, log.uses.values()))
     found = [
         _site(path, leaf, uses[path], every[path], log.facts.heads)
@@ -79,13 +80,20 @@ def _missed(arrays: Mapping[str, Any], log: Log, uses: Mapping[str, Any]) -> Ite
         if use.route == "materialised":
             ended.setdefault(use.path, f"{use.primitive} has no low-rank form")
     for number, (path, leaf) in enumerate(arrays.items()):
-        narrow = leaf.dtype.itemsize == 1 and any(use.equation in log.facts.scaled for use in uses.get(path, ()))
-        if narrow:
-            ended[path] = (
-                f"it is {leaf.dtype} and other parameters scale it: its factors would train inside of that scale"
-            )
-        if path in ended and (narrow or path not in uses) and number in log.facts.reached:
-            yield Missed(path, tuple(leaf.shape), ended[path])
+        why = _lost_codes(path, leaf, number, log, uses.get(path, ()))
+        lost = bool(why) or (path in ended and path not in uses)
+        if lost and number in log.facts.reached:
+            yield Missed(path, tuple(leaf.shape), why or ended[path], codes=path in log.coded)
+
+
+def _lost_codes(path: str, leaf: Any, number: int, log: Log, uses: Iterable[Use]) -> str:
+    """Why factors cannot be beside the numbers that the program makes of a parameter's codes; empty if they can."""
+    narrow = path in log.coded or leaf.dtype.itemsize == 1
+    if narrow and number not in log.facts.combined and any(use.equation in log.facts.scaled for use in uses):
+        return (
+            f"it is {leaf.dtype} and other parameters scale the product: its factors would train inside of that scale"
+        )
+    return ""
 
 
 def _say(missed: Sequence[Missed], arrays: Mapping[str, Any]) -> None:
@@ -106,8 +114,8 @@ def _linear(uses: Iterable[Use]) -> dict[str, list[Use]]:
 
 
 def _symbolic(ctx: Context, path: str, leaf: Any) -> Any:
-    inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
-    return ctx.weight(path, leaf) if inexact and leaf.ndim >= 2 else leaf
+    numbers = jnp.issubdtype(leaf.dtype, jnp.inexact) or path in ctx.log.coded
+    return ctx.weight(path, leaf) if numbers and leaf.ndim >= 2 else leaf
 
 
 def _site(path: str, leaf: Any, uses: list[Use], every: list[Use], heads: set[int]) -> Site:

@@ -11,6 +11,7 @@ from lora_jax.adapter.adapter import Adapter, leaves_by_name
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import Change, Replace, Update
 from lora_jax.errors import ParameterError, nearest
+from lora_jax.quantised.leaf import abstract
 
 _Shapes: TypeAlias = list[tuple[int, ...]]
 
@@ -100,7 +101,7 @@ def _check_arrays(given: Sequence[tuple[str, Update]], leaves: Mapping[str, Any]
         for update, base in zip(updates, bases, strict=True):
             shapes.append((update.site, _shapes(_change(update, base))))
 
-    jax.eval_shape(note, [update for _, update in given], [leaves[path] for path, _ in given])
+    jax.eval_shape(note, [update for _, update in given], [abstract(leaves[path]) for path, _ in given])
     for site, made in shapes:
         _check_shapes(site, made)
 

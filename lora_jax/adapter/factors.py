@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapter.site import Site
+from lora_jax.quantised.leaf import dense_of
 
 Array: TypeAlias = jax.Array
 
@@ -52,8 +53,8 @@ def times(scale: Array, factor: Array) -> Array:
 
 
 def widened(value: Any) -> Array:
-    """The array in float32, or as it is if that is wider."""
-    return jnp.asarray(value, jnp.float32 if value.dtype.itemsize < 4 else value.dtype)
+    """The array (or the numbers of a quantised one) in float32, or as it is if that is wider."""
+    return jnp.asarray(dense_of(value), jnp.float32 if value.dtype.itemsize < 4 else value.dtype)
 
 
 def is_traced(value: Any) -> bool:

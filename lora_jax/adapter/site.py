@@ -109,20 +109,24 @@ class Missed:
       path: its path.
       shape: its shape.
       reason: why it is none.
+      codes: whether it holds codes, which the program makes numbers of.
 
     Example:
       >>> print(Missed("mixer/kernel", (6, 6), "tanh has no low-rank form"))
-      mixer/kernel (6×6) is no site: tanh has no low-rank form. Train it in full (train=), or write its Site by hand
+      mixer/kernel (6×6) is no site: tanh has no low-rank form. Train it in full (train=), or write its Site by hand: \
+lora_jax.Site(path='mixer/kernel', ...)
     """
 
     path: str
     shape: tuple[int, ...]
     reason: str
+    codes: bool = False
 
     def __str__(self) -> str:
+        way = "Quantise the plain base with lora_jax.quantise" if self.codes else "Train it in full (train=)"
         return (
             f"{self.path} ({times(self.shape)}) is no site: {self.reason}. "
-            "Train it in full (train=), or write its Site by hand"
+            f"{way}, or write its Site by hand: lora_jax.Site(path={self.path!r}, ...)"
         )
 
 

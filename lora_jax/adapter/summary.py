@@ -1,6 +1,7 @@
 """What an adapter holds and how much of the model it trains."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from lora_jax.adapter.checksum import warn_if_moved
 from lora_jax.adapter.factors import is_traced
 from lora_jax.adapter.updates import Update
 from lora_jax.paths import is_array
+from lora_jax.quantised.leaf import Quantised, is_quantised
 from lora_jax.report.report import Report
 from lora_jax.report.tables import Table, times
 
@@ -51,10 +53,13 @@ class Summary(Report):
     Attributes:
       rows: one `SummaryRow` per adapted parameter, by path.
       base: numbers in the base's parameters; None if they were not given.
+      stored: by format or dtype of the base's parameters how many there are, and their bytes; empty unless some are
+        quantised.
     """
 
     rows: tuple[SummaryRow, ...]
     base: int | None = None
+    stored: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def trainable(self) -> int:
@@ -85,7 +90,12 @@ class Summary(Report):
             numbers = (_scale(row.scale), f"{row.parameters:,d}", f"{row.nbytes:,d}")
             rows.append((row.path, row.update, row.kind, *sizes, *numbers))
         total = (f"{len(self.rows)} adapted parameters", *[""] * 6, f"{self.parameters:,d}", f"{self.nbytes:,d}")
-        return Table(headers, rows, total, notes=[self.line] if self.line else [], words=range(1, 5))
+        held = [
+            f"{name} {count} parameter{'s' * (count > 1)} ({nbytes:,} bytes)"
+            for name, (count, nbytes) in self.stored.items()
+        ]
+        notes = [self.line] * (self.line is not None) + [f"base: {', '.join(held)}"] * bool(held)
+        return Table(headers, rows, total, notes=notes, words=range(1, 5))
 
 
 def summary(adapter: Adapter, params: Any = None) -> Summary:
@@ -111,7 +121,19 @@ def summary(adapter: Adapter, params: Any = None) -> Summary:
     """
     warn_if_moved([adapter])
     rows = tuple(_row(path, update) for path, update in adapter.items())
-    return Summary(rows, None if params is None else _size(jax.tree.leaves(params)))
+    leaves = [] if params is None else jax.tree.leaves(params, is_leaf=is_quantised)
+    return Summary(rows, None if params is None else _size(leaves), _stored(leaves))
+
+
+def _stored(leaves: list[Any]) -> dict[str, tuple[int, int]]:
+    """What the base's parameters are held as; of a base without quantised ones nothing is said."""
+    found: dict[str, tuple[int, int]] = {}
+    for leaf in filter(is_array, leaves if any(map(is_quantised, leaves)) else []):
+        name = leaf.format if isinstance(leaf, Quantised) else str(leaf.dtype)
+        nbytes = leaf.nbytes if isinstance(leaf, Quantised) else leaf.size * leaf.dtype.itemsize
+        count, total = found.get(name, (0, 0))
+        found[name] = count + 1, total + nbytes
+    return found
 
 
 def trainable_line(adapter: Adapter, params: Any) -> str:

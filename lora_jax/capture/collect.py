@@ -14,10 +14,11 @@ from lora_jax.capture.captured import Gradient, Statistic
 from lora_jax.capture.statistics import Moments, Sketch
 from lora_jax.dtypes import promoted
 from lora_jax.engine import Context, Log, interpret, trace_call
-from lora_jax.engine.dependence import Dependence
 from lora_jax.engine.hooks import numbered
+from lora_jax.engine.lift import analyse, followed
 from lora_jax.errors import ConfigError, ParameterError, listed
 from lora_jax.paths import is_array, named_leaves, rebuild
+from lora_jax.quantised.leaf import dense_of
 
 _COLLECTED = {"inputs": Moments, "components": Sketch}
 
@@ -92,8 +93,9 @@ def _run(fn: Callable[..., Any], params: Any, batch: tuple[Any, ...], sites: Seq
             return leaf
         return numbered(ctx.weight(path, leaf), known[path].batch_axes, known[path].in_axes)
 
-    ctx.log.facts = Dependence.of(call.program, len(call.arrays))
-    interpret(ctx, call.program, [*(symbolic(path, leaf) for path, leaf in call.arrays.items()), *call.given])
+    analyse(ctx.log, call)
+    leaves = [followed(ctx, path, symbolic(path, leaf)) for path, leaf in call.arrays.items()]
+    interpret(ctx, call.program, [*leaves, *call.given])
 
 
 def _check_seen(sites: Sequence[Site], seen: set[str], log: Log) -> None:
@@ -126,7 +128,7 @@ def gradient_step(fn: Callable[..., Any], paths: Sequence[str]) -> Callable[...,
 
     def loss(chosen: dict[str, Any], params: Any, batch: tuple[Any, ...]) -> Any:
         leaves, treedef = named_leaves(params)
-        value = fn(rebuild(treedef, {path: chosen.get(path, leaf) for path, leaf in leaves.items()}), *batch)
+        value = fn(rebuild(treedef, {path: chosen.get(path, dense_of(leaf)) for path, leaf in leaves.items()}), *batch)
         if jnp.shape(value) != () or not jnp.issubdtype(promoted(value), jnp.floating):
             raise ParameterError(
                 f"The function returns {jax.tree.map(jnp.shape, value)}, and a gradient is that of a scalar loss: "
@@ -138,7 +140,7 @@ def gradient_step(fn: Callable[..., Any], paths: Sequence[str]) -> Callable[...,
     def step(total: dict[str, Any], arrays: list[Any], rest: tuple[Any, ...]) -> dict[str, Any]:
         params, batch = joined(arrays, rest)
         leaves, _ = named_leaves(params)
-        found = jax.grad(loss)({path: leaves[path] for path in paths}, params, batch)
+        found = jax.grad(loss)({path: dense_of(leaves[path]) for path in paths}, params, batch)
         return {path: total[path] + grad.astype(jnp.float32) for path, grad in found.items()}
 
     return step

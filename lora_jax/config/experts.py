@@ -37,7 +37,9 @@ def own_experts(sites: Sites, names: Collection[str] | None = None) -> Sites:
             stacks = any(hits((name,), path) for path, site in sites.items() if path in apart or site.batch_axes)
             if not stacks:
                 raise MatchError(f"experts: {name!r} hits no stack of experts; nearest: {nearest(name, sites)}")
-    return Sites([apart[path] if path in chosen else site for path, site in sites.items()], sites.all_paths)
+    return Sites(
+        [apart[path] if path in chosen else site for path, site in sites.items()], sites.all_paths, sites.missed
+    )
 
 
 def _stacked(site: Site) -> Site | None:

@@ -64,6 +64,7 @@ def select(config: LoraConfig, sites: Sites, state: Collection[str] = ()) -> Sel
     sites = Sites(
         [site for path, site in sites.items() if path not in state],
         tuple(path for path in sites.all_paths if path not in state),
+        sites.missed,
     )
     if config.experts != "shared":
         sites = own_experts(sites, None if config.experts == "own" else as_tuple(config.experts))
@@ -123,9 +124,12 @@ def _missed_target(wanted: str | tuple[str, ...], config: LoraConfig, sites: Sit
     name = wanted if isinstance(wanted, str) else wanted[0]
     bypassed = [path for path in sites.all_paths if hits(wanted, path)]
     if bypassed:
+        why = [str(each) for each in sites.missed if each.path in bypassed]
         return (
             f"targets: {name!r} hits only parameters that the program does not use linearly ({_some(bypassed)}), so "
-            f"low-rank factors cannot adapt them. To train them in full, name them in train=. {_listing(sites)}"
+            "low-rank factors cannot adapt them. "
+            + (f"{'. '.join(why)}. " if why else "To train them in full, name them in train=. ")
+            + _listing(sites)
         )
     return (
         f"targets: {name!r} hits none of the {len(sites)} sites. {_hint(wanted, tuple(sites))}{_listing(sites)} {_NEXT}"

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 
 from lora_jax.adapter.site import Kind
+from lora_jax.engine.bases import View, base_of
 from lora_jax.engine.declared import operation
 from lora_jax.engine.dependence import Dependence
 from lora_jax.engine.recompute import Frame
@@ -67,6 +68,7 @@ class Log:
       order: the dropout number of each use.
       ids: axis ids yet to be given.
       facts: what depends on what in the program.
+      coded: parameters that hold codes, which the program makes numbers of: integers, and float8 with scales.
     """
 
     uses: dict[tuple[Any, ...], Use] = field(default_factory=dict)
@@ -77,6 +79,7 @@ class Log:
     order: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict)
     ids: Iterator[int] = field(default_factory=count)
     facts: Dependence = field(default_factory=Dependence)
+    coded: frozenset[str] = frozenset()
 
     @property
     def needed(self) -> list[Use]:
@@ -141,11 +144,12 @@ class Context:
                 merged[path] = merged.get(path, frozenset()) | origin
         return self.fresh(merged)
 
-    def weight(self, path: str, base: Any) -> Weight:
-        """A weight without terms, with a fresh id for every axis."""
+    def weight(self, path: str, leaf: Any) -> Weight:
+        """A weight without terms, of an array or a quantised parameter, with a fresh id for every axis."""
+        base, coded = base_of(leaf), path in self.log.coded
         axes = tuple(self.fresh({path: frozenset([axis])}) for axis in range(base.ndim))
         self.log.ranks[path] = base.ndim
-        return Weight(base, (), axes, (path,))
+        return Weight(base, (), axes, (path,), coded=coded)
 
     def alike(self, weights: Sequence[Weight], shape: Sequence[int | None]) -> list[Weight] | None:
         """The weights with the same ids for their axes, to be combined; None if they differ in more than that.
@@ -171,6 +175,8 @@ class Context:
     ) -> None:
         """Log a use of a weight by an equation, for each of its parameters."""
         route = "materialised" if self.inside or weight.formed else route
+        if isinstance(weight.base, View) and not weight.adapted and route != "materialised":
+            return  # A quantised parameter that nothing adapts, and that is not formed.
         reason = reason or (f"inside {self.inside}, which is opaque" if self.inside else weight.formed)
         primitive = operation(eqn) if eqn is not None else "return"
         for path in weight.paths:

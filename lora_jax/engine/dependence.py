@@ -73,7 +73,8 @@ class Dependence:
       computed: gathers whose indices depend on products.
       chosen: those of them whose results are added to those of products, as biases of experts are: no look-ups.
       permuted: gathers from a parameter whose result multiplies data, as a weight with permuted columns does.
-      scaled: products of a weight that other parameters scale, before or after.
+      scaled: products whose results parameters scale.
+      combined: numbers of parameters that come to a product together with others, as codes and their scales do.
       activations: variables that depend on parameters and on data.
       reached: numbers of parameters that an operand of a product, or a table that is looked up, is computed from.
     """
@@ -86,6 +87,7 @@ class Dependence:
     chosen: set[int] = field(default_factory=set)
     permuted: set[int] = field(default_factory=set)
     scaled: set[int] = field(default_factory=set)
+    combined: set[int] = field(default_factory=set)
     activations: set[Any] = field(default_factory=set)
     reached: set[int] = field(default_factory=set)
 
@@ -148,8 +150,7 @@ class Dependence:
         self.candidates.add(id(eqn))
         if any(each.one_hot and not each.products for each in operands):
             self.one_hot.add(id(eqn))
-        if any(len(each.weights) > 1 for each in operands):
-            self.scaled.add(id(eqn))
+        self.combined |= frozenset().union(*(each.weights for each in operands if len(each.weights) > 1))
         me = frozenset([id(eqn)])
         return replace(result, products=result.products | me, streams=me)
 

@@ -11,9 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
+from lora_jax.adapter.factors import is_traced
 from lora_jax.engine import jaxprs
-from lora_jax.engine.context import Context
+from lora_jax.engine.bases import View, array_of
+from lora_jax.engine.context import Context, Log
+from lora_jax.engine.declared import operation
 from lora_jax.engine.dependence import Dependence
 from lora_jax.engine.dropout import drops
 from lora_jax.engine.jaxprs import Program
@@ -22,6 +26,7 @@ from lora_jax.engine.recompute import Frame
 from lora_jax.engine.weight import Versions, Weight, collapsed
 from lora_jax.errors import ParameterError
 from lora_jax.paths import is_array, named_leaves, rebuild
+from lora_jax.quantised.leaf import Quantised, abstract
 
 Rule: TypeAlias = Callable[[Context, Any, Sequence[Any]], "list[Any] | None"]
 
@@ -88,7 +93,7 @@ def trace_call(fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwarg
         outputs[:] = [shape, [None if isinstance(leaf, jax.Array) else leaf for leaf in results]]
         return [leaf for leaf in results if isinstance(leaf, jax.Array)]
 
-    program, _ = jaxprs.trace(run, list(arrays.values()), given)
+    program, _ = jaxprs.trace(run, [abstract(leaf) for leaf in arrays.values()], given)
 
     def result(values: list[Any]) -> Any:
         shape, leaves = outputs
@@ -107,14 +112,37 @@ def evaluate_call(ctx: Context, call: Call, given: Sequence[Any], symbolic: Call
       given: values for its abstract arguments.
       symbolic: makes of a frozen parameter, given its path, what the program is to see.
     """
-    ctx.log.facts = Dependence.of(call.program, len(call.arrays))
-    inputs = [symbolic(path, frozen(leaf)) for path, leaf in call.arrays.items()]
+    analyse(ctx.log, call)
+    inputs = [followed(ctx, path, symbolic(path, frozen(leaf))) for path, leaf in call.arrays.items()]
     outputs = interpret(ctx, call.program, [*inputs, *given])
     return call.result([dense(ctx, None, output, "returned by the function") for output in outputs])
 
 
+def analyse(log: Log, call: Call) -> None:
+    """Find out what depends on what in a call, before it is evaluated."""
+    log.facts = Dependence.of(call.program, len(call.arrays))
+    narrow = {path: leaf for path, leaf in call.arrays.items() if not isinstance(leaf, Quantised)}
+    combined = {path for number, path in enumerate(call.arrays) if number in log.facts.combined}
+    log.coded = frozenset(
+        path
+        for path, leaf in narrow.items()
+        if jnp.issubdtype(leaf.dtype, jnp.integer) or (leaf.dtype.itemsize == 1 and path in combined)
+    )
+
+
+def followed(ctx: Context, path: str, value: Any) -> Any:
+    """What the program sees of a parameter: of a quantised one a weight, so that it is dequantised where it is used."""
+    return ctx.weight(path, value) if isinstance(value, Quantised) else value
+
+
 def frozen(leaf: Any) -> Any:
-    """A parameter without a gradient; anything but an array as it is."""
+    """A parameter without a gradient; anything but an array as it is.
+
+    Codes that a program does not get as an argument would be constants of it, and XLA would dequantise those while it
+    compiles, to dense constants. A barrier keeps it from that.
+    """
+    if isinstance(leaf, Quantised) and not is_traced(leaf.codes):
+        leaf = jax.lax.optimization_barrier(leaf)
     return jax.lax.stop_gradient(leaf) if is_array(leaf) else leaf
 
 
@@ -215,14 +243,20 @@ def dense(ctx: Context, eqn: Any, value: Any, reason: str = "", **facts: Any) ->
         return value
     if value.routed:
         raise unroutable(value.path, reason or f"{eqn.primitive.name} has no low-rank form")
+    if value.coded and value.adapted:
+        raise ParameterError(
+            f"{value.path} holds codes, and {operation(eqn) if eqn is not None else 'return'} uses them otherwise than "
+            "to make numbers of them: leave it out of the targets, or quantise the base with lora_jax.quantise"
+        )
     if value.formed and not ctx.look_inside:
-        return value.base
+        return array_of(value.base)
     rows = [ctx.log.looked_up[axis] for axis in value.axes if axis in ctx.log.looked_up]
     flops = 2 * value.base.size * sum(term.rank for term in value.terms)
     if rows and rows[0]:
         ctx.record(value, eqn, "look-up", rows[0], kind="embedding", flops=flops)
     else:
-        nbytes = value.base.size * value.base.dtype.itemsize if value.adapted else 0
+        formed = value.adapted or isinstance(value.base, View)
+        nbytes = value.base.size * value.base.dtype.itemsize if formed else 0
         reason = reason or f"{eqn.primitive.name} has no low-rank form"
         _warn_of_dropout(ctx, value, reason)
         ctx.record(value, eqn, "materialised", reason=value.formed or reason, flops=flops, nbytes=nbytes, **facts)

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lora_jax.engine.bases import View
+
 
 class NamedAxes(Protocol):
     """An array whose axes have ids."""
@@ -26,15 +28,20 @@ class NamedAxes(Protocol):
         ...
 
 
+def typeof(array: Any) -> Any:
+    """The type of an array, or of the numbers of a quantised one."""
+    return array.aval if isinstance(array, View) else jax.typeof(array)
+
+
 def spread(*arrays: Any) -> bool:
     """Whether an array may be spread over devices in a way that merging its axes would disturb."""
-    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
+    meshes = [typeof(array).sharding.mesh for array in arrays]
     return any(mesh.size > 1 and any(kind is not AxisType.Manual for kind in mesh.axis_types) for mesh in meshes)
 
 
 def explicit(array: Any) -> NamedSharding | None:
     """The sharding of an array that lives on a mesh with explicit axes."""
-    sharding = jax.typeof(array).sharding
+    sharding = typeof(array).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
@@ -56,7 +63,7 @@ def placed(axes: Sequence[int], *owners: NamedAxes) -> NamedSharding | None:
 def _spec(axes: Sequence[int], owners: Sequence[NamedAxes]) -> PartitionSpec:
     known: dict[int, Any] = {}
     for owner in owners:
-        entries = zip(owner.axes, jax.typeof(owner.array).sharding.spec.partitions, strict=True)
+        entries = zip(owner.axes, typeof(owner.array).sharding.spec.partitions, strict=True)
         known = {**{axis: entry for axis, entry in entries if entry is not None}, **known}
     spec, taken = [], set()
     for axis in axes:
@@ -69,7 +76,7 @@ def _spec(axes: Sequence[int], owners: Sequence[NamedAxes]) -> PartitionSpec:
 
 def follow(array: Any, axes: Sequence[int], base: NamedAxes) -> Any:
     """The array with its axes where `base` has them, and on the same kind of mesh, if explicit axes are involved."""
-    here, mesh = jax.typeof(array).sharding, jax.typeof(base.array).sharding.mesh
+    here, mesh = typeof(array).sharding, typeof(base.array).sharding.mesh
     there = NamedSharding(mesh, _spec(axes, [base]))
     kinds = {*here.mesh.axis_types, *mesh.axis_types}
     return array if AxisType.Explicit not in kinds or here == there else jax.sharding.reshard(array, there)
@@ -77,7 +84,7 @@ def follow(array: Any, axes: Sequence[int], base: NamedAxes) -> Any:
 
 def here(array: Any) -> Any:
     """The array, replicated, on the mesh of this point of a program, if that is another kind of mesh."""
-    mesh, own = jax.sharding.get_abstract_mesh(), jax.typeof(array).sharding.mesh
+    mesh, own = jax.sharding.get_abstract_mesh(), typeof(array).sharding.mesh
     if mesh.empty or own.empty or mesh.axis_types == own.axis_types:
         return array
     return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec(*[None] * array.ndim)))
@@ -87,7 +94,7 @@ def constrained(array: Any, where: Any) -> Any:
     """The array placed as a program asks for at this point; anything but a sharding asks for nothing."""
     if not isinstance(where, jax.sharding.Sharding):
         return array
-    if AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types:
+    if AxisType.Explicit in typeof(array).sharding.mesh.axis_types:
         return jax.sharding.reshard(array, where)
     return jax.lax.with_sharding_constraint(array, where)
 
@@ -99,7 +106,7 @@ def unreduced(where: NamedSharding | None) -> bool:
 
 def varying(array: Any) -> list[str]:
     """The mesh axes of a `shard_map` along which an array is known to differ."""
-    return sorted(jax.typeof(array).manual_axis_type.varying)
+    return sorted(typeof(array).manual_axis_type.varying)
 
 
 def mesh_of(eqn: Any) -> AbstractContextManager[Any]:

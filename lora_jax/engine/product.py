@@ -252,6 +252,11 @@ def _moves(tangent: Labelled | None) -> bool:
 
 
 def _frozen(tangent: Any) -> bool:
+    leaves = jax.tree.leaves(tangent, is_leaf=_is_zero)
+    return all(map(_is_zero, leaves))
+
+
+def _is_zero(tangent: Any) -> bool:
     return isinstance(tangent, SymbolicZero)
 
 

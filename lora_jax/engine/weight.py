@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.dtypes import promoted
+from lora_jax.engine.bases import View, array_of
 from lora_jax.engine.meshes import explicit, follow
 from lora_jax.engine.sizes import several
 
@@ -135,18 +136,20 @@ class Numbering:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["base", "terms", "gain", "numbering", "keys"],
-    meta_fields=["axes", "paths", "formed"],
+    meta_fields=["axes", "paths", "formed", "coded"],
 )
 @dataclass(frozen=True)
 class Weight:
     """What the program makes of its parameters, symbolic: its value is `gain · base + Σ a·b` over its terms.
 
     Attributes:
-      base: the array that the program has without adapters. Its own tangent is followed too, as it may be a function of
-        something that trains; that of a parameter as it is given is zero.
+      base: the array that the program has without adapters, or the view of a quantised one. Its own tangent is
+        followed too, as it may be a function of something that trains; that of a parameter as it is given is zero.
       terms: low-rank terms; none while sites are being discovered.
       axes: ids of the base's axes.
       paths: the parameters that it is made of.
+      coded: whether the parameter holds codes, which the program makes numbers of. Its terms are beside those numbers:
+        what scales and shifts codes does not reach them.
       formed: why `W + a·b` is in the base already, for a linear operation without a low-rank form; empty if it is not.
       gain: what the base is multiplied by, over some of its axes; None for one.
       numbering: set where the inputs are observed.
@@ -161,6 +164,7 @@ class Weight:
     numbering: Numbering | None = None
     keys: Labelled | None = None
     formed: str = ""
+    coded: bool = False
 
     @property
     def path(self) -> str:
@@ -186,16 +190,17 @@ class Weight:
 
     def dense(self) -> Any:
         """The value `gain · base + Σ a·b`, computed in float32 or wider and rounded once to the base's dtype."""
+        base = array_of(self.base)
         if not self.adapted:
-            return self.base
+            return base
         if self.merged:
-            return self.split().dense().reshape(self.base.shape)
-        wide = promoted(self.base.dtype, jnp.float32)
-        value = self.base.astype(wide)
+            return self.split().dense().reshape(base.shape)
+        wide = promoted(base.dtype, jnp.float32)
+        value = base.astype(wide)
         if self.gain is not None:
             value = value * self.gain.over(self.axes).astype(wide)
-        deltas = [_outer(term, self.axes, wide, explicit(self.base)) for term in self.terms]
-        return (value + sum(deltas[1:], start=deltas[0]) if deltas else value).astype(self.base.dtype)
+        deltas = [_outer(term, self.axes, wide, explicit(base)) for term in self.terms]
+        return (value + sum(deltas[1:], start=deltas[0]) if deltas else value).astype(base.dtype)
 
     @property
     def merged(self) -> bool:
@@ -218,8 +223,9 @@ class Weight:
     def unstack(self) -> tuple[list[Any], Callable[[Sequence[Any]], "Weight"]]:
         """Split off the leading axis: the arrays that run along it, and the weight made of their slices."""
         axis, *rest = self.axes
+        base = (self.base.stack() or array_of(self.base)) if isinstance(self.base, View) else self.base
         leaves, rebuild = jax.tree.flatten(
-            self.map(self.base, self.axes, lambda f: f.ordered(_front(f.axes, axis))), is_leaf=_is_labelled
+            self.map(base, self.axes, lambda f: f.ordered(_front(f.axes, axis))), is_leaf=_is_whole
         )
         moving = [leaf is leaves[0] or axis in leaf.axes for leaf in leaves]
 
@@ -294,6 +300,10 @@ def _front(axes: tuple[int, ...], axis: int) -> list[int]:
 
 def _is_labelled(node: Any) -> bool:
     return isinstance(node, Labelled)
+
+
+def _is_whole(node: Any) -> bool:
+    return isinstance(node, Labelled | View)
 
 
 def _sliced(leaf: Any, value: Any) -> Any:

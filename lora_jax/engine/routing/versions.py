@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.engine import contract, jaxprs
+from lora_jax.engine.bases import array_of
 from lora_jax.engine.context import Context
 from lora_jax.engine.dropout import inputs
 from lora_jax.engine.lift import RULES, VERSIONED, unroutable
@@ -122,7 +123,7 @@ def _product(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Versions:
     if eqn.primitive.name != "dot_general" or weight.merged or weight.formed:
         raise unroutable(weight.path, f"{eqn.primitive.name} with what {value.path} gives for each adapter")
     side = 0 if operands[0] is weight else 1
-    (bases,) = _each(eqn, [operand.base if operand is weight else operand for operand in operands])
+    (bases,) = _each(eqn, [array_of(operand.base) if operand is weight else operand for operand in operands])
     rank = value.array.ndim - 1
     names, _, _, out = contract.contraction(eqn.params["dimension_numbers"], side, weight.axes, rank)
     return of_product(ctx, weight, Labelled(value.array[:-1], (SLOT, *names)), out, bases.array)

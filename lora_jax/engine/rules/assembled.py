@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.dtypes import promoted
-from lora_jax.engine import jaxprs
+from lora_jax.engine.bases import array_of, bind
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import rule
 from lora_jax.engine.rules.elementwise import joined
@@ -38,7 +38,7 @@ def _with_layer(ctx: Context, operand: Any, place: int) -> Any:
     axes, new = list(operand.axes), ctx.fresh()
     axes.insert(place, new)
     terms = tuple(replace(term, b=with_axis(term.b, new, 1)) for term in operand.terms)
-    return replace(operand, base=jnp.expand_dims(operand.base, place), axes=tuple(axes), terms=terms)
+    return replace(operand, base=jnp.expand_dims(array_of(operand.base), place), axes=tuple(axes), terms=terms)
 
 
 def _put_together(
@@ -50,7 +50,7 @@ def _put_together(
     same = ctx.alike(given, shape)
     if same is None or any(weight.gain or weight.numbering or weight.keys for weight in given):
         return None
-    (base,) = jaxprs.bind(eqn, [w.base if isinstance(w, Weight) else w for w in operands])
+    (base,) = bind(eqn, [w.base if isinstance(w, Weight) else w for w in operands])
     axis, rest = same[0].axes[place], iter(same)
     sizes = [(piece.base if isinstance(piece, Weight) else piece).shape[place] for piece in pieces]
     parts = [next(rest) if isinstance(piece, Weight) else None for piece in pieces]
@@ -128,7 +128,7 @@ def _tile(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     (weight,) = operands
     if weight.gain or weight.numbering or weight.keys:
         return None
-    (base,) = jaxprs.bind(eqn, [weight.base])
+    (base,) = bind(eqn, [weight.base])
     axes, terms = [], weight.terms
     for axis, size, times in zip(weight.axes, weight.base.shape, eqn.params["reps"], strict=True):
         if times > 1:
@@ -145,7 +145,7 @@ def _pad(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     weight, value = operands
     if not isinstance(weight, Weight) or isinstance(value, Weight) or weight.gain or weight.keys or weight.numbering:
         return None
-    (base,) = jaxprs.bind(eqn, [weight.base, value])
+    (base,) = bind(eqn, [weight.base, value])
     config = zip(weight.axes, eqn.params["padding_config"], strict=True)
     widths = {axis: (low, high, inner) for axis, (low, high, inner) in config if (low, high, inner) != (0, 0, 0)}
     sizes = dict(zip(weight.axes, weight.base.shape, strict=True))
@@ -175,7 +175,7 @@ def _all_gather(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | 
     if not params["tiled"]:
         return None
     axis = weight.axes[params["all_gather_dimension"]]
-    (base,) = jaxprs.bind(eqn, [weight.base])
+    (base,) = bind(eqn, [weight.base])
 
     def gather(array: Any, place: int) -> Any:
         groups = params["axis_index_groups"]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lora_jax.engine import jaxprs
+from lora_jax.engine.bases import View, array_of
 from lora_jax.engine.context import Context
 from lora_jax.engine.jaxprs import Program
 from lora_jax.engine.lift import dense, interpret, opaque, rule
@@ -32,11 +33,14 @@ def _inline(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def _constrained(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
-    """Place values as an inner `jit` asks for; of a weight, its base."""
-    return [
-        replace(v, base=constrained(v.base, s)) if isinstance(v, Weight) else v if v is None else constrained(v, s)
-        for v, s in zip_longest(values, shardings)
-    ]
+    """Place values as an inner `jit` asks for; of a weight, its base, if that is an array."""
+
+    def place(value: Any, sharding: Any) -> Any:
+        if isinstance(value, Weight):
+            return value if isinstance(value.base, View) else replace(value, base=constrained(value.base, sharding))
+        return value if value is None else constrained(value, sharding)
+
+    return [place(value, sharding) for value, sharding in zip_longest(values, shardings)]
 
 
 @rule("checkpoint", "remat2", "remat")
@@ -150,7 +154,7 @@ def _cond(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 def _shard_map(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Each factor is split over the mesh the way the weight's axes are; the rank axis is not."""
     params = eqn.params
-    operands = [beside(operand) if isinstance(operand, Weight) else operand for operand in operands]
+    operands = [beside(_numbers(operand)) if isinstance(operand, Weight) else operand for operand in operands]
     specs = [_specs(operand, spec) for operand, spec in zip(operands, params["in_specs"], strict=True)]
     leaves, tree = jax.tree.flatten(list(operands))
     body = jaxprs.program(params["jaxpr"])
@@ -163,6 +167,11 @@ def _shard_map(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         out_specs=list(params["out_specs"]), check_vma=params["check_vma"],
         axis_names=params["newly_manual_axes"],
     )(*leaves)  # fmt: skip
+
+
+def _numbers(weight: Weight) -> Weight:
+    """The weight with an array for its base: blocks of codes do not end where shards of the numbers do."""
+    return replace(weight, base=array_of(weight.base))
 
 
 def _specs(operand: Any, spec: PartitionSpec) -> list[PartitionSpec]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.dtypes import promoted
-from lora_jax.engine import jaxprs
+from lora_jax.engine.bases import bind
 from lora_jax.engine.context import Context
 from lora_jax.engine.contract import split_factors
 from lora_jax.engine.dropout import inputs
@@ -28,7 +28,7 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     image, kernel = operands[0], _stacked(ctx, eqn, operands[1])
     numbers = eqn.params["dimension_numbers"]
     if not isinstance(kernel, Weight) or eqn.params["batch_group_count"] != 1:
-        return None if kernel is operands[1] else jaxprs.bind(eqn, [dense(ctx, eqn, image), dense(ctx, eqn, kernel)])
+        return None if kernel is operands[1] else bind(eqn, [dense(ctx, eqn, image), dense(ctx, eqn, kernel)])
     *stack, out_axis = flat_ids([kernel.axes[numbers.rhs_spec[0]]])
     window = [kernel.axes[i] for i in numbers.rhs_spec[1:]]
     slots = [SLOT] if kernel.routed else []
@@ -36,7 +36,7 @@ def _convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     if pairs is None or (kernel.gain and {*kernel.gain.axes} != {out_axis, *slots}):
         return None
     x = dense(ctx, eqn, image, "the kernel is adapted too")
-    (y,) = jaxprs.bind(eqn, [x, kernel.base])
+    (y,) = bind(eqn, [x, kernel.base])
     keeps, choice, gain = of_images(ctx, eqn, kernel) if kernel.routed else (None, None, kernel.gain)
     positions, outputs = y.size // y.shape[numbers.out_spec[1]], y.shape[numbers.out_spec[1]]
     channels = sum(a.array.size // prod(a.size(axis) for axis in window) for a, _ in pairs)

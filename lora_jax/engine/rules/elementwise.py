@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lora_jax.dtypes import promoted
 from lora_jax.engine import jaxprs
+from lora_jax.engine.bases import bind
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import dense, formed, rule
 from lora_jax.engine.sizes import several
@@ -22,7 +23,8 @@ from lora_jax.engine.weight import Labelled, Term, Weight, with_axis
 
 @rule("neg", merged=True)
 def _negate(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    return [_times(operands[0], -1, jaxprs.bind(eqn, [operands[0].base])[0])]
+    sign = 1 if operands[0].coded else -1
+    return [_times(operands[0], sign, bind(eqn, [operands[0].base])[0])]
 
 
 @rule("add", "add_any", "sub")
@@ -30,6 +32,8 @@ def _add(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     """A sum has the terms of both sides. An activation that a parameter is added to stays an activation."""
     if _meets_activation(ctx, eqn, operands) or any(isinstance(w, Weight) and w.gain for w in operands):
         return None
+    if any(isinstance(w, Weight) and w.coded for w in operands):
+        return _decoded(ctx, eqn, operands)
     return _summed(ctx, eqn, operands, (1, -1 if eqn.primitive.name == "sub" else 1))
 
 
@@ -46,10 +50,20 @@ def _summed(ctx: Context, eqn: Any, operands: Sequence[Any], signs: Sequence[Any
     same = ctx.alike([_spread(ctx, weight, shape) for weight in operands if isinstance(weight, Weight)], shape)
     if same is None:
         return None
-    (base,) = jaxprs.bind(eqn, [w.base if isinstance(w, Weight) else w for w in operands])
+    (base,) = bind(eqn, [w.base if isinstance(w, Weight) else w for w in operands])
     rest = iter(same)
     scaled = [_times(next(rest), sign) for w, sign in zip(operands, signs, strict=True) if isinstance(w, Weight)]
     return [joined(base, scaled)]
+
+
+def _decoded(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
+    """Codes on their way to numbers: what they are combined with does not reach the terms, which are beside those."""
+    operands = _one_weight(ctx, eqn, operands)
+    weight = operands[0] if isinstance(operands[0], Weight) else operands[1]
+    values = [each.base if isinstance(each, Weight) else each for each in operands]
+    if eqn.outvars[0].aval.shape != weight.base.shape or _meets_activation(ctx, eqn, operands):
+        return None
+    return [replace(weight, base=bind(eqn, values)[0])]
 
 
 def _spread(ctx: Context, weight: Weight, shape: Sequence[int]) -> Weight:
@@ -84,11 +98,13 @@ def _divide(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
 
 def _scaled(ctx: Context, eqn: Any, operands: Sequence[Any], factor: Any) -> list[Any] | None:
     """A weight times (or over) an array: by number, along axes, or entry by entry."""
+    if any(isinstance(operand, Weight) and operand.coded for operand in operands):
+        return _decoded(ctx, eqn, operands)
     operands = _one_weight(ctx, eqn, operands)
     weight, other = operands if isinstance(operands[0], Weight) else operands[::-1]
 
     def on(base: Any) -> Any:
-        return jaxprs.bind(eqn, [base if operand is weight else operand for operand in operands])[0]
+        return bind(eqn, [base if operand is weight else operand for operand in operands])[0]
 
     if jnp.ndim(other) == 0:
         return [_times(weight, factor(other), on(weight.base))]
@@ -190,7 +206,7 @@ def _select(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
     same = ctx.alike(given, eqn.outvars[0].aval.shape)
     if same is None or any(weight.gain for weight in given):
         return None
-    (base,) = jaxprs.bind(eqn, [which, *(w.base if isinstance(w, Weight) else w for w in cases)])
+    (base,) = bind(eqn, [which, *(w.base if isinstance(w, Weight) else w for w in cases)])
     runs = _varying(ctx, eqn.invars[0], which)
     along = tuple(same[0].axes[i] for i in sorted(runs))
     chosen = _along(which, runs)
@@ -204,7 +220,7 @@ def _select(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
                 whole = [formed(ctx, eqn, w, "select_n by entries") if isinstance(w, Weight) else w for w in cases]
                 values = [w.base if isinstance(w, Weight) else w for w in whole]
                 kept = [replace(w, terms=(), gain=None, formed="select_n by entries") for w in same]
-                return [joined(jaxprs.bind(eqn, [which, *values])[0], kept)]
+                return [joined(bind(eqn, [which, *values])[0], kept)]
             parts.append(replace(weight, terms=tuple(term for term in terms if term is not None)))
     return [joined(base, parts)]
 
@@ -217,7 +233,7 @@ def _sum(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     apart = all(({*term.a.axes} & {axis}) != ({*term.b.axes} & {axis}) for term in weight.terms for axis in gone)
     if weight.gain or weight.keys or weight.numbering or not apart:
         return None
-    (base,) = jaxprs.bind(eqn, [weight.base])
+    (base,) = bind(eqn, [weight.base])
 
     def total(factor: Labelled) -> Labelled:
         places = tuple(i for i, axis in enumerate(factor.axes) if axis in gone)
@@ -232,7 +248,7 @@ def _part(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     (weight,) = operands
     if weight.gain or weight.keys or weight.numbering:
         return None
-    (base,) = jaxprs.bind(eqn, [weight.base])
+    (base,) = bind(eqn, [weight.base])
     if eqn.primitive.name == "conj":
         return [weight.map(base, weight.axes, lambda factor: replace(factor, array=jnp.conj(factor.array)))]
     halves = [jnp.real, jnp.imag] if eqn.primitive.name == "real" else [jnp.imag, jnp.real]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
 
 from lora_jax.dtypes import promoted
-from lora_jax.engine import jaxprs
+from lora_jax.engine.bases import array_of, bind
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import dense, rule
 from lora_jax.engine.routing.axes import labels
@@ -44,7 +44,7 @@ def _gather(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
     plan = _plan(ctx, eqn, weight, indices.ndim - 1)
     if plan is None:
         return None
-    (base,) = jaxprs.bind(eqn, [weight.base, indices])
+    (base,) = bind(eqn, [weight.base, indices])
     left = iter([axis for axis in weight.axes if axis not in plan.collapsed and axis not in plan.paired])
     rows, offsets = iter(plan.rows), eqn.params["dimension_numbers"].offset_dims
     axes = [next(left) if i in offsets else next(rows) for i in range(base.ndim)]
@@ -54,7 +54,7 @@ def _gather(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None
     ctx.log.looked_up.update(dict.fromkeys(new, None if id(eqn) in ctx.log.facts.chosen else roles))
     chooses = not new or len(kept) > 1 or id(eqn) in ctx.log.facts.permuted
     if weight.routed and (not chooses or _by_row(ctx, indices)):
-        return [_routed(ctx, eqn, weight, indices, plan, (base, axes), roles)]
+        return [_routed(ctx, eqn, weight, indices, plan, (array_of(base), axes), roles)]
     taken = weight.map(base, axes, lambda factor: _take(factor, plan, indices, eqn.params))
     return [taken if chooses else dense(ctx, eqn, taken)]
 

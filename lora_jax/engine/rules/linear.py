@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax import lax
 
 from lora_jax.dtypes import promoted
 from lora_jax.engine import jaxprs, planner
+from lora_jax.engine.bases import bind, used
 from lora_jax.engine.context import Context
 from lora_jax.engine.contract import contraction, split_factors
 from lora_jax.engine.declared import declared
@@ -41,8 +43,9 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     def dot(x: Any, w: Any) -> Any:
         if is_merged:
             x, w = x.reshape(shapes[0]), w.reshape(shapes[1])
-        run = jaxprs.bind if x.dtype == given_dtype else jaxprs.bind_as  # Of integers, factors see a floating copy.
-        (y,) = run(eqn, (w, x) if side == 0 else (x, w))
+        pair = (w, x) if side == 0 else (x, w)
+        # Of integers, factors see a floating copy.
+        (y,) = bind(eqn, pair) if x.dtype == given_dtype else used(partial(jaxprs.bind_as, eqn), pair)
         return y.reshape(split_sizes(merged_out, y.shape)) if is_merged else y
 
     x = Labelled(_inexact(other, weight.base.dtype), tuple(names))
@@ -51,7 +54,7 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
         contracted, out, left = set(flat_ids(contracted)), flat_ids(out), list(flat_ids(left))
     found = _product(ctx, eqn, 1 - side, x, weight, (contracted, left, out), dot)
     if found is not None and not weight.routed and not weight.adapted:
-        return jaxprs.bind(eqn, [given.base if operand is given else operand for operand in (lhs, rhs)])
+        return bind(eqn, [given.base if operand is given else operand for operand in (lhs, rhs)])
     return None if found is None else [found.reshape(eqn.outvars[0].aval.shape) if is_merged else found]
 
 
@@ -66,7 +69,7 @@ def declared_product(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[An
         return None
     weight = simple(ctx, eqn, kernel)
     if not isinstance(weight, Weight):
-        return jaxprs.bind(eqn, [dense(ctx, eqn, operand) if operand is not kernel else weight for operand in operands])
+        return bind(eqn, [dense(ctx, eqn, operand) if operand is not kernel else weight for operand in operands])
     given = [
         dense(ctx, eqn, each, "the other operand is adapted too") if i != 1 else each for i, each in enumerate(operands)
     ]
@@ -79,7 +82,7 @@ def declared_product(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[An
     dtype, others = given[0].dtype, given[2:]
 
     def dot(x: Any, w: Any) -> Any:
-        return jaxprs.bind(eqn, [x.astype(dtype), w, *others])[0]
+        return bind(eqn, [x.astype(dtype), w, *others])[0]
 
     if ctx.strategy == "auto":  # A kernel of one's own is there so that something large is not formed.
         ctx = replace(ctx, strategy="factored")
@@ -177,7 +180,7 @@ def _ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | 
     if pairs is None or (stack.gain and {*stack.gain.axes} != {group, out}):
         return None
     x = dense(ctx, eqn, rows, "the weights are adapted too")
-    (y,) = jaxprs.bind(eqn, [x, stack.base, sizes])
+    (y,) = bind(eqn, [x, stack.base, sizes])
     rank = sum(term.rank for term in stack.terms)
     flops = 2 * x.shape[0] * rank * (x.shape[1] + y.shape[1])
     roles = ctx.roles(stack, into=[into], out=[out])

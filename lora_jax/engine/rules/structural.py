@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.engine import jaxprs
+from lora_jax.engine.bases import bind
 from lora_jax.engine.context import Context
 from lora_jax.engine.lift import rule
 from lora_jax.engine.sizes import several
@@ -30,9 +30,11 @@ from lora_jax.engine.weight import (
 @rule("convert_element_type", merged=True)
 def _convert(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
     wanted = eqn.params["new_dtype"]
+    if operands[0].coded:
+        return _on_base(ctx, eqn, operands)
     if not jnp.issubdtype(wanted, jnp.inexact):
         return None
-    if jnp.iscomplexobj(operands[0].base) and not jnp.issubdtype(wanted, jnp.complexfloating):
+    if jnp.issubdtype(operands[0].base.dtype, jnp.complexfloating) and not jnp.issubdtype(wanted, jnp.complexfloating):
         return None  # The real part of a product is no product of real parts.
     return _on_base(ctx, eqn, operands)
 
@@ -44,7 +46,7 @@ def _convert(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | Non
 def _on_base(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """The operation concerns the storage of the base; the factors are placed and cast where they are used."""
     bases = [operand.base if isinstance(operand, Weight) else operand for operand in operands]
-    results = jaxprs.bind(eqn, bases)
+    results = bind(eqn, bases)
     return [
         operand.map(result, operand.axes, lambda factor: factor) if isinstance(operand, Weight) else result
         for operand, result in zip(operands, results, strict=True)
@@ -55,7 +57,7 @@ def _on_base(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 def _reshard(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """On explicit axes the factors move with the base."""
     (weight,) = operands
-    (base,) = jaxprs.bind(eqn, [weight.base])
+    (base,) = bind(eqn, [weight.base])
     return [beside(weight.map(base, weight.axes, lambda factor: factor))]
 
 
@@ -69,14 +71,14 @@ def _stop_gradient(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]
 def _transpose(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     (weight,) = operands
     axes = [weight.axes[position] for position in eqn.params["permutation"]]
-    return [weight.map(*jaxprs.bind(eqn, [weight.base]), axes, lambda factor: factor)]
+    return [weight.map(*bind(eqn, [weight.base]), axes, lambda factor: factor)]
 
 
 @rule("squeeze")
 def _squeeze(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     (weight,) = operands
     gone = [weight.axes[position] for position in eqn.params["dimensions"]]
-    (base,) = jaxprs.bind(eqn, [weight.base])
+    (base,) = bind(eqn, [weight.base])
 
     def squeeze(factor: Labelled) -> Labelled:
         for axis in gone:
@@ -103,7 +105,7 @@ def _broadcast(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | N
         full = [sizes.get(axis, n) for axis, n in zip(names, array.shape, strict=True)]
         return Labelled(jnp.broadcast_to(array, full), names)
 
-    (base,) = jaxprs.bind(eqn, [weight.base])
+    (base,) = bind(eqn, [weight.base])
     terms = tuple(replace(term, a=grow(term.a), b=grow(term.b, new)) for term in weight.terms)
     return [replace(weight.map(base, axes, grow), terms=terms)]
 
@@ -114,6 +116,8 @@ def _reshape(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | Non
     weight, *dynamic = operands
     if dynamic or 0 in weight.base.shape:
         return None
+    if weight.coded and not weight.adapted and ctx.look_inside:
+        return None  # The layer's axes are not those of the codes: only a site that is written by hand knows both.
     order = eqn.params.get("dimensions") or range(weight.base.ndim)
     axes, shape = [weight.axes[i] for i in order], [weight.base.shape[i] for i in order]
     old = dict(zip(flat_ids(axes), split_sizes(axes, shape), strict=True))
@@ -121,7 +125,7 @@ def _reshape(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | Non
     if pieces is None:
         return None
     on_mesh = eqn.params.get("sharding") is not None
-    (base,) = jaxprs.bind(eqn, [weight.base])
+    (base,) = bind(eqn, [weight.base])
     weight = weight.map(weight.base, weight.axes, gathered) if on_mesh else weight
     weight, axes = _cut_up(ctx, weight, old, *pieces)
     result = weight.map(base, axes, lambda factor: factor)
@@ -194,7 +198,7 @@ def _slice(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides: Sequence[int] = eqn.params["strides"] or (1,) * len(start)
     cuts = dict(zip(weight.axes, zip(start, limit, strides, strict=True), strict=True))
-    (base,) = jaxprs.bind(eqn, [weight.base])
+    (base,) = bind(eqn, [weight.base])
     return [weight.map(base, weight.axes, lambda factor: _cut(factor, cuts))]
 
 
@@ -211,7 +215,7 @@ def _split(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     axis = weight.axes[eqn.params["axis"]]
     ends = list(accumulate(map(int, eqn.params["sizes"])))
     cuts = [{axis: (start, end, 1)} for start, end in zip([0, *ends], ends, strict=False)]
-    bases = jaxprs.bind(eqn, [weight.base])
+    bases = bind(eqn, [weight.base])
     return [weight.map(base, weight.axes, partial(_cut, cuts=cut)) for base, cut in zip(bases, cuts, strict=True)]
 
 
@@ -220,7 +224,7 @@ def _dynamic_slice(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]
     weight, *starts = operands
     if not isinstance(weight, Weight):
         return None
-    (base,) = jaxprs.bind(eqn, [weight.base, *starts])
+    (base,) = bind(eqn, [weight.base, *starts])
     cuts = dict(zip(weight.axes, zip(starts, eqn.params["slice_sizes"], strict=True), strict=True))
 
     def cut(factor: Labelled) -> Labelled:
@@ -239,7 +243,7 @@ def _rev(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     (weight,) = operands
     flipped = [weight.axes[position] for position in eqn.params["dimensions"]]
     new = {axis: ctx.fresh(ctx.log.origins[axis]) for axis in flipped}
-    (base,) = jaxprs.bind(eqn, [weight.base])
+    (base,) = bind(eqn, [weight.base])
 
     def flip(factor: Labelled) -> Labelled:
         positions = tuple(factor.axes.index(axis) for axis in flipped if axis in factor.axes)
