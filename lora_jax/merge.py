@@ -14,6 +14,7 @@ from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import NumberedUpdate, adapter_list, check_parameters, updates_by_path
 from lora_jax.adapter.checksum import warn_if_moved
 from lora_jax.adapter.factors import Array, is_traced, widened
+from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import exact_sum, held
 from lora_jax.errors import MergeError, listed
 from lora_jax.paths import named_leaves, rebuild
@@ -85,7 +86,7 @@ def merge(
     kept: dict[str, Array] = {}
     for path, placed in updates_by_path(adapters, leaves).items():
         updates = [held(update) for _, update in placed]
-        _check_floating(path, leaves[path])
+        _check_floating(path, leaves[path], updates[0].site)
         exact = exact_sum(leaves[path], updates)
         own = None if key is None else jax.random.fold_in(key, crc32(path.encode()))
         merged[path] = _rounded(path, exact, leaves[path], own)
@@ -162,10 +163,10 @@ def _checked_key(rounding: str, key: Array | None) -> Array | None:
     return key if rounding == "stochastic" else None
 
 
-def _check_floating(path: str, leaf: Any) -> None:
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+def _check_floating(path: str, leaf: Any, site: Site) -> None:
+    if site.codes or not jnp.issubdtype(leaf.dtype, jnp.inexact):
         raise MergeError(
-            f"{path!r} is {leaf.dtype}, and a delta cannot be merged into integers. "
+            f"{path!r} is {leaf.dtype}, and a delta cannot be merged into {'codes' if site.codes else 'integers'}. "
             "Dequantise the parameter to a floating-point dtype first, or keep the adapter unmerged."
         )
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -63,7 +63,7 @@ def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     jax.eval_shape(run, [abstract(leaf) for leaf in call.arrays.values()], call.given)
     uses, every = (_linear(each) for each in (log.needed, log.uses.values()))
     found = [
-        _site(path, leaf, uses[path], every[path], log.facts.heads)
+        replace(_site(path, leaf, uses[path], every[path], log.facts.heads), codes=path in log.coded)
         for path, leaf in call.arrays.items()
         if path in uses
     ]

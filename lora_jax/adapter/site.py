@@ -34,6 +34,7 @@ class Site:
       channel_axis: of a convolution, the input axis that counts channels (those of one group); the others are its
         window. None where the program does not tell, or convolves as no layer of PyTorch's does (transposed).
       groups: of a convolution, how many groups of channels are convolved apart (`feature_group_count`).
+      codes: whether the parameter holds codes that the program makes numbers of; its adapter is beside the numbers.
 
     Raises:
       ParameterError: the axes do not account for every axis of the shape exactly once, or `channel_axis` is no input
@@ -57,6 +58,7 @@ class Site:
     head: bool = False
     channel_axis: int | None = None
     groups: int = 1
+    codes: bool = False
 
     def __post_init__(self) -> None:
         if self.channel_axis is not None and self.channel_axis not in self.in_axes:

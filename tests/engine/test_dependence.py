@@ -1,5 +1,7 @@
 """What depends on what: heads, look-ups and choices, activations, dead code, and what find_sites did not find."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,17 +130,44 @@ def test_a_position_table_is_not_missed() -> None:
     assert lora.find_sites(fn, P, X).missed == ()
 
 
-@pytest.mark.parametrize("where", ["before", "after"])
-def test_a_float8_weight_inside_of_a_scale_is_no_site(where: str) -> None:
-    params = {"w": P["up"].astype(jnp.float8_e4m3fn), "scale": jnp.ones((1, 4)), "head": P["head"]}
+NARROW = {"w": P["up"].astype(jnp.float8_e4m3fn), "scale": 2 * jnp.ones((1, 4)), "head": P["head"]}
 
-    def fn(p, x):
-        w = p["w"].astype(jnp.float32)
-        x = x @ (w * p["scale"]) if where == "before" else (x @ w) * p["scale"]
-        return x @ p["head"]
 
-    sites = lora.find_sites(fn, params, X)
+def test_a_float8_weight_inside_of_a_scale_is_no_site() -> None:
+    fn = lambda p, x: ((x @ p["w"].astype(jnp.float32)) * p["scale"]) @ p["head"]  # noqa: E731
+    sites = lora.find_sites(fn, NARROW, X)
     assert set(sites) == {"head"} and "scale" in {each.path: each.reason for each in sites.missed}["w"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.int8])
+def test_adapters_are_beside_what_a_program_makes_of_codes(dtype: Any) -> None:
+    params = NARROW | {"w": (8 * P["up"]).astype(dtype)}
+    fn = lambda p, x: (x @ ((p["w"].astype(jnp.float32) - 1) * p["scale"]).T) @ p["head"]  # noqa: E731
+    sites = lora.find_sites(fn, params, X)
+    assert sites["w"].codes and not sites["head"].codes
+    adapter = random_adapter([sites["w"]])
+    weight = (params["w"].astype(jnp.float32) - 1) * params["scale"] + adapter["w"].delta()
+    assert_close(lora.adapt(fn)(params, adapter, X), (X @ weight.T) @ params["head"])
+    with pytest.raises(lora.MergeError, match="merged into codes"):
+        lora.merge(params, adapter)
+
+
+def test_codes_in_other_axes_than_the_layer_have_sites_by_hand() -> None:
+    """Blocks in axes of their own: only who wrote the program knows which site that is."""
+    params = {"layer": {"q": jnp.arange(-8, 8, dtype=jnp.int8).reshape(2, 2, 4), "scale": jnp.ones((2, 1, 4))}}
+    dense = lambda p: (p["layer"]["q"].astype(jnp.float32) * p["layer"]["scale"]).reshape(4, 4)  # noqa: E731
+    fn = lambda p, x: x @ dense(p)  # noqa: E731
+    sites = lora.find_sites(fn, params, X)
+    assert not sites and "lora_jax.Site(path='layer/q', ...)" in str(sites)
+    with pytest.raises(lora.MatchError, match=r"lora_jax\.quantise"):
+        lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets="layer"), params, sites)
+    site = lora.Site(path="layer/q", shape=(2, 2, 4), dtype="int8", kind="dense", in_axes=(0, 1), out_axes=(2,))
+    adapter = random_adapter([site])
+    expected = X @ (dense(params) + adapter["layer/q"].delta().reshape(4, 4))
+    assert_close(lora.adapt(fn)(params, adapter, X), expected)
+    hidden = lambda p, x: x @ jnp.tanh(p["layer"]["q"].astype(jnp.float32)).reshape(4, 4)  # noqa: E731
+    with pytest.raises(lora.ParameterError, match="holds codes, and tanh uses them otherwise"):
+        lora.adapt(hidden)(params, adapter, X)
 
 
 def test_dropout_where_a_weight_is_formed_warns() -> None:
