@@ -11,6 +11,8 @@ from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.site import Sites
 from lora_jax.errors import CheckpointError
 from lora_jax.io.load import load_for
+from lora_jax.io.peft.config import CONFIG
+from lora_jax.jsonfile import read_object
 from lora_jax.models.load import Model
 from lora_jax.sites import find_sites
 
@@ -26,7 +28,19 @@ def load_adapter(path: str | PathLike[str], model: Model, sites: Sites | None = 
     Raises:
       CheckpointError: there is no adapter, or it is damaged or belongs to another model.
     """
-    return load_for(path, model.params, lambda: model_sites(model) if sites is None else sites, model.directory)
+    try:
+        return load_for(path, model.params, lambda: model_sites(model) if sites is None else sites, model.directory)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_of_classes(Path(path).expanduser(), model)}") from error
+
+
+def _of_classes(where: Path, model: Model) -> str:
+    """What to do where an adapter does not fit as one of the two is for classes, or for other ones."""
+    if not model.continues:
+        return f" The model is {model.what}: are these all that the adapter was trained on? --labels names them."
+    if (read_object(where / CONFIG) or {}).get("task_type") != "SEQ_CLS":
+        return ""
+    return " The adapter was trained to tell classes apart (task_type SEQ_CLS): lora-jax evaluate takes it."
 
 
 def load_adapters(given: Sequence[str], model: Model) -> dict[str, Adapter]:

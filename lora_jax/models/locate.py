@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lora_jax.errors import CheckpointError
 from lora_jax.io.hf.folder import CONFIG, open_checkpoint
+from lora_jax.io.hf.identity import identity
 from lora_jax.io.hf.snapshot import snapshot
 from lora_jax.models.packaged import PACKAGED, packaged
 
@@ -44,7 +45,8 @@ def locate(model: str | PathLike[str]) -> Located:
     """
     path, given = Path(model).expanduser(), fspath(model)
     if path.exists():
-        return Located(path)
+        known = identity(path)
+        return Located(path, known.repository if known else "")
     if given in PACKAGED:
         return Located(packaged(given), PACKAGED[given].name)
     if (match := _ON_THE_HUB.fullmatch(given)) and path.suffix != ".gguf":

@@ -153,6 +153,11 @@ def encoded(data: Dataset, name: str, model: Any, options: DataOptions, task: Na
     labels = classes.numbered(model, data.train) if task == "classify" else None
     train = encode_shown(data.train, tokenizer, settings, labels)
     _check_vocabulary(train, model)
+    if task == "classify" and len(train.labels) < 2:
+        raise TaskError(
+            f"every example of {data.train.file} has the label {' '.join(train.labels)!r}: there is nothing to tell "
+            "apart. Give examples of two classes or more"
+        )
     valid = None if data.valid is None else encode_shown(data.valid, tokenizer, settings, train.labels or None)
     return Material(name, data, train, valid, tokenizer, how, task)
 

@@ -50,7 +50,7 @@ def cached(cache: Path, made: Path) -> Path:
 def test_a_model_in_the_cache_is_found_without_a_network(cache: Path, tmp_path: Path):
     snapshot = cached(cache, bytes_model(tmp_path / "made"))
     assert locate(NAME) == (snapshot, NAME)
-    assert locate(f"{NAME}@{COMMIT}") == (snapshot, NAME)
+    assert locate(f"{NAME}@{COMMIT}") == locate(snapshot) == (snapshot, NAME)
     model = models.load(NAME)
     assert (model.name, model.directory, model.tokenizer is None) == (NAME, snapshot, False)
     models.save(tmp_path / "copy", model)

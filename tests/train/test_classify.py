@@ -72,6 +72,19 @@ def test_a_mesh_gives_the_losses_of_one_device(model: Path, labels: Path, tmp_pa
     np.testing.assert_allclose(*heads, rtol=1e-4, atol=1e-6)
 
 
+def test_an_adapter_for_classes_is_for_no_other_model(
+    model: Path, labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert classify(model, labels, tmp_path / "out", "--steps 1 --held-out 0") == 0
+    adapter = tmp_path / "out" / "adapter"
+    assert main(f"generate --model {model} --adapter {adapter} --prompt a".split()) == 2
+    assert "Unexpected: score.weight" in (said := capsys.readouterr().err)
+    assert "trained to tell classes apart (task_type SEQ_CLS): lora-jax evaluate takes it" in said
+    args = f"evaluate --model {model} --adapter {adapter} --data {labels} --labels no perhaps yes"
+    assert main(args.split()) == 2
+    assert "The model is a decoder for 3 classes: are these all" in capsys.readouterr().err
+
+
 @pytest.mark.full
 def test_two_processes_write_one_merged_model(model: Path, labels: Path, tmp_path: Path) -> None:
     how = f"{HOW} --steps 3 --eval-every 3 --merge"
@@ -107,6 +120,10 @@ def test_what_cannot_be_trained_so_is_refused(
     )
     assert main(["generate", "--model", str(score), "--prompt", "a"]) == 2
     assert "is a decoder for 2 classes, which continues no texts" in capsys.readouterr().err
+    single = tmp_path / "single.jsonl"
+    single.write_text("".join(line for line in labels.read_text().splitlines(True) if "yes" in line))
+    assert classify(model, single, tmp_path / "out") == 2
+    assert "has the label 'yes': there is nothing to tell apart" in capsys.readouterr().err
     assert classify(model, data, tmp_path / "out") == 2
     assert "holds 'completion', and --task classify needs label: did you mean --task sft?" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
