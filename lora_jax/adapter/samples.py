@@ -1,7 +1,8 @@
 """Samples of a base's values: what tells it from another base of the same shapes, for a few hundred numbers each."""
 
 from collections.abc import Mapping
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +33,74 @@ def sampled(leaves: Mapping[str, Any]) -> dict[str, float]:
       False
     """
     known = {path: leaf for path, leaf in leaves.items() if _has_numbers(leaf)}
-    parts = {path: _parts(leaf) for path, leaf in known.items()}  # All are asked for before the first is waited for.
-    sums = np.array([_sum(leaf.size, parts[path]) for path, leaf in known.items()], np.float64)
-    spread = np.array([not _is_whole(leaf) for leaf in known.values()], bool)
+    return _sums({path: (leaf, _all_of(leaf.shape)) for path, leaf in known.items()})
+
+
+class Matrix(NamedTuple):
+    """A matrix of outputs and inputs, and where in an array its elements are.
+
+    Attributes:
+      leaf: the array.
+      out_axes, in_axes: its axes that are the outputs and the inputs, in their order.
+      place: positions along its other axes, in order.
+    """
+
+    leaf: Any
+    out_axes: tuple[int, ...]
+    in_axes: tuple[int, ...]
+    place: tuple[int, ...] = ()
+
+
+def sampled_matrices(matrices: Mapping[str, Matrix]) -> dict[str, float]:
+    """What `sampled` gives for arrays `[out, in]` of the same values.
+
+    Example:
+      >>> kernel = np.arange(6.0).reshape(2, 3)
+      >>> sampled_matrices({"w": Matrix(kernel, (1,), (0,))}) == sampled({"w": kernel.T})
+      True
+    """
+    known = {name: each for name, each in matrices.items() if _has_numbers(each.leaf)}
+    return _sums({name: (each.leaf, _of_matrix(each)) for name, each in known.items()})
+
+
+class _Spots(NamedTuple):
+    """Where to look: numbers of the elements, which weigh them, and `[axes, elements]` where they are."""
+
+    numbers: np.ndarray
+    positions: np.ndarray
+
+
+def _all_of(shape: tuple[int, ...]) -> _Spots:
+    numbers = _positions(prod(shape))
+    return _Spots(numbers, _unraveled(numbers, shape))
+
+
+def _of_matrix(matrix: Matrix) -> _Spots:
+    shape = matrix.leaf.shape
+    outs, ins = (tuple(shape[axis] for axis in axes) for axes in (matrix.out_axes, matrix.in_axes))
+    numbers = _positions(prod(outs) * prod(ins))
+    positions = np.empty((len(shape), len(numbers)), np.int64)
+    others = [axis for axis in range(len(shape)) if axis not in (*matrix.out_axes, *matrix.in_axes)]
+    positions[others] = np.array(matrix.place, np.int64)[:, None]
+    positions[list(matrix.out_axes)] = _unraveled(numbers // prod(ins), outs)
+    positions[list(matrix.in_axes)] = _unraveled(numbers % prod(ins), ins)
+    return _Spots(numbers, positions)
+
+
+def _unraveled(numbers: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    found = np.unravel_index(numbers, shape) if shape else []
+    return np.array(found, np.int64).reshape(len(shape), len(numbers))
+
+
+def _sums(spots: Mapping[str, tuple[Any, _Spots]]) -> dict[str, float]:
+    """The weighted sum of every array's elements at its spots."""
+    # All are asked for before the first is waited for.
+    parts = {name: _parts(leaf, where.positions) for name, (leaf, where) in spots.items()}
+    sums = np.array([_sum(where.numbers, parts[name]) for name, (_, where) in spots.items()], np.float64)
+    spread = np.array([not _is_whole(leaf) for leaf, _ in spots.values()], bool)
     if spread.any():
         sums[spread] = _over_processes(sums[spread])
-    return {path: float(f"{value:.{_SIGNIFICANT}g}") for path, value in zip(known, sums, strict=True)}
+    return {name: float(f"{value:.{_SIGNIFICANT}g}") for name, value in zip(spots, sums, strict=True)}
 
 
 def differ(one: float, other: float) -> bool:
@@ -62,12 +125,8 @@ def _positions(size: int) -> np.ndarray:
     return np.unique((np.modf((np.arange(COUNT) + 0.5) * _GOLDEN)[0] * size).astype(np.int64))
 
 
-def _parts(leaf: Any) -> list[tuple[np.ndarray, Any]]:
+def _parts(leaf: Any, positions: np.ndarray) -> list[tuple[np.ndarray, Any]]:
     """Which of the positions lie in every piece that this process has, and the values there; no value is in two."""
-    flat = _positions(leaf.size)
-    positions = np.array(np.unravel_index(flat, leaf.shape) if leaf.ndim else [], np.int64).reshape(
-        leaf.ndim, len(flat)
-    )
     if isinstance(leaf, np.ndarray):
         return [(np.ones(positions.shape[1], bool), leaf[tuple(positions)])]
     pieces = {str(shard.index): shard for shard in leaf.addressable_shards if _is_whole(leaf) or shard.replica_id == 0}
@@ -84,8 +143,8 @@ def _part(shard: Any, shape: tuple[int, ...], positions: np.ndarray) -> tuple[np
     return inside, np.asarray(shard.data)[local] if on_host else shard.data[local]
 
 
-def _sum(size: int, parts: list[tuple[np.ndarray, Any]]) -> float:
-    weights = 1.0 + np.modf(_positions(size) * _ROOT)[0]
+def _sum(numbers: np.ndarray, parts: list[tuple[np.ndarray, Any]]) -> float:
+    weights = 1.0 + np.modf(numbers * _ROOT)[0]
     return float(sum(np.dot(weights[inside], _plain(values)[inside]) for inside, values in parts))
 
 

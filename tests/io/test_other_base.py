@@ -1,6 +1,7 @@
 """Another base of the same shapes, and one that holds the adapter already: named wherever a file or a name tells."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,16 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_same, random_adapter
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny_models import tiny_directory
 
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.adapter.samples import sampled
 from lora_jax.cli import main
 from lora_jax.errors import CheckpointError
 from lora_jax.generate.adapters import load_adapter, model_sites
 from lora_jax.io.own import stored
 from lora_jax.io.own.orbax import load_samples
+from lora_jax.io.peft.base import checkpoint_values
 from lora_jax.models.load import Model
 
 PARAMS = {"up": {"kernel": jax.random.normal(jax.random.key(0), (4, 6))}, "norm": jnp.ones(6)}
@@ -112,6 +115,41 @@ def test_a_merge_adds_no_adapters_of_two_bases(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
     with pytest.raises(CheckpointError, match="belongs to another base than"):
         lora.peft.merge_checkpoint(base, [tmp_path / "one", tmp_path / "other"], tmp_path / "merged")
+
+
+def test_a_merge_looks_at_the_values_of_the_base(
+    model: Model, adapter: lora.Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, merged, twice = (tmp_path / name for name in ("ours", "merged", "twice"))
+    lora.peft.save(ours, adapter, sites=model_sites(model), params=model.params)
+    lora.peft.merge_checkpoint(model.directory, ours, merged)
+    shutil.copytree(merged, tmp_path / "unnoted")
+    file = tmp_path / "unnoted" / "model.safetensors"
+    save_file(load_file(file), file)
+    assert main(["merge", str(tmp_path / "unnoted"), str(ours), str(twice)]) == 2
+    assert "samples of the values differ at 1 of 1 weights: model.layers.0.self_attn.q_proj" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "unnoted"), str(ours), str(twice), "--again"]) == 0
+
+
+STACK = lora.Site(path="layers/w", shape=(3, 2, 5, 4), dtype="float32", kind="dense", in_axes=(2,), out_axes=(1, 3), batch_axes=(0,))  # fmt: skip  # noqa: E501
+
+
+def test_samples_of_kernels_are_those_of_weights_on_disk(tmp_path: Path) -> None:
+    value = np.random.default_rng(0).normal(size=STACK.shape).astype(np.float32)
+    weights = {f"layers.{i}.weight": value[i].transpose(0, 2, 1).reshape(8, 5) for i in range(3)}
+    adapter, sites = random_adapter([STACK]), lora.Sites([STACK], ("layers/w",))
+    names = lora.peft.Names([("layers/w", "layers.{i}")])
+    params = {"layers": {"w": jnp.asarray(value)}}
+    lora.peft.save(tmp_path / "ours", adapter, names, sites=sites, params=params)
+    found = checkpoint_values(lora.peft.read_peft(tmp_path / "ours").base)
+    assert {name: value for name, (_, value) in found.items()} == sampled(weights)
+    (tmp_path / "base").mkdir()
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    lora.peft.merge_checkpoint(tmp_path / "base", tmp_path / "ours", tmp_path / "out")
+    weights["layers.2.weight"] = weights["layers.2.weight"] + 1
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"differ at 1 of 3 weights: layers\.2\.weight"):
+        lora.peft.merge_checkpoint(tmp_path / "base", tmp_path / "ours", tmp_path / "other")
 
 
 def test_what_a_model_says_is_merged_into_it(model: Model, adapter: lora.Adapter, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from lora_jax.errors import CheckpointError, MergeError, StorageError
 from lora_jax.io.hf.changes import Rounding, changed
 from lora_jax.io.hf.folder import CONFIG, INDEX, Checkpoint, Shard, dump, open_checkpoint
 from lora_jax.io.hf.plan import Plan, on_base, plan
-from lora_jax.io.hf.provenance import check_not_merged, fingerprints, noted
+from lora_jax.io.hf.provenance import check_not_merged, check_values, fingerprints, noted
 from lora_jax.io.hf.tensors import Item, Tensor, new_item, opened, write_file
 from lora_jax.io.hf.ties import untied_config
 from lora_jax.io.hf.vocabulary import resized_config
@@ -92,7 +92,8 @@ def merge_checkpoint(
         smaller than the base's rounding step on average.
       seed: for stochastic rounding.
       untie: write two tables where the adapter changes a tied table for one of its uses.
-      again: merge an adapter even if the base holds it already, as the files of a merged model note.
+      again: merge an adapter even if the base holds it already, as files of merged models note, or has other values
+        than the one that `lora_jax.peft.save` was given.
       progress: called with the bytes written so far, and the bytes of all tensors.
 
     Raises:
@@ -122,6 +123,8 @@ def merge_checkpoint(
     digests = fingerprints(files)
     if not again:
         check_not_merged(source, files, digests)
+        for each in read:
+            check_values(source, each)
     planned = plan(source, list(zip(read, factors, strict=True)), untie)
     _check_place(source, where)
     shards = _items(source, planned, _rounding(rounding, seed))

@@ -1,11 +1,19 @@
-"""Which adapters are in a merged checkpoint: noted in its files, so that none is merged into it twice."""
+"""Which adapters a merged checkpoint notes, and which base an adapter does: none is merged twice, or elsewhere."""
 
 from collections.abc import Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
 
-from lora_jax.errors import CheckpointError
+import numpy as np
+
+from lora_jax.adapter.base import spell
+from lora_jax.adapter.samples import differ, sampled
+from lora_jax.errors import CheckpointError, listed
 from lora_jax.io.hf.folder import Checkpoint
+from lora_jax.io.hf.plan import PlacedAdapter
+from lora_jax.io.hf.tensors import FLOATS, Tensor
+from lora_jax.io.peft.base import checkpoint_values
+from lora_jax.io.peft.files import PeftFiles
 
 KEY = "lora_jax.merged"
 """Entry of a safetensors file's metadata: the SHA-256 of the file of every adapter that was merged, with commas."""
@@ -33,6 +41,30 @@ def check_not_merged(base: Checkpoint, files: Sequence[Path], digests: Sequence[
                 f"{path} is merged into {base.path} already: once more, its change would count twice. "
                 "Take the base that it was trained on; a merge goes on with again=True (--again)."
             )
+
+
+def check_values(base: Checkpoint, files: PeftFiles) -> None:
+    """Refuse a base that has other values than the one that the adapter was saved with, as far as its file tells.
+
+    Raises:
+      CheckpointError: it has.
+    """
+    recorded = checkpoint_values(files.base)
+    place = PlacedAdapter(base, files, 1.0).place if recorded else str
+    tensors = {name: base.tensors[place(name)] for name in recorded if place(name) in base.tensors}
+    there = {name: _mapped(tensor) for name, tensor in tensors.items() if tensor.dtype in FLOATS}
+    alike = {name: array for name, array in there.items() if spell(array) == recorded[name][0]}
+    different = sorted(name for name, value in sampled(alike).items() if differ(recorded[name][1], value))
+    if different:
+        raise CheckpointError(
+            f"{files.where} was saved with another base than {base.path}: samples of the values differ at "
+            f"{len(different)} of {len(alike)} weights: {listed(different)}. It is another revision, or holds this "
+            "adapter already. Take the base that it was trained on; a merge goes on with again=True (--again)."
+        )
+
+
+def _mapped(tensor: Tensor) -> np.ndarray:
+    return np.memmap(tensor.file, FLOATS[tensor.dtype], "r", tensor.begin, tensor.shape)
 
 
 def noted(metadata: Mapping[str, str], digests: Sequence[str]) -> dict[str, str]:

@@ -2,15 +2,22 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.adapter.base import spell
+from lora_jax.adapter.samples import Matrix, sampled_matrices
+from lora_jax.adapter.site import Site
 from lora_jax.errors import CheckpointError
+from lora_jax.io.names.names import Target
 from lora_jax.paths import is_array
 
 BASE = "lora_jax.base"
 """The key of a safetensors file's metadata under which they are."""
+_TORCH = "torch "
+"""Before names of PyTorch's weights; other keys are paths of JAX's parameters."""
+_MODULES = 16
+"""How many of PyTorch's weights are sampled: another base differs in all."""
 
 
 def base_of(leaves: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, float]:
@@ -26,6 +33,35 @@ def base_of(leaves: Mapping[str, Any], values: Mapping[str, float]) -> dict[str,
       {'kernel float32[4,3]': 14.5}
     """
     return {f"{path} {spell(leaves[path])}": value for path, value in sorted(values.items()) if path in leaves}
+
+
+def modules_of(
+    targets: Mapping[str, Sequence[Target]], sites: Mapping[str, Site], leaves: Mapping[str, Any]
+) -> dict[str, float]:
+    """Samples of some of the base's weights as PyTorch has them, by which a checkpoint on disk can be told.
+
+    Left out are weights that differ in more than the order of their axes: parts of modules, rotated and scaled ones.
+
+    Args:
+      targets: what PyTorch calls the adapted parameters.
+      sites: of these.
+      leaves: the base's parameters by path.
+    """
+    found: dict[str, Matrix] = {}
+    for path, target in ((path, each) for path, named in targets.items() for each in named):
+        site, part = sites[path], target.part
+        whole = (part.start, part.slice.total, part.rotary, part.gain) == (0, site.fan_out, 0, 1.0)
+        if site.kind == "dense" and path in leaves and whole and not target.parameter:
+            key = f"{_TORCH}{target.name}.weight {site.dtype}[{site.fan_out},{site.fan_in}]"
+            found[key] = Matrix(leaves[path], site.out_axes, site.in_axes, target.index)
+    some = sorted(found)[:: max(-(-len(found) // _MODULES), 1)]
+    return sampled_matrices({key: found[key] for key in some})
+
+
+def checkpoint_values(base: Mapping[str, float]) -> dict[str, tuple[str, float]]:
+    """The samples of weights as PyTorch has them, by name: dtype and shape, and the value."""
+    keys = {key: key.removeprefix(_TORCH).rpartition(" ") for key in base if key.startswith(_TORCH)}
+    return {name: (spelled, base[key]) for key, (name, _, spelled) in keys.items()}
 
 
 def base_in(where: str, metadata: Mapping[str, str]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from lora_jax.errors import CheckpointError
 from lora_jax.io.names.known import find_names
 from lora_jax.io.names.names import Names
 from lora_jax.io.names.torch_model import is_tied, torch_model
-from lora_jax.io.peft.base import base_of
+from lora_jax.io.peft.base import base_of, modules_of
 from lora_jax.io.peft.config import ADALORA, LORA, VERA, PeftType
 from lora_jax.io.peft.experts import as_parameters, one_for_experts
 from lora_jax.io.peft.factors import FactorsWriter, ScaledModule, Source
@@ -145,9 +145,8 @@ def peft_files(
     extra: dict[str, Any] = {"base_model_name_or_path": base_model, "task_type": task_type}
     if uniform:
         extra["modules_to_save"] = short_heads(files.config["modules_to_save"] or (), files)
-    return PeftFiles(
-        {**files.config, **extra}, files.modules, files.saved, base=base or base_of(leaves, sampled(leaves))
-    )
+    known = base or base_of(leaves, sampled(leaves)) | writer.samples(leaves)
+    return PeftFiles({**files.config, **extra}, files.modules, files.saved, base=known)
 
 
 class _Writer:
@@ -214,6 +213,12 @@ class _Writer:
             return None
         config = self._config(plain, parameters) | typed.fields
         return PeftFiles(config, modules | typed.modules, self.full.saved)
+
+    def samples(self, leaves: Mapping[str, Any]) -> dict[str, float]:
+        """Of the base's weights, as PyTorch has them."""
+        if self.names.fan_in_fan_out:
+            return {}
+        return modules_of(self.targets, {path: update.site for path, update in self.low_rank.items()}, leaves)
 
     def _fits(self, sources: Iterable[Source]) -> bool:
         """Whether a type other than LoRA has a place for everything: for stacks of experts none has."""
