@@ -274,18 +274,14 @@ class FinetuneJob:
     def _rewritable(self) -> bool:
         """Whether the model is all that its directory holds."""
         model = self._plan.model
-        return (
-            model.directory.is_dir()
-            and not model.beside
-            and read_object(model.directory / "config.json") == model.source
-        )
+        return model.directory.is_dir() and read_object(model.directory / "config.json") == model.source
 
     def _write_merged(self) -> None:
         folder, model = self._folder, self._plan.model
         if self._rewritable:
             self._once(lambda: merge_checkpoint(model.directory, folder.adapter, folder.merged))
             return
-        # Of a GGUF file, of the language model alone, and with another head there is no checkpoint to rewrite.
+        # Of a GGUF file, and with another head, there is no checkpoint to rewrite.
         adapter = lora.peft.load(folder.adapter, model.params, self._sites)
         models.save(folder.merged, model, lora.merge(model.params, adapter))
 

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same
+from helpers import assert_close, assert_same, random_adapter
 from safetensors.numpy import load_file
 from test_classes import encoder
 from tiny_models import tiny_config, tiny_directory, tiny_tensors
@@ -56,16 +55,21 @@ def test_the_language_model_is_run_and_the_rest_is_saved_as_it_is(form: str, tmp
         assert_same(models.load(tmp_path / "back").params, model.params)
 
 
-def test_adapters_have_the_names_that_transformers_has_in_the_whole(tmp_path: Path):
+@pytest.mark.parametrize("form", FORMS)
+def test_adapters_have_the_names_that_transformers_has_in_the_whole(form: str, tmp_path: Path):
     with pytest.warns(UserWarning, match="saved as it is"):
-        model = models.load(sees(tmp_path / "m"))
+        model = models.load(sees(tmp_path / "m", form))
     sites = lora.find_sites(model.apply, model.params, TOKENS)
     path = "model/language_model/layers/self_attn/q_proj/weight"
-    adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets=("q_proj",)), model.params, sites)
-    assert list(adapter) == [path]
+    adapter = random_adapter([sites[path]])
     lora.peft.save(tmp_path / "adapter", adapter, sites=sites)
     modules = lora.peft.read_peft(tmp_path / "adapter").modules
     assert next(iter(modules)) == "model.language_model.layers.0.self_attn.q_proj"
+    lora.peft.merge_checkpoint(tmp_path / "m", tmp_path / "adapter", tmp_path / "merged")
+    with pytest.warns(UserWarning, match="saved as it is"):
+        assert_close(models.load(tmp_path / "merged").params, lora.merge(model.params, adapter))
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("m", "merged"))
+    assert old.keys() == new.keys()
 
 
 def test_what_files_of_the_hub_leave_out_is_what_transformers_takes(tmp_path: Path):

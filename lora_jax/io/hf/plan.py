@@ -236,12 +236,27 @@ class PlacedAdapter:
         return replace(before, rows=tuple(zip(numbers, rows, strict=True)))
 
 
+def _beside_images(name: str) -> str:
+    """What the Hub's files call a tensor of a model that sees images.
+
+    >>> _beside_images("model.language_model.norm.weight"), _beside_images("model.vision_tower.norm.weight")
+    ('language_model.model.norm.weight', 'vision_tower.norm.weight')
+    """
+    inner = name.removeprefix("model.")
+    return (
+        inner.replace("language_model.", "language_model.model.", 1) if inner.startswith("language_model.") else inner
+    )
+
+
 def _renaming(base: Checkpoint, files: PeftFiles) -> Callable[[str], str]:
-    """From the adapter's names to the checkpoint's, which may lack the outermost module, or have one more."""
+    """From the adapter's names to the checkpoint's.
+
+    It may lack the outermost module, or have one more, or name what is beside images as files of the Hub do.
+    """
     tied = tied_tables(base)
     known = {*base.tensors, *(tied[:2] if tied else ())}
     wanted = _names(files)
-    tries: list[Callable[[str], str]] = [lambda name: name, lambda name: name.partition(".")[2]]
+    tries: list[Callable[[str], str]] = [lambda name: name, lambda name: name.partition(".")[2], _beside_images]
     tries += [lambda name, first=first: f"{first}.{name}" for first in sorted({name.split(".")[0] for name in known})]
 
     def place(rename: Callable[[str], str], name: str) -> str:
