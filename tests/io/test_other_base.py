@@ -21,6 +21,7 @@ from lora_jax.adapter.samples import sampled
 from lora_jax.cli import main
 from lora_jax.errors import CheckpointError
 from lora_jax.generate.adapters import load_adapter, model_sites
+from lora_jax.io.hf.extract import extract_checkpoint
 from lora_jax.io.own import stored
 from lora_jax.io.own.orbax import load_samples
 from lora_jax.io.peft.base import checkpoint_values
@@ -150,6 +151,15 @@ def test_samples_of_kernels_are_those_of_weights_on_disk(tmp_path: Path) -> None
     save_file(weights, tmp_path / "base" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"differ at 1 of 3 weights: layers\.2\.weight"):
         lora.peft.merge_checkpoint(tmp_path / "base", tmp_path / "ours", tmp_path / "other")
+
+
+def test_an_extracted_adapter_belongs_to_the_base_and_not_to_what_it_is_of(tmp_path: Path) -> None:
+    base, tuned = checkpoint(tmp_path / "base"), checkpoint(tmp_path / "tuned")
+    save_file({"up.weight": np.arange(24, dtype=np.float32).reshape(6, 4)}, tuned / "model.safetensors")
+    extract_checkpoint(base, tuned, tmp_path / "ours", rank=2)
+    lora.peft.merge_checkpoint(base, tmp_path / "ours", tmp_path / "merged")
+    with pytest.raises(CheckpointError, match=r"another base than .*tuned.* 1 of 1 weights: up\.weight"):
+        lora.peft.merge_checkpoint(tuned, tmp_path / "ours", tmp_path / "twice")
 
 
 def test_what_a_model_says_is_merged_into_it(model: Model, adapter: lora.Adapter, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from lora_jax.errors import CheckpointError, MatchError, nearest
 from lora_jax.io.hf.folder import Checkpoint, open_checkpoint
 from lora_jax.io.hf.tensors import FLOATS, Tensor
 from lora_jax.io.peft import match
+from lora_jax.io.peft.base import weights_of
 from lora_jax.io.peft.files import PeftFiles
 from lora_jax.io.peft.module import Module
 from lora_jax.io.peft.write import write_peft
@@ -93,7 +94,8 @@ def extract_checkpoint(
             f"{after.path} does not differ from {before.path} in any targeted matrix: nothing to extract"
         )
     config = _config(made, [module for module in modules if module not in made], train, bias, fan_in_fan_out)
-    write_peft(out, PeftFiles({**config, "base_model_name_or_path": str(base)}, made, saved))
+    known = weights_of({f"{module}{_WEIGHT}": tensors[f"{module}{_WEIGHT}"].mapped() for module in made})
+    write_peft(out, PeftFiles({**config, "base_model_name_or_path": str(base)}, made, saved, base=known))
     return ExtractReport(tuple(sorted(rows, key=lambda each: each.path)))
 
 

@@ -4,14 +4,12 @@ from collections.abc import Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
 
-import numpy as np
-
 from lora_jax.adapter.base import spell
 from lora_jax.adapter.samples import differ, sampled
 from lora_jax.errors import CheckpointError, listed
 from lora_jax.io.hf.folder import Checkpoint
 from lora_jax.io.hf.plan import PlacedAdapter
-from lora_jax.io.hf.tensors import FLOATS, Tensor
+from lora_jax.io.hf.tensors import FLOATS
 from lora_jax.io.peft.base import checkpoint_values
 from lora_jax.io.peft.files import PeftFiles
 
@@ -52,7 +50,7 @@ def check_values(base: Checkpoint, files: PeftFiles) -> None:
     recorded = checkpoint_values(files.base)
     place = PlacedAdapter(base, files, 1.0).place if recorded else str
     tensors = {name: base.tensors[place(name)] for name in recorded if place(name) in base.tensors}
-    there = {name: _mapped(tensor) for name, tensor in tensors.items() if tensor.dtype in FLOATS}
+    there = {name: tensor.mapped() for name, tensor in tensors.items() if tensor.dtype in FLOATS}
     alike = {name: array for name, array in there.items() if spell(array) == recorded[name][0]}
     different = sorted(name for name, value in sampled(alike).items() if differ(recorded[name][1], value))
     if different:
@@ -61,10 +59,6 @@ def check_values(base: Checkpoint, files: PeftFiles) -> None:
             f"{len(different)} of {len(alike)} weights: {listed(different)}. It is another revision, or holds this "
             "adapter already. Take the base that it was trained on; a merge goes on with again=True (--again)."
         )
-
-
-def _mapped(tensor: Tensor) -> np.ndarray:
-    return np.memmap(tensor.file, FLOATS[tensor.dtype], "r", tensor.begin, tensor.shape)
 
 
 def noted(metadata: Mapping[str, str], digests: Sequence[str]) -> dict[str, str]:

@@ -68,6 +68,10 @@ class Tensor(NamedTuple):
             raise self._cut()
         return values.reshape(stop - start, columns)
 
+    def mapped(self) -> np.ndarray:
+        """The tensor as an array of the file's own bytes, of which only what is looked at is read."""
+        return np.memmap(self.file, FLOATS[self.dtype], "r", self.begin, self.shape)
+
     def _cut(self) -> CheckpointError:
         return CheckpointError(f"{self.file} ends in the middle of {self.name}: it changed while it was read")
 

@@ -3,10 +3,10 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_jax.adapter.base import spell
-from lora_jax.adapter.samples import Matrix, sampled_matrices
+from lora_jax.adapter.samples import Matrix, sampled, sampled_matrices
 from lora_jax.adapter.site import Site
 from lora_jax.errors import CheckpointError
 from lora_jax.io.names.names import Target
@@ -18,6 +18,8 @@ _TORCH = "torch "
 """Before names of PyTorch's weights; other keys are paths of JAX's parameters."""
 _MODULES = 16
 """How many of PyTorch's weights are sampled: another base differs in all."""
+
+_Item = TypeVar("_Item")
 
 
 def base_of(leaves: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, float]:
@@ -54,8 +56,16 @@ def modules_of(
         if site.kind == "dense" and path in leaves and whole and not target.parameter:
             key = f"{_TORCH}{target.name}.weight {site.dtype}[{site.fan_out},{site.fan_in}]"
             found[key] = Matrix(leaves[path], site.out_axes, site.in_axes, target.index)
-    some = sorted(found)[:: max(-(-len(found) // _MODULES), 1)]
-    return sampled_matrices({key: found[key] for key in some})
+    return sampled_matrices(_some(found))
+
+
+def weights_of(weights: Mapping[str, Any]) -> dict[str, float]:
+    """The same of a checkpoint's weights, by their names."""
+    return sampled(_some({f"{_TORCH}{name} {spell(weight)}": weight for name, weight in weights.items()}))
+
+
+def _some(found: Mapping[str, _Item]) -> dict[str, _Item]:
+    return {key: found[key] for key in sorted(found)[:: max(-(-len(found) // _MODULES), 1)]}
 
 
 def checkpoint_values(base: Mapping[str, float]) -> dict[str, tuple[str, float]]:
