@@ -74,6 +74,20 @@ def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..
     return adapted
 
 
+def on_any_base(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which takes quantised parameters as well: those are dequantised where it uses them.
+
+    `adapt` gives it plain ones; on plain ones it is `fn`, with all gradients.
+    """
+
+    @wraps(fn)
+    def call(params: Any, *args: Any, **kwargs: Any) -> Any:
+        small = any(map(is_quantised, jax.tree.leaves(params, is_leaf=is_quantised)))
+        return adapt(fn)(params, (), *args, **kwargs) if small else fn(params, *args, **kwargs)
+
+    return call
+
+
 def run_adapted(call: Call, adapters: Sequence[Adapter], ctx: Context, lora_key: Any) -> Any:
     """Evaluate a traced call with its adapted parameters symbolic; `lora_key` is as given to the adapted function."""
     ctx = replace(ctx, keys=dropout_keys(lora_key, adapters))

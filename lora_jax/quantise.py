@@ -13,7 +13,7 @@ from lora_jax.paths import hits, is_array, named_leaves, rebuild
 from lora_jax.quantised.leaf import Quantised, dense_of, folded_axes, is_quantised, quantised
 
 Scheme = Literal["nf4", "int4", "int8", "fp8"]
-_SMALLEST = 4096
+SMALLEST = 4096
 """Entries below which a parameter is left as it is: it would not matter."""
 
 
@@ -69,8 +69,7 @@ def quantise(
     References:
       Dettmers et al., QLoRA, arXiv 2305.14314. PEFT leaves this to bitsandbytes, and to modules of its own.
     """
-    if format not in get_args(Scheme):
-        raise ConfigError(f"format={format!r}; choose one of {', '.join(get_args(Scheme))}")
+    check_format(format)
     if block < 2 or block & (block - 1):
         raise ConfigError(f"block={block!r} must be a power of two, as 64")
     leaves, treedef = named_leaves(params)
@@ -78,6 +77,16 @@ def quantise(
     small = {path: run(leaf) for path, leaf in _chosen(leaves, where).items()}
     _check_finite({path: finite for path, (_, finite) in small.items()})
     return rebuild(treedef, leaves | {path: leaf for path, (leaf, _) in small.items()})
+
+
+def check_format(format: str | None) -> None:
+    """Refuse a format that there is not; None is none.
+
+    Raises:
+      ConfigError: it is unknown.
+    """
+    if format is not None and format not in get_args(Scheme):
+        raise ConfigError(f"format={format!r}; choose one of {', '.join(get_args(Scheme))}")
 
 
 def dequantise(params: Any) -> Any:
@@ -112,7 +121,7 @@ def _check_finite(finite: Mapping[str, Any]) -> None:
 def _chosen(leaves: Mapping[str, Any], where: Any) -> dict[str, Any]:
     free = {path: leaf for path, leaf in leaves.items() if is_array(leaf) and not isinstance(leaf, Quantised)}
     if where is None:
-        return {path: leaf for path, leaf in free.items() if _fits(leaf) and leaf.ndim > 1 and leaf.size >= _SMALLEST}
+        return {path: leaf for path, leaf in free.items() if _fits(leaf) and leaf.ndim > 1 and leaf.size >= SMALLEST}
     select = where if callable(where) else lambda path, leaf: hits(where, path)
     found = {path: leaf for path, leaf in free.items() if select(path, leaf)}
     wrong = [path for path, leaf in found.items() if not _fits(leaf)]

@@ -10,23 +10,28 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lora_jax.apply import on_any_base
 from lora_jax.errors import CheckpointError, listed
 from lora_jax.io.hf.folder import CONFIG, open_checkpoint
+from lora_jax.io.hf.quantised import packed_tensors
 from lora_jax.io.hf.tensors import Tensor
 from lora_jax.jsonfile import read_object
 from lora_jax.models import decoder, encoder, gguf_tokenizer
 from lora_jax.models.blocks import Remat, rematerialised
+from lora_jax.models.config import DecoderConfig
 from lora_jax.models.encoder_config import ENCODERS, EncoderConfig, encoder_config, encoder_leaves
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.gguf import read_gguf
 from lora_jax.models.locate import locate
 from lora_jax.models.packaged import PACKAGED
 from lora_jax.models.placement import placement
-from lora_jax.models.read_config import decoder_config, refuse_quantised, unknown_family
+from lora_jax.models.read_config import decoder_config, unknown_family
 from lora_jax.models.read_tensors import Stored, check_tensors, read_parameters
 from lora_jax.models.renamed import decoder_tensors, encoder_tensors
+from lora_jax.models.small import Small
 from lora_jax.models.tensors import Leaf, decoder_leaves
 from lora_jax.models.text_part import ROOT, WITH_IMAGES, split_tensors, text_config
+from lora_jax.quantise import Scheme, check_format
 from lora_jax.text.files import read_tokenizer
 from lora_jax.text.tokenizer import Tokenizer
 
@@ -95,10 +100,11 @@ class Model:
 def _functions(config: Any, remat: Remat) -> dict[str, Callable[..., Any]]:
     """What a model computes, by the attributes of `Model`."""
     module = encoder if isinstance(config, EncoderConfig) else decoder
-    return {
+    given = {
         "apply": partial(module.apply, config, remat), "hidden": partial(module.hidden, config, remat),
         "head": partial(module.head, config),
     }  # fmt: skip
+    return {name: on_any_base(fn) for name, fn in given.items()}
 
 
 class _Source(NamedTuple):
@@ -120,6 +126,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     unrolled: bool = False,
     remat: Remat = False,
+    quantise: Scheme | None = None,
 ) -> Model:
     """Read a model from the directory that `save_pretrained` wrote, or from a GGUF file.
 
@@ -138,10 +145,13 @@ def load(
         experts are never stacked.
       remat: what is kept for the backward pass: False for all, True for a layer's input only, or a policy of
         `jax.checkpoint_policies`, by itself or by name.
+      quantise: a format of `lora_jax.quantise`, for the kernels of layers; tables, heads, norms and routers stay as
+        they are. Tensor by tensor, so that the model is never there in full. Directories that are quantised already
+        (bitsandbytes, fp8 in blocks, whole float8 or int8 tensors) are read as they are, without it.
 
     Raises:
       CheckpointError: the directory is incomplete or damaged, or describes what is not supported.
-      ConfigError: there is no such policy.
+      ConfigError: there is no such policy, or no such format.
 
     Example:
       >>> model = load("SmolLM2-135M")  # doctest: +SKIP
@@ -149,11 +159,13 @@ def load(
       (1, 12, 49152)
     """
     rematerialised(lambda: None, remat)
+    check_format(quantise)
     path, name = locate(directory)
     found = (_of_file if path.suffix == ".gguf" else _of_directory)(path, unrolled)
     check_tensors(path, found.leaves, found.tensors)
     place = None if mesh is None else placement(found.config, mesh)
-    params = read_parameters(found.leaves, found.tensors, dtype, place)
+    small = Small(quantise, found.config.modules.router if isinstance(found.config, DecoderConfig) else None)
+    params = read_parameters(found.leaves, found.tensors, dtype, place, small)
     return Model(
         **_functions(found.config, remat), params=params, config=found.config, directory=path,
         name=name or found.name or str(path), source=found.values, remat=remat, beside=found.beside,
@@ -171,13 +183,17 @@ def _of_file(path: Path, unrolled: bool) -> _Source:
 
 def _of_directory(path: Path, unrolled: bool) -> _Source:
     values, tokenizer = _config(path), partial(read_tokenizer, path)
-    base = open_checkpoint(path)
+    base = open_checkpoint(path, quantised=True)
+    stored: Mapping[str, Any] = base.tensors
+    if "quantization_config" in values:
+        stored = packed_tensors(path, values, base.tensors)
+        values = {name: value for name, value in values.items() if name != "quantization_config"}
     if values.get("model_type") in ENCODERS:
-        config = encoder_config(path / CONFIG, values, base.tensors)
-        tensors, beside = encoder_tensors(path, base.tensors, config)
+        config = encoder_config(path / CONFIG, values, stored)
+        tensors, beside = encoder_tensors(path, stored, config)
         leaves = encoder_leaves(config, unrolled=unrolled)
         return _told(path, _Source(config, leaves, values, tensors, "", tokenizer, beside))
-    stored, beside, described = base.tensors, dict[str, Tensor](), values
+    beside, described = dict[str, Tensor](), values
     if sees := values["model_type"] in WITH_IMAGES:
         (stored, beside), described = split_tensors(stored), text_config(path / CONFIG, values)
     config = decoder_config(path / CONFIG, described, stored)
@@ -209,7 +225,6 @@ def _config(path: Path) -> Mapping[str, Any]:
     values = read_object(path / CONFIG)
     if values is None:
         raise CheckpointError(f"{path} has no {CONFIG}, which says what model it is. Give the directory of a model.")
-    refuse_quantised(path / CONFIG, values)
     if values.get("model_type") not in (*FAMILIES, *ENCODERS, *WITH_IMAGES):
         raise unknown_family(path / CONFIG, values.get("model_type"))
     return values

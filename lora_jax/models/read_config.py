@@ -38,7 +38,6 @@ def decoder_config(where: Path | str, values: Mapping[str, Any], tensors: Collec
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise unknown_family(where, kind)
-    refuse_quantised(where, values)
     family = FAMILIES[kind]
     fields = Fields(where, values, spelled=family.spelled)
     fields.get("model_type")
@@ -61,21 +60,6 @@ def unknown_family(where: Path | str, kind: Any) -> CheckpointError:
         f"{where}: model_type={kind!r} is not known; there are {', '.join((*FAMILIES, *ENCODERS, *WITH_IMAGES))}. "
         "SmolLM and SmolLM2 are llama. A new family is one entry of a table: docs/add-a-family.md."
     )
-
-
-def refuse_quantised(where: Path | str, values: Mapping[str, Any]) -> None:
-    """Refuse a config of codes and scales.
-
-    Raises:
-      CheckpointError: it is one.
-    """
-    found = values.get("quantization_config")
-    if found:
-        method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else found
-        raise CheckpointError(
-            f"{where}: the model is quantised ({method!r} in quantization_config), and such directories are not read. "
-            "Give the directory of the unquantised model, with float weights."
-        )
 
 
 def _sizes(fields: Fields, kind: str) -> dict[str, Any]:

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.errors import CheckpointError, listed, nearest
+from lora_jax.io.hf.quantised import Packed
 from lora_jax.io.hf.tensors import FLOATS, Tensor, opened
 from lora_jax.models.gguf import GgufTensor
+from lora_jax.models.small import Small, in_few_bits
 from lora_jax.models.tensors import Leaf
 
-Stored = Tensor | GgufTensor
+Stored = Tensor | GgufTensor | Packed
 Place = Callable[[Leaf], jax.sharding.Sharding]
 _ALIGNED = 64
 """Bytes at which JAX takes an array of the host as it is, on CPUs."""
@@ -53,7 +55,7 @@ def check_tensors(where: Path, leaves: Iterable[Leaf], tensors: Mapping[str, Sto
 
 
 def read_parameters(
-    leaves: Iterable[Leaf], tensors: Mapping[str, Stored], dtype: Any, place: Place | None
+    leaves: Iterable[Leaf], tensors: Mapping[str, Stored], dtype: Any, place: Place | None, small: Small
 ) -> dict[str, Any]:
     """All parameters as a nested dict.
 
@@ -62,17 +64,27 @@ def read_parameters(
       tensors: where it is.
       dtype: of the parameters; None for that of the files.
       place: where a parameter lies; None for the default device.
+      small: which become codes.
     """
     params: dict[str, Any] = {}
     for leaf in leaves:
         inner = params
         for part in leaf.path[:-1]:
             inner = inner.setdefault(part, {})
-        inner[leaf.path[-1]] = _read(leaf, tensors, dtype, place)
+        where, whole = place and place(leaf), lambda name, leaf=leaf: _tensor(leaf, tensors[name], dtype)
+        codes = in_few_bits(leaf, tensors, small, whole, where, dtype)
+        inner[leaf.path[-1]] = _read(leaf, tensors, dtype, where) if codes is None else codes
     return params
 
 
-def _read(leaf: Leaf, tensors: Mapping[str, Stored], dtype: Any, place: Place | None) -> jax.Array:
+def _tensor(leaf: Leaf, tensor: Stored, dtype: Any) -> np.ndarray:
+    """The numbers of one tensor."""
+    one = leaf._replace(stack=())
+    own = jax.dtypes.canonicalize_dtype(FLOATS[tensor.dtype] if dtype is None else dtype)
+    return _filled(one, {(): tensor}, own, (slice(None),) * len(leaf.shape))
+
+
+def _read(leaf: Leaf, tensors: Mapping[str, Stored], dtype: Any, where: Any) -> jax.Array:
     members = {index: tensors[name] for index, name in leaf.members()}
     own = jnp.result_type(*{FLOATS[tensor.dtype] for tensor in members.values()})
     dtype = jax.dtypes.canonicalize_dtype(own if dtype is None else dtype)
@@ -80,9 +92,9 @@ def _read(leaf: Leaf, tensors: Mapping[str, Stored], dtype: Any, place: Place | 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         return _filled(leaf, members, dtype, index or (slice(None),) * len(leaf.whole))
 
-    if place is None:
+    if where is None:
         return jax.device_put(part(None), may_alias=True)
-    return jax.make_array_from_callback(leaf.whole, place(leaf), part)
+    return jax.make_array_from_callback(leaf.whole, where, part)
 
 
 def _filled(leaf: Leaf, members: Mapping[Any, Stored], dtype: np.dtype[Any], index: tuple[slice, ...]) -> np.ndarray:
@@ -106,6 +118,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 
 def _fill(out: np.ndarray, tensor: Stored, index: tuple[slice, ...]) -> None:
     """Read a tensor, or a part of it, into an array of the part's shape."""
+    assert not isinstance(tensor, Packed)
     own = FLOATS[tensor.dtype]
     if isinstance(tensor, GgufTensor):
         out[...] = tensor.read()[index]

@@ -19,6 +19,7 @@ from lora_jax.models.load import Model
 from lora_jax.models.tensors import Leaf, decoder_leaves
 from lora_jax.processes import gathered, written_by_the_first
 from lora_jax.publish import place, publish
+from lora_jax.quantise import dequantise
 
 SHARD_BYTES = 5_000_000_000
 """The most bytes of one file, unless one tensor alone is larger: what transformers takes too."""
@@ -30,6 +31,7 @@ def save(
     """Write a directory that transformers loads: the model's config and tokenizer as they were read, and its weights.
 
     The directory is written beside its place and appears at once and whole. Weights are written one tensor at a time.
+    Quantised parameters are written as the numbers that their codes stand for.
     In a program of several processes all call it, and the first one writes: it holds what is spread over them whole.
 
     Args:
@@ -49,8 +51,8 @@ def save(
     if where.resolve().is_relative_to(model.directory.resolve()):
         raise CheckpointError(f"{where} is inside of the model that it would be a copy of. Choose another directory.")
     # A GGUF file has nothing beside it: its tokenizer is written as Hugging Face's files.
-    beside_weights = () if model.directory.is_file() else open_checkpoint(model.directory).others
-    shards = _shards(list(_items(model, model.params if params is None else params)))
+    beside_weights = () if model.directory.is_file() else open_checkpoint(model.directory, quantised=True).others
+    shards = _shards(list(_items(model, dequantise(model.params if params is None else params))))
     config = _config(model.source, shards.values())
 
     def write(beside: Path) -> None:

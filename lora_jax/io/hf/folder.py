@@ -58,7 +58,7 @@ class Checkpoint:
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, quantised: bool = False) -> Checkpoint:
     """Look at a checkpoint directory; only headers are read.
 
     Raises:
@@ -68,7 +68,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is not a directory with a base model. Give the one that save_pretrained wrote.")
     config = read_object(path / CONFIG) or {}
     _check_config(path, config)
-    _refuse_quantised(path, config)
+    if not quantised:
+        _refuse_quantised(path, config)
     index = read_object(path / INDEX)
     if index is not None and (path / SINGLE).exists():
         raise CheckpointError(
