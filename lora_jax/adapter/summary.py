@@ -94,7 +94,7 @@ class Summary(Report):
             f"{name} {count} parameter{'s' * (count > 1)} ({nbytes:,} bytes)"
             for name, (count, nbytes) in self.stored.items()
         ]
-        notes = [self.line] * (self.line is not None) + [f"base: {', '.join(held)}"] * bool(held)
+        notes = ([self.line] if self.line else []) + ([f"base: {', '.join(held)}"] if held else [])
         return Table(headers, rows, total, notes=notes, words=range(1, 5))
 
 

@@ -11,6 +11,7 @@ from lora_jax.generate.generator import Generator
 from lora_jax.generate.sampling import Sampling
 from lora_jax.generate.speed import Speed
 from lora_jax.models.load import load
+from lora_jax.quantise import Scheme
 from lora_jax.report.terminal import Terminal
 from lora_jax.train.options import OptionError
 
@@ -29,6 +30,8 @@ class Chat(Verb):
     """An adapter, in PEFT's format or lora_jax's own."""
     system: str | None = None
     """What the model is told first, as a system message."""
+    quantise: Scheme | None = None
+    """Hold the kernels of layers in nf4, int4, int8 or fp8; a directory that is quantised already is read as it is."""
     sampling: SamplingOptions = field(
         default_factory=lambda: SamplingOptions(max_tokens=512, temperature=0.7, top_p=0.95)
     )
@@ -55,7 +58,7 @@ class ChatJob:
 
     def run(self) -> None:
         """Load the model, and answer line by line until there is none."""
-        options, model = self._options, load(self._options.model)
+        options, model = self._options, load(self._options.model, quantise=self._options.quantise)
         adapter = None if options.adapter is None else load_adapter(options.adapter, model)
         generator = Generator(model, adapter)
         generator.tokenizer.chat_template()  # Says what is missing.

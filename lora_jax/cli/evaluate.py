@@ -13,6 +13,7 @@ from lora_jax.generate.adapters import load_adapters
 from lora_jax.generate.score import Score, score, score_classes
 from lora_jax.models.classes import with_classes
 from lora_jax.models.load import Model, load
+from lora_jax.quantise import Scheme
 from lora_jax.report.report import plain_value
 from lora_jax.report.tables import Table
 from lora_jax.report.terminal import Progress, Terminal
@@ -36,6 +37,8 @@ class Evaluate(Verb):
     """JSON lines with messages, prompt and completion, text, or input and label; any other file is a plain text."""
     adapter: tuple[str, ...] = ()
     """Adapters, in PEFT's format or lora_jax's own: PATH, or NAME=PATH."""
+    quantise: Scheme | None = None
+    """Hold the kernels of layers in nf4, int4, int8 or fp8; a directory that is quantised already is read as it is."""
     merged: Path | None = None
     """Directory of a merged model, as lora-jax merge writes it."""
     length: int = 1024
@@ -71,7 +74,7 @@ class EvaluateJob:
     def run(self) -> None:
         """Score the base, each adapter, and the merged model; then print the table."""
         options, terminal = self._options, self._terminal
-        model = load(options.model)
+        model = load(options.model, quantise=options.quantise)
         examples = self._encoded(model)
         model = self._fitted(model, examples)
         adapters = load_adapters(options.adapter, model)

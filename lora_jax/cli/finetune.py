@@ -12,6 +12,7 @@ import tyro
 
 from lora_jax import models
 from lora_jax.cli.parse import Verb
+from lora_jax.quantise import Scheme
 from lora_jax.report.terminal import Terminal
 from lora_jax.train import board, builtin, classes, material, tasks
 from lora_jax.train import mesh as meshes
@@ -54,6 +55,8 @@ class Finetune(Verb):
     """Write the merged model too."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the base and of activations; by default the checkpoint's own. Factors are float32."""
+    quantise: Scheme | None = None
+    """Hold the kernels of layers in nf4, int4, int8 or fp8 (QLoRA); quantised directories are read as they are."""
     pretrain_steps: int = Recipe.steps
     """Steps in which the built-in model is made, once."""
     remat: bool = False
@@ -146,7 +149,7 @@ class Finetune(Verb):
         config = self.adapter.config
         name = "English of Python's help()" if self.data is None else str(self.data)
         data = material.read_for(self.data or builtin.data(), self.reading, self.task, self.training.seed)
-        load = partial(models.load, dtype=self.dtype, mesh=mesh, remat=self.remat)
+        load = partial(models.load, dtype=self.dtype, mesh=mesh, remat=self.remat, quantise=self.quantise)
         recipe = Recipe(steps=self.pretrain_steps) if self.model is None else None
         model = builtin.kept(recipe, load) if recipe is not None else load(str(self.model))
         unmade = recipe if model is None else None

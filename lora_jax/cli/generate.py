@@ -17,6 +17,7 @@ from lora_jax.generate.sampling import Sampling
 from lora_jax.generate.speed import Speed
 from lora_jax.generate.text import Answer
 from lora_jax.models.load import load
+from lora_jax.quantise import Scheme
 from lora_jax.report.terminal import Progress, Terminal
 from lora_jax.train.options import OptionError, require
 
@@ -36,6 +37,8 @@ class Generate(Verb):
     """Adapters, in PEFT's format or lora_jax's own: PATH, or NAME=PATH; else the name is the end of the path."""
     prompt: str | None = None
     """What to continue."""
+    quantise: Scheme | None = None
+    """Hold the kernels of layers in nf4, int4, int8 or fp8; a directory that is quantised already is read as it is."""
     file: Path | None = None
     """JSON lines with prompt or messages, and maybe adapter: a name, or null for the base."""
     stop: tuple[str, ...] = ()
@@ -75,7 +78,7 @@ class GenerateJob:
 
     def run(self) -> None:
         """Load what is needed, and continue the prompts in groups."""
-        options, model = self._options, load(self._options.model)
+        options, model = self._options, load(self._options.model, quantise=self._options.quantise)
         adapters = load_adapters(options.adapter, model)
         prompts = assigned(self._prompts, list(adapters), everywhere=options.file is None)
         generator = Generator(model, _needed(adapters, prompts))

@@ -181,18 +181,20 @@ def _of_file(path: Path, unrolled: bool) -> _Source:
     return _Source(config, leaves, found.config, found.tensors, found.name, tokenizer)
 
 
+_QUANTISED = "quantization_config"
+
+
 def _of_directory(path: Path, unrolled: bool) -> _Source:
     values, tokenizer = _config(path), partial(read_tokenizer, path)
     base = open_checkpoint(path, quantised=True)
-    stored: Mapping[str, Any] = base.tensors
-    if "quantization_config" in values:
-        stored = packed_tensors(path, values, base.tensors)
-        values = {name: value for name, value in values.items() if name != "quantization_config"}
+    stored, said = base.tensors, values.get(_QUANTISED)
+    values = {name: value for name, value in values.items() if name != _QUANTISED}
+    packed = lambda tensors: packed_tensors(path, said, values, tensors) if said else tensors  # noqa: E731
     if values.get("model_type") in ENCODERS:
         config = encoder_config(path / CONFIG, values, stored)
         tensors, beside = encoder_tensors(path, stored, config)
         leaves = encoder_leaves(config, unrolled=unrolled)
-        return _told(path, _Source(config, leaves, values, tensors, "", tokenizer, beside))
+        return _told(path, _Source(config, leaves, values, packed(tensors), "", tokenizer, beside))
     beside, described = dict[str, Tensor](), values
     if sees := values["model_type"] in WITH_IMAGES:
         (stored, beside), described = split_tensors(stored), text_config(path / CONFIG, values)
@@ -200,7 +202,7 @@ def _of_directory(path: Path, unrolled: bool) -> _Source:
     if sees:
         config = replace(config, modules=replace(config.modules, root=ROOT))
     leaves, tensors = decoder_leaves(config, unrolled=unrolled), decoder_tensors(path, stored, config)
-    return _told(path, _Source(config, leaves, values, tensors, "", tokenizer, beside))
+    return _told(path, _Source(config, leaves, values, packed(tensors), "", tokenizer, beside))
 
 
 def _told(path: Path, found: _Source) -> _Source:

@@ -16,8 +16,10 @@ from lora_jax.errors import CheckpointError
 from lora_jax.io.hf.merge import merge_checkpoint
 from lora_jax.io.load import load_for
 from lora_jax.jsonfile import read_object
+from lora_jax.paths import named_leaves
 from lora_jax.processes import written_by_the_first
 from lora_jax.publish import discard, publish_file
+from lora_jax.quantised.leaf import is_quantised
 from lora_jax.report.tables import Table
 from lora_jax.report.terminal import Progress, Terminal
 from lora_jax.train import builtin, start
@@ -70,7 +72,7 @@ class Plan:
     tensorboard: bool
     record: dict[str, Any]
     unmade: Recipe | None
-    load: Callable[[Path], Any]
+    load: Callable[..., Any]
 
 
 class FinetuneJob:
@@ -264,11 +266,22 @@ class FinetuneJob:
         self._write_merged()
         self._terminal.say(f"{folder.merged}: the merged model")
         if trainer.held_out:
-            merged = self._plan.load(folder.merged)
+            merged = self._plan.load(folder.merged, quantise=None)
             narrow = min(leaf.dtype.itemsize for leaf in jax.tree.leaves(merged.params)) < 4
             loss = replace(trainer, base=merged.params).evaluate(None, 1)["loss"]
             usual = trainer.evaluate(adapter, 1)["loss"]
-            self._agree(loss, usual, "merged into the base", _ROUNDED if narrow else _TOLERANCE)
+            if self._quantised and self._rewritable:
+                self._result["merged_loss"] = loss
+                self._terminal.say(
+                    f"Merged into the base as it was before: loss {loss:.4f}; beside its codes {usual:.4f}"
+                )
+            else:
+                self._agree(loss, usual, "merged into the base", _ROUNDED if narrow else _TOLERANCE)
+
+    @property
+    def _quantised(self) -> bool:
+        leaves, _ = named_leaves(self._plan.model.params)
+        return any(map(is_quantised, leaves.values()))
 
     @property
     def _rewritable(self) -> bool:
@@ -281,9 +294,9 @@ class FinetuneJob:
         if self._rewritable:
             self._once(lambda: merge_checkpoint(model.directory, folder.adapter, folder.merged))
             return
-        # Of a GGUF file, and with another head, there is no checkpoint to rewrite.
+        # Of a GGUF file, of codes, and with another head, there is no checkpoint to rewrite.
         adapter = lora.peft.load(folder.adapter, model.params, self._sites)
-        models.save(folder.merged, model, lora.merge(model.params, adapter))
+        models.save(folder.merged, model, lora.merge(lora.dequantise(model.params), adapter))
 
     def _agree(self, loss: float, usual: float, what: str, tolerance: float) -> None:
         difference = abs(loss - usual)

@@ -13,6 +13,7 @@ from lora_jax.data import show as show_example
 from lora_jax.data.example import texts_of
 from lora_jax.data.records import Records
 from lora_jax.errors import LoraError, listed
+from lora_jax.paths import named_leaves
 from lora_jax.report.terminal import Progress, Terminal
 from lora_jax.train import classes
 from lora_jax.train.options import DataOptions, TrainingOptions
@@ -174,7 +175,7 @@ def encode_shown(records: Records, tokenizer: Any, settings: Options, labels: Se
 def _check_vocabulary(examples: Examples, model: Any) -> None:
     """Refuse tokens that the model does not have: a look-up would give it others in silence."""
     most = max(int(each.tokens.max(initial=0)) for item in examples for each in texts_of(item))
-    table = jax.tree.leaves(model.params)
+    table = named_leaves(model.params)[0].values()
     size = int(model.source.get("vocab_size") or max(leaf.shape[0] for leaf in table))
     if most >= size:
         raise TaskError(

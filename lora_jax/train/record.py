@@ -9,10 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from lora_jax.config.config import LoraConfig
 from lora_jax.errors import LoraError
+from lora_jax.paths import named_leaves
 
 _POWER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 _PACKAGES = ("lora_jax", "jax", "jaxlib", "optax", "numpy")
@@ -51,7 +50,7 @@ def described(model: Any, made: Path | None = None) -> dict[str, Any]:
     """
     facts = {
         "model_type": str(model.source.get("model_type", "")),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
+        "parameters": sum(leaf.size for leaf in named_leaves(model.params)[0].values()),
     }
     if made is not None:
         return {"name": str(made), **facts, "sha256": made.name}

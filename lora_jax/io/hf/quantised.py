@@ -40,16 +40,23 @@ class Packed:
     read: Callable[[], Quantised]
 
 
-def packed_tensors(where: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Packed]:
+def packed_tensors(
+    where: Any, said: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor | Packed]:
     """The tensors of a directory, with those that make up a quantised weight as one.
 
     Read are bitsandbytes in 4 bits (nf4 and fp4, double quantisation too) and in 8 bits, fp8 in blocks (DeepSeek), and
     what compressed-tensors stores as whole float8 or int8 tensors.
 
+    Args:
+      where: the directory, for errors.
+      said: its `quantization_config`.
+      config: the rest of its `config.json`.
+      tensors: its tensors by name.
+
     Raises:
       CheckpointError: the directory is quantised in another way, or a tensor is missing.
     """
-    said = config["quantization_config"]
     method = said.get("quant_method") if isinstance(said, Mapping) else said
     if method is None and isinstance(said, Mapping) and ("load_in_4bit" in said or "load_in_8bit" in said):
         method = "bitsandbytes"
