@@ -23,6 +23,10 @@ for name, examples in (("covering", 20), ("full", 100)):
 
 TESTS_BETWEEN_CLEARINGS = 400
 
+OLDER_EMITTERS = jax.__version_info__ < (0, 11)  # XLA ends the process at a flag that it does not know
+QUICK = ["--xla_cpu_use_fusion_emitters=false"] if OLDER_EMITTERS else ["--xla_disable_hlo_passes=fusion-wrapper"]
+"""Flags with which XLA compiles a small program in two thirds of the time: its emitters without MLIR."""
+
 _ended = count(1)
 
 
@@ -55,9 +59,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Most of the time of the tests is XLA's compiler's: programs are kept for the next run, and not optimised.
 
-    With `--full` those of the shared table are, as they are for users.
+    With `--full` those of the shared table are, and all of them compiled, as they are for users.
     """
-    settings.load_profile("full" if config.getoption("--full") else "covering")
+    full = config.getoption("--full")
+    settings.load_profile("full" if full else "covering")
+    if not full:
+        os.environ["XLA_FLAGS"] = " ".join([*os.environ.get("XLA_FLAGS", "").split(), *QUICK])
     jax.config.update("jax_disable_most_optimizations", True)
     if cache := getattr(config, "cache", None):
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("xla")))

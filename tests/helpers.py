@@ -67,13 +67,13 @@ def random_adapter(sites: Sites | Sequence[Site], seed: int = 0, rank: int = 2, 
     draw = np.random.default_rng(seed)
 
     def normal(shape: tuple[int, ...], fan: int) -> jax.Array:
-        return jnp.asarray((draw.normal(size=shape) / np.sqrt(fan)).astype(np.float32))
+        return jax.device_put((draw.normal(size=shape) / np.sqrt(fan)).astype(np.float32))
 
     return Adapter({
         site.path: LowRank(
             normal(site.a_shape(rank), site.fan_in),
             normal(site.b_shape(rank), rank),
-            jnp.asarray(np.float32(draw.uniform(0.5, 1.5, size=site.batch_shape))),
+            jax.device_put(np.float32(draw.uniform(0.5, 1.5, size=site.batch_shape))),
             site,
             dropout,
         )
@@ -85,11 +85,15 @@ def merged(params: Any, *adapters: Adapter) -> Any:
     """The parameters with every update added: what the adapted model must be equal to."""
     leaves, treedef = named_leaves(params)
     leaves = {path: jax.lax.stop_gradient(leaf) if hasattr(leaf, "dtype") else leaf for path, leaf in leaves.items()}
-    changed = dict(leaves)
-    for path in {path: None for adapter in adapters for path in adapter}:
-        updates = [held(adapter[path]) for adapter in adapters if path in adapter]
-        changed[path] = exact_sum(leaves[path], updates).astype(leaves[path].dtype)
-    return rebuild(treedef, changed)
+    paths = {path: None for adapter in adapters for path in adapter}
+    updates = {path: [adapter[path] for adapter in adapters if path in adapter] for path in paths}
+    return rebuild(treedef, leaves | _sums({path: leaves[path] for path in paths}, updates))
+
+
+@jax.jit
+def _sums(weights: dict[str, Any], updates: dict[str, Any]) -> dict[str, Any]:
+    """Every weight with its updates added."""
+    return {path: exact_sum(w, [held(each) for each in updates[path]]).astype(w.dtype) for path, w in weights.items()}
 
 
 def merged_model(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -156,7 +156,7 @@ CASES = {
 
 def draw(*shape: int) -> jax.Array:
     """Different numbers everywhere, so that no transposition goes unnoticed."""
-    return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape), jnp.float32)
+    return jax.device_put(np.float32(np.random.default_rng(len(shape)).normal(size=shape)))
 
 
 class Model(NamedTuple):

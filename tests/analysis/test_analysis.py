@@ -36,7 +36,7 @@ BIAS = Site(path="bias", shape=(10,), dtype="float32", kind="full")
 
 def weights(sites: Sequence[Site] = SITES, seed: int = 0) -> dict[str, jax.Array]:
     draw = np.random.default_rng(seed)
-    return {site.path: jnp.asarray(draw.normal(size=site.shape).astype(np.float32)) for site in sites}
+    return {site.path: jax.device_put(draw.normal(size=site.shape).astype(np.float32)) for site in sites}
 
 
 def dense(site: Site, value: Any) -> np.ndarray:

@@ -20,7 +20,7 @@ DRAW = np.random.default_rng(3)
 
 
 def normal(*shape):
-    return jnp.asarray(DRAW.normal(size=shape), jnp.float32)
+    return jax.device_put(np.float32(DRAW.normal(size=shape)))
 
 
 def moments(tokens):
@@ -213,7 +213,7 @@ def test_components_are_those_of_all_inputs(decay, passes, error):
     """The sine of the largest angle to the exact subspace; in one pass it depends on how fast components fall off."""
     draw, spectrum = np.random.default_rng(0), np.exp(-decay * np.arange(40))
     rotation = np.linalg.qr(draw.normal(size=(40, 40)))[0]
-    batches = [(jnp.asarray(1 + draw.normal(size=(50, 40)) * spectrum @ rotation, jnp.float32),) for _ in range(4)]
+    batches = [(jax.device_put(np.float32(1 + draw.normal(size=(50, 40)) * spectrum @ rotation)),) for _ in range(4)]
     config = lora.LoraConfig(rank=4, targets=("w",))
     options = {"config": config, "rho": 1.0, "passes": passes}
     fn = lambda p, x: x @ p["w"]  # noqa: E731

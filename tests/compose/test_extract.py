@@ -19,9 +19,9 @@ from lora_jax.io.hf.merge import merge_checkpoint
 
 draw = np.random.default_rng(0)
 BASE = {
-    "table": jnp.asarray(draw.normal(size=(9, 6)), jnp.float32),
-    "layers": {"w": jnp.asarray(draw.normal(size=(3, 6, 6)), jnp.float32), "norm": jnp.ones((3, 6))},
-    "head": {"kernel": jnp.asarray(draw.normal(size=(6, 5)), jnp.float32), "bias": jnp.zeros(5)},
+    "table": jax.device_put(np.float32(draw.normal(size=(9, 6)))),
+    "layers": {"w": jax.device_put(np.float32(draw.normal(size=(3, 6, 6)))), "norm": jnp.ones((3, 6))},
+    "head": {"kernel": jax.device_put(np.float32(draw.normal(size=(6, 5)))), "bias": jnp.zeros(5)},
 }
 TUNED = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.1 * draw.normal(size=leaf.shape), leaf.dtype), BASE)
 TOKENS = jnp.array([0, 3, 6])

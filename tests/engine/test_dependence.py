@@ -11,8 +11,8 @@ from helpers import assert_close, merged, random_adapter
 import lora_jax as lora
 
 DRAW = np.random.default_rng(0)
-P = {name: jnp.asarray(np.float32(DRAW.normal(size=(4, 4)))) for name in ("q", "k", "v", "o", "up", "head")}
-X = jnp.asarray(np.float32(DRAW.normal(size=(3, 4))))
+P = {name: jax.device_put(np.float32(DRAW.normal(size=(4, 4)))) for name in ("q", "k", "v", "o", "up", "head")}
+X = jax.device_put(np.float32(DRAW.normal(size=(3, 4))))
 IDS = jnp.array([0, 2, 1])
 
 

@@ -20,7 +20,7 @@ Move = Callable[[Any], Any]
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.float32(np.random.default_rng(seed).normal(size=shape)))
+    return jax.device_put(np.float32(np.random.default_rng(seed).normal(size=shape)))
 
 
 @st.composite

@@ -112,7 +112,7 @@ class Layout:
 
     def params(self) -> Any:
         draw = np.random.default_rng(1)
-        up, down = (jnp.asarray(draw.normal(size=s) / np.sqrt(D), jnp.float32) for s in (self.up, self.down))
+        up, down = (jax.device_put(np.float32(draw.normal(size=s) / np.sqrt(D))) for s in (self.up, self.down))
         if self.fn is not linen:
             return {"up": up, "down": down}
         return {"up": {"kernel": up, "bias": jnp.zeros(F)}, "down": {"kernel": down, "bias": jnp.zeros(D)}}
@@ -136,7 +136,7 @@ LAYOUTS = {
 
 
 def tokens() -> jax.Array:
-    return jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
+    return jax.device_put(np.float32(np.random.default_rng(0).normal(size=(B, T, D))))
 
 
 def on(mesh: Mesh, tree: Any, specs: Any) -> Any:
@@ -340,7 +340,9 @@ def test_shard_map(kind: str, check: bool) -> None:
     """A program over one device's shards: a column-parallel product, and a row-parallel one with its sum."""
     mesh, x = make_mesh(kind), tokens()
     draw = np.random.default_rng(1)
-    params = {name: jnp.asarray(draw.normal(size=s) / 8, jnp.float32) for name, s in (("up", (D, F)), ("down", (F, D)))}
+    params = {
+        name: jax.device_put(np.float32(draw.normal(size=s) / 8)) for name, s in (("up", (D, F)), ("down", (F, D)))
+    }
     specs = {"up": P(None, "model"), "down": P("model")}
 
     def fn(params: Any, x: jax.Array) -> jax.Array:

@@ -21,11 +21,11 @@ KEY = jax.random.key(2)
 
 
 def normal(*shape):
-    return jnp.asarray(DRAW.normal(size=shape) / np.sqrt(shape[-1]), jnp.float32)
+    return jax.device_put(np.float32(DRAW.normal(size=shape) / np.sqrt(shape[-1])))
 
 
 PARAMS = {"q": normal(12, 2, 6), "o": normal(2, 6, 12), "layers": {"w": normal(3, 12, 16), "v": normal(3, 16, 12)}}
-BATCHES = [(jnp.asarray(DRAW.normal(size=(4, 25, 12)) * np.linspace(3, 0.2, 12), jnp.float32),) for _ in range(3)]
+BATCHES = [(jax.device_put(np.float32(DRAW.normal(size=(4, 25, 12)) * np.linspace(3, 0.2, 12))),) for _ in range(3)]
 
 
 def model(p, x):
@@ -47,6 +47,9 @@ def captures(what):
 
 
 SITES = lora.find_sites(model, PARAMS, *BATCHES[0])
+DELTA = jax.jit(lambda update: update.delta())
+RUN, ADAPTED = jax.jit(model), jax.jit(lora.adapt(model))
+SLOPE = jax.jit(jax.grad(lambda adapter: (ADAPTED(PARAMS, adapter, *BATCHES[0]) ** 2).mean()))
 
 
 def start(init, params=PARAMS, **fields):
@@ -62,12 +65,11 @@ ALL = ["eva", "eva-whitened", "corda-ipm", "corda-kpm", "lora-ga", "lora-ga:ArBr
 @pytest.mark.parametrize("init", ALL)
 def test_the_model_starts_as_the_base(init):
     adapter = start(init)
-    base, adapted = model(PARAMS, *BATCHES[0]), lora.adapt(model)(PARAMS, adapter, *BATCHES[0])
-    assert_close(adapted, base)
+    assert_close(ADAPTED(PARAMS, adapter, *BATCHES[0]), RUN(PARAMS, *BATCHES[0]))
     for update in adapter.values():
-        assert not np.asarray(update.delta()).any()  # exactly: the start is taken off in float32
+        assert not np.asarray(DELTA(update)).any()  # exactly: the start is taken off in float32
         assert np.asarray(update.a).any()
-    moved = jax.grad(lambda adapter: (lora.adapt(model)(PARAMS, adapter, *BATCHES[0]) ** 2).mean())(adapter)
+    moved = SLOPE(adapter)
     assert all(np.asarray(update.b).any() for update in moved.values())
 
 
@@ -76,7 +78,7 @@ def test_in_bfloat16_too(init):
     half = cast_floats(PARAMS, jnp.bfloat16)
     x = BATCHES[0][0].astype(jnp.bfloat16)
     adapter = start(init, half)
-    base, adapted = model(half, x), lora.adapt(model)(half, adapter, x)
+    base, adapted = RUN(half, x), ADAPTED(half, adapter, x)
     assert adapted.dtype == jnp.bfloat16
     assert_close(adapted, base)
     assert_same(lora.merge(half, adapter), half)
@@ -288,11 +290,11 @@ def test_layers_of_different_rank(init):
             exact = lora.init(KEY, alone, PARAMS, SITES, data)["layers/w"]
             assert_close(update.a[i, :rank], exact.a[i])
             assert_close(update.b[i, :rank], exact.b[i])
-    grads = jax.grad(lambda adapter: (lora.adapt(model)(PARAMS, adapter, *BATCHES[0]) ** 2).mean())(adapter)
+    grads = SLOPE(adapter)
     for i, rank in enumerate([3, 0, 5]):
         assert not np.asarray(grads["layers/w"].a[i, rank:]).any()
         assert not np.asarray(grads["layers/w"].b[i, rank:]).any()
-    assert_close(lora.adapt(model)(PARAMS, adapter, *BATCHES[0]), model(PARAMS, *BATCHES[0]))
+    assert_close(ADAPTED(PARAMS, adapter, *BATCHES[0]), RUN(PARAMS, *BATCHES[0]))
 
 
 def test_ranks_that_do_not_fit_the_stack():

@@ -20,7 +20,7 @@ NAMES = Names([(tuple(f"h_{{i}}/{part}/kernel" for part in PARTS), "h.{i}.qkv"),
 
 
 def draw(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape), jnp.float32)
+    return jax.device_put(np.float32(np.random.default_rng(len(shape)).normal(size=shape)))
 
 
 def model(params: Params, x: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ def fn(params: Any, tokens: Any) -> Any:
 
 def _params(*sizes: tuple[str, tuple[int, ...]]) -> dict[str, jax.Array]:
     draw = np.random.default_rng(0)
-    return {name: jnp.asarray(draw.normal(size=shape), jnp.float32) for name, shape in sizes}
+    return {name: jax.device_put(np.float32(draw.normal(size=shape))) for name, shape in sizes}
 
 
 PARAMS = _params(("embed", (9, 4)), ("layers", (3, 4, 4)), ("head", (4, 5)))

@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from helpers import assert_close, random_adapter
+from helpers import assert_close, compiled, random_adapter
 from jax import lax
 
 import lora_jax as lora
@@ -61,12 +62,12 @@ def banked(fn: Callable[..., Any]) -> list[lora.Adapter]:
 @pytest.mark.parametrize("fn", FOLLOWED.values(), ids=FOLLOWED)
 def test_rows_are_their_own(fn: Callable[..., Any]) -> None:
     adapters = banked(fn)
-    models = [PARAMS, *(lora.merge(PARAMS, each) for each in adapters)]
-    wanted = jnp.stack([fn(models[slot], X)[row] for row, slot in enumerate(IDS.tolist())])
-    assert_close(lora.route(fn)(PARAMS, adapters, IDS, X), wanted, factor=10)
+    models, alone = [PARAMS, *(lora.merge(PARAMS, each) for each in adapters)], jax.jit(fn)
+    wanted = np.stack([alone(models[slot], X)[row] for row, slot in enumerate(IDS.tolist())])
+    assert_close(compiled(lora.route(fn))(PARAMS, adapters, IDS, X), wanted, factor=10)
 
 
 @pytest.mark.parametrize(("fn", "operation"), LOST.values(), ids=LOST)
 def test_the_operation_that_loses_them_is_named(fn: Callable[..., Any], operation: str) -> None:
     with pytest.raises(lora.ParameterError, match=operation):
-        lora.route(fn)(PARAMS, banked(fn), IDS, X)
+        compiled(lora.route(fn))(PARAMS, banked(fn), IDS, X)

@@ -9,6 +9,7 @@ import pytest
 from helpers import (
     assert_close,
     assert_same,
+    compiled,
     random_adapter,
 )
 from test_route import ADAPTERS, PARAMS, SITES, X, dense
@@ -77,7 +78,7 @@ def test_dropout_differs_from_layer_to_layer_and_trains() -> None:
 def test_ids_from_outside_of_a_compiled_function() -> None:
     """They are known, but what is computed of them is not."""
     ids = jnp.array([1, 0, 3, 2])
-    expected = lora.route(dense)(PARAMS, ADAPTERS, ids, X)
+    expected = compiled(lora.route(dense))(PARAMS, ADAPTERS, ids, X)
     assert_close(jax.jit(lambda x: lora.route(dense)(PARAMS, ADAPTERS, ids, x))(X), expected)
 
 
@@ -90,7 +91,10 @@ def test_dropout_that_cannot_be() -> None:
         lora.route(dense)(PARAMS, unlike, [0] * 4, X, **key)
     with pytest.raises(lora.ConfigError, match="lora_key is one key here"):
         lora.route(dense)(PARAMS, ADAPTERS, [1] * 4, X, lora_key=(None, jax.random.key(0)))
-    assert_close(lora.route(dense)(PARAMS, ADAPTERS, [1] * 4, X, **key), lora.adapt(dense)(PARAMS, ADAPTERS[0], X))
+    assert_close(
+        compiled(lora.route(dense))(PARAMS, ADAPTERS, [1] * 4, X, **key),
+        compiled(lora.adapt(dense))(PARAMS, ADAPTERS[0], X),
+    )
 
 
 @pytest.mark.parametrize("axis_type", list(jax.sharding.AxisType)[:2])
@@ -99,9 +103,9 @@ def test_on_a_mesh(axis_type: Any) -> None:
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     spec = jax.sharding.PartitionSpec
     place = lambda array, *names: jax.device_put(array, jax.sharding.NamedSharding(mesh, spec(*names)))  # noqa: E731
-    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)}
+    params = {"w": jax.device_put(np.float32(np.random.default_rng(0).normal(size=(6, 4))))}
     adapters = [random_adapter(lora.find_sites(dense, params, X), seed=i) for i in range(3)]
-    expected = lora.route(dense)(params, adapters, [3, 0, 1, 2], X)
+    expected = compiled(lora.route(dense))(params, adapters, [3, 0, 1, 2], X)
     for strategy in get_args(Form):
         with jax.set_mesh(mesh):
             held = {"w": place(params["w"], None, "model")}
@@ -114,10 +118,10 @@ def test_on_a_mesh(axis_type: Any) -> None:
 def test_products_in_blocks(count: int, slots: int) -> None:
     draw = np.random.default_rng(count)
     shapes = (count, 5), (slots, 2, 5), (slots, 2, 4)
-    x, a, b = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes)
+    x, a, b = (jax.device_put(np.float32(draw.normal(size=shape))) for shape in shapes)
     for ids in (draw.integers(slots, size=count), np.zeros(count, int), np.full(count, slots - 1)):
         expected = np.einsum("ni,nri,nro->no", x, a[ids], b[ids])
-        assert_close(block_product(x, jnp.asarray(ids), a, b), jnp.asarray(expected))
+        assert_close(jax.jit(block_product)(x, jnp.asarray(ids), a, b), jnp.asarray(expected))
 
 
 def test_arguments_of_every_kind() -> None:
@@ -141,6 +145,6 @@ def test_axes_of_length_one_are_repeated() -> None:
         return (p["gain"][None, None] * x).reshape(3, -1) @ p["w"]
 
     adapter = random_adapter(lora.find_sites(fn, params, x)).without()
-    rows = lora.route(fn)(params, [adapter], jnp.array([1, 0, 1]), x)
+    rows = compiled(lora.route(fn))(params, [adapter], jnp.array([1, 0, 1]), x)
     assert_close(rows[1], fn(params, x)[1])
     assert_close(rows[::2], fn(lora.merge(params, adapter), x)[::2])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, cast_floats, random_adapter
+from helpers import assert_close, cast_floats, compiled, random_adapter
 from test_routers import ADAPTERS, BANK, PARAMS, SITES, Constant, Identity, X, dense, normal, ones, random_keys
 
 import lora_jax as lora
@@ -33,8 +33,8 @@ def test_what_a_router_costs() -> None:
 def test_bfloat16_keeps_its_dtype() -> None:
     params, x = cast_floats((PARAMS, X), jnp.bfloat16)
     router = lora.routers.arrow(BANK, top_k=3)
-    found = lora.route(dense)(params, BANK, router, x)
-    assert_close(found, lora.route(dense)(PARAMS, BANK, router, X).astype(jnp.bfloat16))
+    found = compiled(lora.route(dense))(params, BANK, router, x)
+    assert_close(found, compiled(lora.route(dense))(PARAMS, BANK, router, X).astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("axis_type", list(jax.sharding.AxisType)[:2])
@@ -47,7 +47,7 @@ def test_on_a_mesh(axis_type: Any) -> None:
     strongest = lora.routers.components(ADAPTERS)
     learned = lora.routers.learned(jax.random.key(0), BANK, top_k=2)
     for bank, router in ((BANK, lora.routers.arrow(BANK, top_k=2)), (BANK, learned), strongest):
-        expected = lora.route(dense)(PARAMS, bank, router, x)
+        expected = compiled(lora.route(dense))(PARAMS, bank, router, x)
         with jax.set_mesh(mesh):
             held = {"w": place(PARAMS["w"], None, "model")}
             found = jax.jit(lora.route(dense))(held, bank, router, place(x, "data", None))

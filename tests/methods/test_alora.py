@@ -33,10 +33,19 @@ def last_invocation(row: list[int], sequence: list[int]) -> list[int]:
     return [int(bool(starts) and i >= starts[-1]) for i in range(len(row))]
 
 
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.lists(st.integers(0, 2), min_size=1, max_size=3))
+LONGEST = 9
+invoked = jax.jit(lora.methods.invoked, static_argnums=1)
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=LONGEST), st.lists(st.integers(0, 2), min_size=1, max_size=3))
 def test_from_the_last_invocation_on(row: list[int], sequence: list[int]) -> None:
-    found = lora.methods.invoked(jnp.asarray([row]), sequence)
-    assert found.tolist() == [last_invocation(row, sequence)]
+    padded = np.array([row + [LONGEST] * (LONGEST - len(row))])  # with what is in no sequence: few shapes, few programs
+    found = invoked(padded, tuple(sequence))
+    assert found[0, : len(row)].tolist() == last_invocation(row, sequence)
+
+
+def test_rows_shorter_than_the_sequence_invoke_nothing() -> None:
+    assert not lora.methods.invoked(TOKENS[:, :1], SEQUENCE).any()
 
 
 def test_slots_of_examples_and_sequences_of_adapters() -> None:
@@ -53,12 +62,12 @@ def test_what_comes_before_is_the_base_and_a_cache_of_it_serves() -> None:
     """Tokens before the invocation see nothing of the adapter; those after it do; a whole active row is plain LoRA."""
     routed = jax.jit(lora.route(MODEL.apply, token_axes=1))
     found = routed(PARAMS, [ADAPTER], lora.methods.invoked(TOKENS, ADAPTER), TOKENS)
-    base = MODEL.apply(PARAMS, TOKENS)
+    base = jax.jit(MODEL.apply)(PARAMS, TOKENS)
     assert_close(found[0, :4], base[0, :4])
     assert_close(found[2], base[2])
     assert float(jnp.abs(found[0, 4:] - base[0, 4:]).max()) > 0.1
     plain = lora.Adapter({path: update.low_rank() for path, update in ADAPTER.items()})
-    assert_close(found[1], lora.adapt(MODEL.apply)(PARAMS, plain, TOKENS[1:2])[0])
+    assert_close(found[1], jax.jit(lora.adapt(MODEL.apply))(PARAMS, plain, TOKENS[1:2])[0])
 
 
 def test_it_trains_where_it_acts() -> None:

@@ -29,7 +29,7 @@ def weight(site: Site, dtype: str = "float32") -> jax.Array:
 
 
 def dora(site: Site, seed: int = 0, dtype: str = "float32") -> lora.methods.Dora:
-    made = lora.methods.Dora.around(random_adapter([site], seed)["w"], weight(site, dtype))
+    made = jax.jit(lora.methods.Dora.around)(random_adapter([site], seed)["w"], weight(site, dtype))
     return replace(made, magnitude=made.magnitude * (1 + 0.1 * seed + 0.3 * jnp.cos(made.magnitude * 9)))
 
 
@@ -47,15 +47,19 @@ def test_norms_are_those_of_the_sum(name: str, dtype: str) -> None:
     """In float32 accuracy for narrow weights too, which are never widened."""
     site = SITES[name]
     w, update = weight(site, dtype), random_adapter([site])["w"]
-    found = jnp.sqrt(changed_squares(site, w, squares(site, w), update.pairs()))
-    whole = w.astype(jnp.float32) + outer(site, *update.pairs()[0])
+    found = jax.jit(lambda w, update: jnp.sqrt(changed_squares(site, w, squares(site, w), update.pairs())))(w, update)
+    whole = jax.jit(lambda w, update: w.astype(jnp.float32) + outer(site, *update.pairs()[0]))(w, update)
     np.testing.assert_allclose(np.asarray(found), norm(site, whole), rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", SITES)
 def test_columns_have_the_magnitude(name: str) -> None:
     site, update = SITES[name], dora(SITES[name])
-    np.testing.assert_allclose(norm(site, update.applied(weight(site))), np.asarray(update.magnitude), rtol=1e-5)
+    np.testing.assert_allclose(
+        norm(site, jax.jit(lambda update, w: update.applied(w))(update, weight(site))),
+        np.asarray(update.magnitude),
+        rtol=1e-5,
+    )
 
 
 def test_a_column_of_zeros_stays_finite() -> None:
@@ -63,7 +67,7 @@ def test_a_column_of_zeros_stays_finite() -> None:
     w = weight(site).at[:, 2].set(0)
     update = lora.methods.Dora.around(replace(random_adapter([site])["w"], b=jnp.zeros((2, 7))), w)
     assert_same(update.applied(w), w)
-    gradient = jax.grad(lambda update: update.applied(w).sum())(update)
+    gradient = jax.jit(jax.grad(lambda update: update.applied(w).sum()))(update)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
 
 

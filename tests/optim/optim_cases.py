@@ -1,11 +1,13 @@
 """Adapters for the tests of optimizers: every shape of factors, and kinds of updates that only look like LowRank."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from helpers import random_adapter
 
 from lora_jax.adapter.adapter import Adapter
@@ -37,7 +39,7 @@ class Half(LowRank):
 def full(path: str, *shape: int, like: Site | None = None) -> Replace:
     site = like or Site(path=path, shape=shape, dtype="float32", kind="full")
     value = np.random.default_rng(len(path)).normal(size=site.shape)
-    return Replace(jnp.asarray(value, jnp.float32), replace(site, path=path))
+    return Replace(jax.device_put(np.float32(value)), replace(site, path=path))
 
 
 def low_rank(seed: int = 0, rank: int = 2) -> Adapter:
@@ -66,4 +68,10 @@ def mixed(seed: int = 0) -> Adapter:
 def noise(tree: Any, seed: int = 1) -> Any:
     """Gradients for a tree: random numbers in the dtype of each leaf."""
     draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), leaf.dtype), tree)
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(draw.normal(size=leaf.shape), leaf.dtype)), tree)
+
+
+@partial(jax.jit, static_argnums=0)
+def run(tx: optax.GradientTransformation, gradients: Any, tree: Any) -> Any:
+    """The first updates of an optimizer."""
+    return tx.update(gradients, tx.init(tree), tree)[0]

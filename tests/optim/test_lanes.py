@@ -75,14 +75,15 @@ def test_lanes_train_as_each_would_alone(case: Case) -> None:
 
     alone = [lora.scale(case.adapter, 0.4 + 0.3 * i) for i in range(K)]
     stacked, tx = lora.Adapter.stack(alone), lora.optim.lanes(build, learning_rate=RATES, weight_decay=DECAYS)
-    own = [lora.optimizer(build(*each), case.adapter) for each in zip(RATES, DECAYS, strict=True)]
-    state, states = tx.init(stacked), [each.init(adapter) for each, adapter in zip(own, alone, strict=True)]
+    own = lambda i: lora.optimizer(build(RATES[i], DECAYS[i]), case.adapter)  # noqa: E731
+    state, states = jax.jit(tx.init)(stacked), [jax.jit(own(i).init)(adapter) for i, adapter in enumerate(alone)]
     step = jax.jit(lambda adapters, state: moved(tx, adapters, state, jax.vmap(jax.grad(size))(adapters)))
     gradient = jax.jit(jax.grad(size))
+    step_alone = jax.jit(lambda i, adapter, state: moved(own(i), adapter, state, gradient(adapter)), static_argnums=0)
     for _ in range(STEPS):
         stacked, state = step(stacked, state)
         for i in range(K):
-            alone[i], states[i] = moved(own[i], alone[i], states[i], gradient(alone[i]))
+            alone[i], states[i] = step_alone(i, alone[i], states[i])
         for lane, adapter in zip(stacked.unstack(), alone, strict=True):
             assert_close(lane, adapter, factor=10)  # Adam divides by roots of small gradients
 

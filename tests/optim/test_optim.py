@@ -240,13 +240,17 @@ def test_optimizers_take_the_steps_that_they_take_on_the_factors_alone(name: str
     wants |= {"polyak": ("value",), "plateau": ("value",)}
 
     def trained(tx: Any, tree: Any, fn: Any) -> Any:
-        state = tx.init(tree)
-        for _ in range(4):
+        @jax.jit
+        def step(tree: Any, state: Any) -> Any:
             value, gradients = jax.value_and_grad(fn)(tree)
             more = {"value": value, "grad": gradients, "value_fn": fn, "grad_fn": lambda p, _: jax.grad(fn)(p)}
             given = {each: more[each] for each in wants.get(name, ())}
             updates, state = tx.update(gradients, state, tree, **given)
-            tree = optax.apply_updates(tree, updates)
+            return optax.apply_updates(tree, updates), state
+
+        state = jax.jit(tx.init)(tree)
+        for _ in range(4):
+            tree, state = step(tree, state)
         return tree, state
 
     adapter = jax.tree.map(lambda leaf, trains: leaf + 0.1 if trains else leaf, make(), trainable(make()))

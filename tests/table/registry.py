@@ -9,7 +9,7 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import random_adapter
+from helpers import compiled, random_adapter
 
 import lora_jax as lora
 from lora_jax.adapter.adapter import Adapter
@@ -34,11 +34,11 @@ class Draw:
         self.generator = np.random.default_rng(crc32(seed.encode()))
 
     def __call__(self, *shape: int) -> jax.Array:
-        return jnp.asarray(np.float32(self.generator.normal(size=shape) / 2))
+        return jax.device_put(np.float32(self.generator.normal(size=shape) / 2))
 
     def integers(self, limit: int, *shape: int) -> jax.Array:
         """Integers below a limit."""
-        return jnp.asarray(self.generator.integers(limit, size=shape), jnp.int32)
+        return jax.device_put(np.asarray(self.generator.integers(limit, size=shape), np.int32))
 
     def fill(self, tree: Any) -> Any:
         """The tree with random numbers for its abstract floating-point leaves, and zeros for the others."""
@@ -49,7 +49,7 @@ class Draw:
             return self(*leaf.shape)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jnp.broadcast_to(jax.random.key(0), leaf.shape)
-        return jnp.zeros(leaf.shape, leaf.dtype)
+        return jax.device_put(np.zeros(leaf.shape, leaf.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,10 @@ class Case:
     def starts(self) -> list[Adapter]:
         """Adapters that change nothing: those of the method, with either factor zero where that is a start."""
         zero = [
-            {path: replace(u, **{factor: jnp.zeros_like(getattr(u, factor))}) for path, u in self._factors.items()}
+            {
+                path: replace(u, **{factor: jax.device_put(np.zeros_like(getattr(u, factor)))})
+                for path, u in self._factors.items()
+            }
             for factor in "ab"
         ]
         return [self._adapted(METHODS[self.method].start, Adapter(each)) for each in zero]
@@ -127,7 +130,9 @@ class Case:
 
     def _adapted(self, make: Callable[[LowRank, Any], Update], factors: Adapter) -> Adapter:
         leaves, _ = named_leaves(self.model.params)
-        return Adapter({path: make(factors[path], leaves[path]) for path in factors})
+        given = {path: (factors[path], leaves[path]) for path in factors}
+        made = lambda given: {path: make(*each) for path, each in given.items()}  # noqa: E731
+        return Adapter((made if self.method == "lora" else compiled(made))(given))
 
     @property
     def drops(self) -> bool:

@@ -89,9 +89,9 @@ class FactorsReader:
         stacked = stack(site, joined)
         if parts[0].outputs is not None:
             return self._vera(site, parts, joined, stacked)
-        a, b, scale = (jnp.asarray(each) for each in (stacked.a, stacked.b, stacked.scale))
+        a, b, scale = (jax.device_put(each) for each in (stacked.a, stacked.b, stacked.scale))
         if stacked.values is not None:
-            return AdaLora(a, b, scale, site, self.dropout, values=jnp.asarray(stacked.values))
+            return AdaLora(a, b, scale, site, self.dropout, values=jax.device_put(stacked.values))
         factors = LowRank(a, b, scale, site, self.dropout)
         shares = [each.magnitude for each in parts if each.magnitude is not None]
         if not shares:
@@ -120,7 +120,7 @@ class FactorsReader:
         layouts.fill_vector(
             magnitude, site, [ModuleVector(to, value * np.float32(to.part.gain)) for to, value in shares]
         )
-        return replace(update, magnitude=jnp.asarray(magnitude))
+        return replace(update, magnitude=jax.device_put(magnitude))
 
     def _vera(
         self, site: Site, parts: Sequence[ModulePart], joined: Mapping[tuple[int, ...], Concatenated], stacked: Stacked
@@ -135,7 +135,7 @@ class FactorsReader:
         b = np.zeros(site.batch_shape + site.sizes(site.out_axes), np.float32)
         shares = [each.outputs for each in parts if each.outputs is not None]
         layouts.fill_vector(b, site, [ModuleVector(to, value * np.float32(to.part.gain)) for to, value in shares])
-        d, b, scale, *pair = (jnp.asarray(each) for each in (stacked.values, b, stacked.scale, first.a, first.b))
+        d, b, scale, *pair = (jax.device_put(each) for each in (stacked.values, b, stacked.scale, first.a, first.b))
         return Vera(d, b, scale, site, self.seed, self.dropout, *pair)
 
     def shift(self, site: Site, parts: Sequence[ModulePart]) -> list[Shift]:
@@ -160,7 +160,7 @@ class FactorsReader:
             layouts.fill_vector(
                 value, site, [ModuleVector(target, vector * np.float32(own / (scale[target.index] or 1)))]
             )
-        return [Shift(jnp.asarray(value), jnp.asarray(scale), full_site(path, self.leaves[path]))]
+        return [Shift(jax.device_put(value), jax.device_put(scale), full_site(path, self.leaves[path]))]
 
 
 def _used(target: Target, b: np.ndarray) -> np.ndarray:
