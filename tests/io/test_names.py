@@ -123,6 +123,7 @@ ROWS = {
     "HF BERT": Row("hf_flax", site("bert/encoder/layer/1/attention/self/query/kernel", (6, 8), "io"), one(BERT, 6)),
     "HF masked BERT": Row("hf_flax_bert", site("bert/encoder/layer/1/attention/self/query/kernel", (6, 8), "io"), one(BERT, 6)),
     "HF T5": Row("hf_flax", site("encoder/block/0/layer/0/SelfAttention/q/kernel", (6, 8), "io"), one("encoder.block.0.layer.0.SelfAttention.q", 6)),
+    "KerasHub": Row("keras_hub_llama", site("transformer_layer_0/self_attention/query/kernel", (6, 2, 4), "ioo"), one("model.layers.0.self_attn.q_proj", 6)),
     "HF GPT-2": Row("hf_flax_gpt2", site("transformer/h/0/attn/c_attn/kernel", (12, 4), "oi"), lambda w: {"transformer.h.0.attn.c_attn": w}),
     "tunix Llama": Row("tunix", site("layers/1/attn/o_proj/w", (3, 4, 6), "iio"), one(LLAMA.format(1, "o"), 12)),
     "tunix feed-forward": Row("tunix", site("layers/1/mlp/down_proj/kernel", (8, 6), "io"), one("model.layers.1.mlp.down_proj", 8)),
@@ -255,6 +256,7 @@ def test_known_maps_name_whole_parameters() -> None:
         "hf_flax_gpt2": ("transformer/h/3/ln_1/bias", "transformer.h.3.ln_1"),
         "tunix": ("layers/3/attn/q_proj/bias", "model.layers.3.self_attn.q_proj"),
         "gemma": ("embedder/input_embedding", "model.embed_tokens"),
+        "keras_hub_llama": ("token_embedding/reverse_embeddings", "lm_head"),
         "maxtext": ("params/decoder/layers_3/pre_self_attention_layer_norm/scale", "model.layers.3.input_layernorm"),
     }
     assert (

@@ -39,7 +39,7 @@ def fresh() -> lora.Adapter:
 
 def rows(count: int) -> Any:
     draw = np.random.default_rng(0)
-    return jnp.asarray(draw.normal(size=(count, 6)), jnp.float32), jnp.asarray(draw.random(count) < 0.6)
+    return jax.device_put(np.float32(draw.normal(size=(count, 6)))), jnp.asarray(draw.random(count) < 0.6)
 
 
 def one_step(parts: int) -> Any:

@@ -1,4 +1,4 @@
-"""Known maps of names, for models of tunix, gemma, MaxText, Hugging Face's former Flax classes, and lora_jax's own."""
+"""Known maps of names: tunix, gemma, MaxText, KerasHub, Hugging Face's former Flax classes, and lora_jax's own."""
 
 from collections.abc import Mapping
 
@@ -28,6 +28,17 @@ _EINSUM_ATTENTION = {
     "attn/attn_vec_einsum/w": f"{_LAYER}.self_attn.o_proj",
 }
 _HEAD = {"model.embed_tokens": "lm_head"}
+_KERAS_HUB = {
+    "self_attention/query/kernel": "self_attn.q_proj",
+    "self_attention/key/kernel": "self_attn.k_proj",
+    "self_attention/value/kernel": "self_attn.v_proj",
+    "self_attention/attention_output/kernel": "self_attn.o_proj",
+    "feedforward_gate_dense/kernel": "mlp.gate_proj",
+    "feedforward_intermediate_dense/kernel": "mlp.up_proj",
+    "feedforward_output_dense/kernel": "mlp.down_proj",
+    "self_attention_layernorm/scale": "input_layernorm",
+    "feedforward_layernorm/scale": "post_attention_layernorm",
+}
 
 KNOWN: Mapping[str, Names] = {
     # A Llama in Flax linen with tied embeddings: PyTorch's LlamaForCausalLM computes the same.
@@ -75,6 +86,16 @@ KNOWN: Mapping[str, Names] = {
             *(Rule(f"layer_{{i}}/{path}", modules) for path, modules in _EINSUM_ATTENTION.items()),
             ("layer_{i}/mlp/gating_einsum", (f"{_LAYER}.mlp.gate_proj", f"{_LAYER}.mlp.up_proj")),
             ("layer_{i}/mlp/linear", f"{_LAYER}.mlp.down_proj"),
+        ],
+        tied=_HEAD,
+    ),
+    # Llama 3 and Qwen, whose variables by `path` are the tensors of PyTorch, transposed and with heads apart.
+    "keras_hub_llama": Names(
+        [
+            ("token_embedding/embeddings", "model.embed_tokens"),
+            ("token_embedding/reverse_embeddings", "lm_head"),
+            ("sequence_output_layernorm/scale", "model.norm"),
+            *((f"transformer_layer_{{i}}/{path}", f"{_LAYER}.{module}") for path, module in _KERAS_HUB.items()),
         ],
         tied=_HEAD,
     ),
