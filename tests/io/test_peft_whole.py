@@ -217,10 +217,17 @@ def test_tables_that_peft_has_no_name_for(tmp_path: Path) -> None:
         lora.peft.save(tmp_path / "a", q, params=params, save_embedding_layers=True)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"text_config": 3}'])
-def test_the_config_of_a_base_that_is_none(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is not readable as JSON"),
+        ("[]", "holds a list, not the object"),
+        ('{"text_config": 3}', "is no config of a model"),
+    ],
+)
+def test_the_config_of_a_base_that_is_none(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(lora.CheckpointError, match="is no config of a model"):
+    with pytest.raises(lora.CheckpointError, match=said):
         lora.peft.save(tmp_path / "a", random_adapter([dense("q")]), base_model=str(tmp_path))
 
 

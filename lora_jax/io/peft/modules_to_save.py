@@ -276,8 +276,10 @@ class FullTensorWriter:
         """Whether a local base model says that its vocabulary has another size than every table here."""
         path = Path(base_model or "") / "config.json"
         config = (read_object(path) if base_model else None) or {}
-        nested = config.get("text_config")
-        size = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
+        nested = config.get("text_config", {})
+        if not isinstance(nested, dict):
+            raise CheckpointError(f"{path} is no config of a model: text_config={nested!r} must be an object")
+        size = config.get("vocab_size", nested.get("vocab_size"))
         tables = [site.fan_in for site in self.sites.values() if site.kind == "embedding"]
         return size is not None and bool(tables) and size not in tables
 
