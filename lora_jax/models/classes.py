@@ -93,7 +93,11 @@ def _with_new_head(model: Model, names: Sequence[str], seed: int) -> Model:
 
 def _drawn(key: jax.Array, path: Sequence[str], shape: tuple[int, ...], like: Any) -> jax.Array:
     """A new tensor, in the dtype of the others and with a copy on each of their devices."""
-    other = jax.tree.leaves(like)[0]
+    # Codes of weights in few bits have dtypes of one byte.
+    wide = (
+        leaf for leaf in jax.tree.leaves(like) if leaf.dtype.itemsize > 1 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
+    other = next(wide)
     value = jnp.zeros(shape) if path[-1] == "bias" else _DEVIATION * jax.random.normal(key, shape)
     value = value.astype(other.dtype)
     if not isinstance(other.sharding, NamedSharding):

@@ -93,6 +93,15 @@ def test_a_new_head_of_an_encoder(kind: str, new: set[str], tmp_path: Path):
     assert_same(class_logits(again, again.params, TOKENS, SEGMENTS), logits)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_new_head_of_a_model_in_few_bits_is_of_floats(family: str, tmp_path: Path):
+    sizes = {"n_embd": 64} if family == "gpt2" else {"hidden_size": 64, "intermediate_size": 128}
+    base = models.load(tiny_directory(tmp_path / "m", family, **sizes), quantise="nf4")
+    model = models.with_classes(base, NAMES)
+    assert model.params["score"]["weight"].dtype == jnp.float32
+    assert jnp.isfinite(class_logits(model, model.params, TOKENS, SEGMENTS)).all()
+
+
 def test_a_new_head_lies_where_the_model_does(tmp_path: Path):
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=jax.devices()[:4])
     path = tiny_directory(tmp_path / "m", "llama")
