@@ -1,7 +1,4 @@
-"""Two ways to make a weight smaller, at equal bytes: fewer singular values, or INT8, INT4 or NF4 for every entry.
-
-The formats are here for analysis only: nothing runs on them.
-"""
+"""Two ways to make a weight smaller, at equal bytes: fewer singular values, or INT8, INT4 or NF4 for every entry."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +18,8 @@ from lora_jax.capture import Inputs
 from lora_jax.compose.factors import gathered, product
 from lora_jax.errors import ParameterError, listed, nearest
 from lora_jax.paths import is_array, named_leaves
+from lora_jax.quantised.formats import FORMATS as CODES
+from lora_jax.quantised.leaf import quantised
 from lora_jax.report.report import Report
 from lora_jax.report.tables import Table
 
@@ -29,29 +28,20 @@ SCALE_BYTES = 4
 
 _BLOCK = 64
 
-_NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-"""Quantiles of a normal distribution, as the QLoRA paper lists them (appendix E)."""
-
 
 @dataclass(frozen=True)
 class Format:
-    """A format of numbers that share a scale in blocks along the inputs of an output; the largest one is exact.
+    """A format of `lora_jax.quantise`, in blocks along the inputs of an output; the largest number is exact.
 
     Attributes:
       name: of the format.
-      bits: of a number.
+      scheme: its name for `lora_jax.quantise`.
       block: numbers that share a scale; None for all inputs of an output.
-      levels: what a number may be, relative to the largest of its block.
     """
 
     name: str
-    bits: int
+    scheme: str
     block: int | None
-    levels: tuple[float, ...]
 
     def nbytes(self, fan_in: int, fan_out: int) -> int:
         """Bytes of a matrix, scales included.
@@ -60,7 +50,7 @@ class Format:
         [('INT8', 1320), ('INT4', 720), ('NF4', 720)]
         """
         scales = fan_out * -(-fan_in // (self.block or fan_in))
-        return -(-fan_in * fan_out * self.bits // 8) + SCALE_BYTES * scales
+        return -(-fan_in * fan_out * CODES[self.scheme].bits // 8) + SCALE_BYTES * scales
 
     def rounded(self, matrix: Array) -> Array:
         """A matrix `[fan_in, fan_out]` float32, with every number at the nearest of its block's levels.
@@ -68,27 +58,10 @@ class Format:
         >>> [round(float(each), 3) for each in FORMATS[1].rounded(jnp.float32([[2.0], [0.9], [0.1]]))[:, 0]]
         [2.0, 0.857, 0.0]
         """
-        fan_in, fan_out = matrix.shape
-        block = self.block or fan_in
-        blocks = jnp.pad(matrix, [(0, -fan_in % block), (0, 0)]).reshape(-1, block, fan_out)
-        scale = jnp.abs(blocks).max(1, keepdims=True)
-        levels = jnp.asarray(self.levels, matrix.dtype)
-        middles = (levels[1:] + levels[:-1]) / 2
-        nearest = levels[jnp.searchsorted(middles, blocks / jnp.where(scale > 0, scale, 1))]
-        return (nearest * scale).reshape(-1, fan_out)[:fan_in]
+        return quantised(matrix.T, self.scheme, self.block or len(matrix), 1).dense().T
 
 
-def _whole_numbers(bits: int) -> tuple[float, ...]:
-    """Symmetric: one code is left unused, so that zero is one of them."""
-    most = 2 ** (bits - 1) - 1
-    return tuple(number / most for number in range(-most, most + 1))
-
-
-FORMATS = (
-    Format("INT8", 8, None, _whole_numbers(8)),
-    Format("INT4", 4, _BLOCK, _whole_numbers(4)),
-    Format("NF4", 4, _BLOCK, _NF4),
-)
+FORMATS = (Format("INT8", "int8", None), Format("INT4", "int4", _BLOCK), Format("NF4", "nf4", _BLOCK))
 
 
 FACTOR_BYTES = 2
