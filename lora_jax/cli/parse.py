@@ -61,6 +61,7 @@ VERBS = {
     "chat": ("chat --model DIR", "Talk with a model, alone or with an adapter."),
     "evaluate": ("evaluate --model DIR --data FILE", "Loss and accuracy of base, adapted and merged on a file."),
     "merge": ("merge BASE ADAPTER [ADAPTER ...] OUT", "Merge PEFT adapters into a Hugging Face checkpoint."),
+    "quantise": ("quantise MODEL OUT", "Write a model in 4 bits, as bitsandbytes stores it."),
     "compose": ("compose ADAPTER [ADAPTER ...] --out OUT", "Make one adapter out of several."),
     "convert": ("convert ADAPTER OUT", "Convert an adapter to the other format, lora_jax's own or PEFT's."),
     "export": ("export ADAPTER OUT --for SERVER", "Write an adapter for vllm, sglang, llama.cpp, mlx or peft."),

@@ -242,7 +242,7 @@ def given(verb: str) -> list[str]:
         verb,
         *{
             "merge": ["a", "b", "c"], "compose": ["a", "--out", "b"], "convert": ["a", "b"], "inspect": ["a"],
-            "export": ["a", "b", "--for", "vllm"],
+            "quantise": ["a", "b"], "export": ["a", "b", "--for", "vllm"],
             "extract": ["a", "b", "c"], "generate": ["--model", "a", "--prompt", "b"], "chat": ["--model", "a"],
             "evaluate": ["--model", "a", "--data", "b"],
         }.get(verb, []),
@@ -304,6 +304,7 @@ BAD = {
                  "--model base --prompt a --temperature -1", "--model broken --prompt a", "--model base --file nope"],
     "chat": ["", "--model nope", "--model base --json", "--model base --top-p 0", "--model base --max-tokens 0"],
     "evaluate": ["", "--model base", "--data nope --model base", "--data base --model base"],
+    "quantise": ["", "a", "nope out", "base out", "base golden"],
     "merge": ["", "a", "a b c", "base golden base", "base nope out", "base own out", "base golden out --weights x",
               "base golden out --weights 1 2", "base golden out --rounding up", "base long out", "golden golden out"],
     "compose": ["", "long", "long --out other", "nope --out out", "long own --out out",

@@ -15,10 +15,12 @@ from tiny_models import tiny_directory
 
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.cli import main
 from lora_jax.paths import named_leaves
+from lora_jax.quantised.formats import FORMATS
 from lora_jax.quantised.leaf import is_quantised
 
-WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 TOKENS = jnp.arange(12).reshape(2, 6)
 
 
@@ -99,16 +101,16 @@ def four_bits(tensors: dict[str, Any], nested: bool) -> tuple[dict[str, Any], di
         facts: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [*leaf.shape]}
         scale = np.asarray(leaf.scale).reshape(-1)
         if nested:
-            levels = np.linspace(-1, 1, 256, dtype=np.float32) if nested == "other" else _dynamic()
+            levels = np.linspace(-1, 1, 256, dtype=np.float32) if nested == "other" else _levels("dynamic")
             offset, largest = scale.mean(), np.abs(scale - scale.mean()).max()
             codes = np.abs(((scale - offset) / largest)[:, None] - levels).argmin(1).astype(np.uint8)
-            stored |= {f"{name}.nested_absmax": np.float32([largest]), f"{name}.nested_quant_map": levels}
+            stored |= {f"{name}.nested_absmax": np.asarray([largest], np.float32), f"{name}.nested_quant_map": levels}
             facts |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": float(offset)}
             stored[f"{name}.absmax"], scale = codes, levels[codes] * largest + np.float32(offset)
         else:
             stored[f"{name}.absmax"] = scale
         stored[name] = np.asarray(leaf.codes).reshape(-1, 1)
-        stored[f"{name}.quant_map"] = np.float32(_levels("nf4"))
+        stored[f"{name}.quant_map"] = _levels("nf4")
         stored[f"{name}.quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
         codes = np.asarray(leaf.codes).reshape(-1)
         values = _levels("nf4")[np.stack([codes >> 4, codes & 15], -1).reshape(-1, 64)]
@@ -117,13 +119,7 @@ def four_bits(tensors: dict[str, Any], nested: bool) -> tuple[dict[str, Any], di
 
 
 def _levels(format: str) -> np.ndarray:
-    from lora_jax.quantised.formats import FORMATS
-
-    return np.float32(FORMATS[format].levels)
-
-
-def _dynamic() -> np.ndarray:
-    return _levels("dynamic")
+    return np.asarray(FORMATS[format].levels, np.float32)
 
 
 def eight_bits(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -226,3 +222,29 @@ def test_damage_and_mixtures_are_errors(directory: Path, tmp_path: Path) -> None
     with pytest.raises(lora.CheckpointError, match=rf"{first} is not quantised, and other layers are.*unrolled=True"):
         models.load(path)
     assert models.load(path, unrolled=True).apply(models.load(path, unrolled=True).params, TOKENS).shape == (2, 6, 61)
+
+
+def test_codes_are_written_as_bitsandbytes_has_them(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "small"
+    assert main(["quantise", str(directory), str(out)]) == 0
+    assert "numbers in nf4, " in capsys.readouterr().out
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert said["load_in_4bit"] and said["llm_int8_skip_modules"] == ["embed_tokens", "k_proj", "lm_head", "v_proj"]
+    stored, _ = four_bits(load_file(directory / "model.safetensors"), False)
+    found = load_file(out / "model.safetensors")
+    small = {name.partition(".absmax")[0] for name in found if name.endswith(".absmax")}
+    assert len(small) == 4 * 5
+    for name in sorted(small):
+        for part in ("", ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4"):
+            np.testing.assert_array_equal(found[name + part], stored[name + part])
+    again, model = models.load(out), models.load(directory, quantise="nf4")
+    assert_close(again.apply(again.params, TOKENS), model.apply(model.params, TOKENS))
+    assert main(["quantise", str(directory), str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    tiny_directory(tmp_path / "tiny", "llama")
+    assert main(["quantise", str(tmp_path / "tiny"), str(tmp_path / "other")]) == 2
+    assert "nothing to quantise" in capsys.readouterr().err
+    with pytest.raises(lora.ParameterError, match="is int8, and directories hold codes of nf4 and fp4 only"):
+        models.save(tmp_path / "int8", models.load(directory, quantise="int8"), codes=True)

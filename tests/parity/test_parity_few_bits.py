@@ -90,3 +90,20 @@ def test_an_adapter_trained_here_loads_on_their_model(kind: str, plain: Path, tm
         rough = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")(torch.tensor(TOKENS)).logits
     np.testing.assert_allclose(ours, expected.numpy(), atol=3e-5)
     np.testing.assert_allclose(ours, rough.float().numpy(), atol=0.05)
+
+
+def test_what_is_quantised_here_loads_there(plain: Path, tmp_path: Path) -> None:
+    model = models.load(plain, quantise="nf4")
+    models.save(tmp_path / "small", model, codes=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small", device_map="cpu")
+    own = named_leaves(models.load(tmp_path / "small", unrolled=True).params)[0]
+    count = 0
+    for path, leaf in own.items():
+        if is_quantised(leaf):
+            module = theirs.get_submodule(path.rpartition("/")[0].replace("/", "."))
+            np.testing.assert_array_equal(np.asarray(leaf.dense()), numbers(module).float().numpy())
+            count += 1
+    assert count == 14
+    with torch.no_grad():
+        logits = theirs(torch.tensor(TOKENS)).logits.float().numpy()
+    np.testing.assert_allclose(model.apply(model.params, jnp.asarray(TOKENS)), logits, atol=0.05)
