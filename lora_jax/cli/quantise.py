@@ -18,8 +18,8 @@ from lora_jax.train.options import OptionError
 class Quantise(Verb):
     """Write a model in 4 bits, as bitsandbytes stores it.
 
-    Kernels of layers become nf4; lora-jax, transformers and PEFT load the directory as it is. Tables, heads, norms and routers keep their dtype.
-    Kernels become codes one by one as they are read, so that the model is never there in full.
+    Kernels of layers become nf4, one by one as they are read, so that the model is never there in full. Tables, heads,
+    norms and routers keep their dtype. lora-jax, transformers and PEFT load the directory as it is.
     """
 
     paths: tyro.conf.Positional[tuple[str, Path]]
