@@ -11,7 +11,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from zoo_model import Model, Row, check_merged, check_routed, check_sites, numbers, pixels, tokens
+from zoo_model import Model, Row, check_merged, check_quantised, check_routed, check_sites, numbers, pixels, tokens
 
 WIDTH, HEADS, HEAD, HIDDEN, LAYERS, VOCABULARY = 16, 4, 8, 24, 3, 32
 
@@ -177,3 +177,7 @@ def test_routed(row: Row) -> None:
 
 def test_adapted_is_merged(row: Row) -> None:
     check_merged(row)
+
+
+def test_quantised(row: Row) -> None:
+    check_quantised(row)

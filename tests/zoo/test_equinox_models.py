@@ -8,7 +8,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
-from zoo_model import NORMS_AND_BIASES, Model, Row, check_merged, check_routed, check_sites, numbers, pixels, tokens
+from zoo_model import (
+    NORMS_AND_BIASES,
+    Model,
+    Row,
+    check_merged,
+    check_quantised,
+    check_routed,
+    check_sites,
+    numbers,
+    pixels,
+    tokens,
+)
 
 DECODER = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -104,6 +115,11 @@ def test_sites(row: Row) -> None:
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_adapted_is_merged(row: Row) -> None:
     check_merged(row)
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_quantised(row: Row) -> None:
+    check_quantised(row)
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)

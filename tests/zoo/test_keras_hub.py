@@ -7,7 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from zoo_model import NORMS_AND_BIASES, Model, Row, check_merged, check_routed, check_sites, numbers, pixels, tokens
+from zoo_model import (
+    NORMS_AND_BIASES,
+    Model,
+    Row,
+    check_merged,
+    check_quantised,
+    check_routed,
+    check_sites,
+    numbers,
+    pixels,
+    tokens,
+)
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 SMALL = {"vocabulary_size": 32, "num_layers": 2, "hidden_dim": 16, "intermediate_dim": 24}
@@ -82,3 +93,7 @@ def test_routed(row: Row) -> None:
 
 def test_adapted_is_merged(row: Row) -> None:
     check_merged(row)
+
+
+def test_quantised(row: Row) -> None:
+    check_quantised(row)

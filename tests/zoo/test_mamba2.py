@@ -2,7 +2,17 @@
 
 import pytest
 from flax import nnx
-from zoo_model import NORMS_AND_BIASES, Model, Row, check_merged, check_routed, check_sites, of_nnx, tokens
+from zoo_model import (
+    NORMS_AND_BIASES,
+    Model,
+    Row,
+    check_merged,
+    check_quantised,
+    check_routed,
+    check_sites,
+    of_nnx,
+    tokens,
+)
 
 
 def build() -> Model:
@@ -32,3 +42,7 @@ def test_routed() -> None:
 
 def test_adapted_is_merged() -> None:
     check_merged(ROW)
+
+
+def test_quantised() -> None:
+    check_quantised(ROW)

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from flax.linen import partitioning
 from helpers import assert_close, random_adapter
-from zoo_model import Model, Row, check_merged, check_routed, check_sites, of_nnx, positions, tokens
+from zoo_model import Model, Row, check_merged, check_quantised, check_routed, check_sites, of_nnx, positions, tokens
 
 import lora_jax as lora
 from lora_jax.adapter.site import Site
@@ -107,6 +107,11 @@ def test_sites(row: Row) -> None:
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_adapted_is_merged(row: Row) -> None:
     check_merged(row)
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_quantised(row: Row) -> None:
+    check_quantised(row)
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import pytest
-from zoo_model import Model, Row, check_merged, check_routed, check_sites, numbers, tokens
+from zoo_model import Model, Row, check_merged, check_quantised, check_routed, check_sites, numbers, tokens
 
 HEAD = ("transformer/lm_head.weights",)
 
@@ -51,3 +51,7 @@ def test_routed(row: Row) -> None:
 
 def test_adapted_is_merged(row: Row) -> None:
     check_merged(row)
+
+
+def test_quantised(row: Row) -> None:
+    check_quantised(row)

@@ -6,7 +6,18 @@ from importlib import import_module
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from zoo_model import Model, Row, causal, check_merged, check_routed, check_sites, of_nnx, positions, tokens
+from zoo_model import (
+    Model,
+    Row,
+    causal,
+    check_merged,
+    check_quantised,
+    check_routed,
+    check_sites,
+    of_nnx,
+    positions,
+    tokens,
+)
 
 SMALL = {"embed_dim": 16, "hidden_dim": 24, "num_heads": 4, "head_dim": 8, "num_kv_heads": 2}
 TIED = ("embedder/input_embedding",)
@@ -71,3 +82,7 @@ def test_routed(row: Row) -> None:
 
 def test_adapted_is_merged(row: Row) -> None:
     check_merged(row)
+
+
+def test_quantised(row: Row) -> None:
+    check_quantised(row)

@@ -94,6 +94,17 @@ def check_merged(row: Row) -> None:
     assert differ(merged, plain(model.params, *model.args))
 
 
+def check_quantised(row: Row) -> None:
+    """On a quantised base the same sites are found, and the adapted model computes what the numbers give."""
+    model = row.build()
+    sites = lora.find_sites(model.fn, model.params, *model.args)
+    base = lora.quantise(model.params, "int8", block=4, where=lambda path, leaf: path in sites)
+    assert lora.find_sites(model.fn, base, *model.args) == sites
+    adapter, run = numbers(new(model, sites), size=0.1), jax.jit(lora.adapt(model.fn))
+    plain = run(lora.dequantise(base), adapter, *model.args)
+    assert_close(run(base, adapter, *model.args), plain, row.dtype, factor=10.0 if row.dtype == "float32" else 1.0)
+
+
 def new(model: Model, targets: Any, sites: Any = None) -> Any:
     config = lora.LoraConfig(rank=2, targets=tuple(targets))
     return jax.eval_shape(lambda: lora.init(jax.random.key(0), config, model.params, sites or targets))
