@@ -20,6 +20,7 @@ Quantised bases:       `quantise`, `dequantise`, `Quantised`
 Composing:             `compose`, `compose_report`, `canonical`, `extract`, `extract_report`, `resize`
 Many adapters:         `route`, `routers`, `AdapterBank`, `AdapterCache`
 Analysis:              `analysis`
+Models:                `models`, `generate`
 Data and tokenizers:   `data`, `text`
 Saving and loading:    `save`, `load`, `load_config`, `peft`, `hub`
 Errors:                `LoraError`, `ConfigError`, `MatchError`, `ParameterError`, `MergeError`, `CheckpointError`,
@@ -36,7 +37,9 @@ from lora_jax import lazy as _lazy
 if TYPE_CHECKING:  # What type checkers and editors see; a test holds it equal to the names below.
     from lora_jax import analysis as analysis
     from lora_jax import data as data
+    from lora_jax import generate as generate
     from lora_jax import methods as methods
+    from lora_jax import models as models
     from lora_jax import nnx as nnx
     from lora_jax import optim as optim
     from lora_jax import rules as rules
@@ -111,6 +114,7 @@ _lazy.face(
         "lora_jax.compose": "canonical compose compose_report extract extract_report resize",
         "lora_jax.config.config": "LoraConfig",
         "lora_jax.data": "",
+        "lora_jax.generate": "",
         "lora_jax.errors": "CheckpointError ConfigError LoraError MatchError MergeError ParameterError StorageError",
         "lora_jax.init": "init initialisers loftq",
         "lora_jax.io.hub": "",
@@ -122,6 +126,7 @@ _lazy.face(
         "lora_jax.many.routers": "",
         "lora_jax.merge": "absorb merge merge_report",
         "lora_jax.methods": "",
+        "lora_jax.models": "",
         "lora_jax.nnx": "",
         "lora_jax.optim": "",
         "lora_jax.optim.frozen": "combine optimizer partition",

@@ -16,7 +16,9 @@ PAGES = sorted(DOCS.rglob("*.md"))
 REFERENCE = {
     page: re.findall(r"^::: lora_jax\.(\S+)$", page.read_text(), re.MULTILINE) for page in DOCS.glob("api/*.md")
 }
-FAMILIES = ("analysis", "data", "hub", "methods", "nnx", "optim", "peft", "routers", "rules", "text")
+FAMILIES = (
+    "analysis", "data", "generate", "hub", "methods", "models", "nnx", "optim", "peft", "routers", "rules", "text",
+)  # fmt: skip
 GROUPS = dict(re.findall(r"^([A-Z][\w ]+):((?: +`.*\n)+)", lora.__doc__ or "", re.MULTILINE))
 
 

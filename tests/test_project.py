@@ -147,7 +147,10 @@ def test_functions_are_not_hidden_by_modules_of_their_names() -> None:
 
 
 PUBLIC = [name for name in lora.__all__ if not inspect.ismodule(getattr(lora, name))]
-FAMILIES = (lora.analysis, lora.data, lora.hub, lora.methods, lora.nnx, lora.optim, lora.peft, lora.routers, lora.text)
+FAMILIES = (
+    lora.analysis, lora.data, lora.generate, lora.hub, lora.methods, lora.models, lora.nnx, lora.optim, lora.peft,
+    lora.routers, lora.text,
+)  # fmt: skip
 NAMED = [(lora, name) for name in PUBLIC]
 NAMED += [(module, name) for module in FAMILIES for name in module.__all__ if callable(getattr(module, name))]
 

@@ -27,6 +27,11 @@ def load_adapter(path: str | PathLike[str], model: Model, sites: Sites | None = 
 
     Raises:
       CheckpointError: there is no adapter, or it is damaged or belongs to another model.
+
+    Example:
+      >>> adapter = load_adapter("runs/1/adapter", model)  # doctest: +SKIP
+      >>> lora.adapt(model.apply)(model.params, adapter, tokens).shape  # doctest: +SKIP
+      (1, 12, 49152)
     """
     try:
         return load_for(path, model.params, lambda: model_sites(model) if sites is None else sites, model.directory)

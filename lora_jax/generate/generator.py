@@ -177,6 +177,11 @@ class Continuation:
       tokens: how many tokens were written.
       waited: seconds until the first of them, with the compilation of programs if they were new.
       rate: tokens per second after the first ones, or None if there were no more.
+
+    Example:
+      >>> for new in Generator(model).stream(["Once"], max_tokens=32):  # doctest: +SKIP
+      ...     print(new[0], end="", flush=True)
+       upon a time
     """
 
     def __init__(self, run: _Run, begin: Any, texts: Sequence[Text], max_tokens: int, keep: Any = None):

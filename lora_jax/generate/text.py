@@ -15,6 +15,11 @@ class Answer(NamedTuple):
       text: without the stop string that ended it.
       tokens: without the token that ended it.
       ended: by a `token` that ends texts, by a `stop` string, or by the `length` that was allowed.
+
+    Example:
+      >>> answer = Answer(text="yes", tokens=(4, 7), ended="token")
+      >>> answer.text, len(answer.tokens)
+      ('yes', 2)
     """
 
     text: str

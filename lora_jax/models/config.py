@@ -104,6 +104,14 @@ class DecoderConfig:
       residual: where norms stand: before each part, before and after, or before both parts at once.
       gated: whether the MLP multiplies by a gate.
       experts: the mixture of experts, or None.
+
+    Example:
+      >>> from lora_jax import models
+      >>> sizes = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 16,
+      ...           "num_hidden_layers": 3, "num_attention_heads": 2}
+      >>> config = models.initial(sizes).config
+      >>> config.family, config.layers, config.head_dim, config.tied
+      ('llama', 3, 4, False)
     """
 
     family: str

@@ -62,6 +62,15 @@ class Model:
     checkpoint has a classifier, otherwise the mean of each text's hidden states, `[batch, width]`, both in float32.
     `mask` is 0 for padding, `types` tells the texts of a pair apart, and the mask goes to `head(params, hidden, mask)`
     as well.
+
+    Example:
+      >>> import numpy as np
+      >>> from lora_jax import models
+      >>> sizes = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 16,
+      ...           "num_hidden_layers": 3, "num_attention_heads": 2}
+      >>> model = models.initial(sizes)
+      >>> model.continues, model.what, model.apply(model.params, np.zeros((1, 4), np.int32)).shape
+      (True, 'a decoder', (1, 4, 9))
     """
 
     apply: Callable[..., Any]
