@@ -177,7 +177,7 @@ def quantised(
     blocks = padded.reshape(*leading, -1, block)
     scale: Any = jnp.abs(blocks).max(-1) / how.largest
     scale = _searched(how, blocks, scale) if search else scale
-    offset, stored = None, scale
+    stored = scale
     if nested:
         # Scales are of one sign: without their mean they use all levels.
         mean = scale.mean(-1, keepdims=True)
@@ -186,7 +186,7 @@ def quantised(
         scale = stored.dense()
     codes = how.encode(blocks / _nonzero(scale)[..., None]).reshape(*leading, -1)
     dtype = jnp.dtype(value.dtype)
-    return Quantised(codes, stored, offset, format=format, dtype=dtype, block=block, trailing=trailing)
+    return Quantised(codes, stored, format=format, dtype=dtype, block=block, trailing=trailing)
 
 
 def _nonzero(scale: jax.Array) -> jax.Array:
