@@ -11,7 +11,17 @@ generate/adapters.py    adapters from disk by name
 ```
 """
 
+from typing import TYPE_CHECKING
+
 from lora_jax import lazy as _lazy
+
+if TYPE_CHECKING:
+    from lora_jax.generate.adapters import load_adapter as load_adapter
+    from lora_jax.generate.adapters import load_adapters as load_adapters
+    from lora_jax.generate.generator import Continuation as Continuation
+    from lora_jax.generate.generator import Generator as Generator
+    from lora_jax.generate.sampling import Sampling as Sampling
+    from lora_jax.generate.text import Answer as Answer
 
 _lazy.face(
     __name__,
