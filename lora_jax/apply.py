@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, get_args
 
 import jax
@@ -15,7 +15,7 @@ from lora_jax.engine.dropout import dropout_keys
 from lora_jax.engine.lift import frozen
 from lora_jax.engine.weight import RANK, Labelled, Term, Weight
 from lora_jax.errors import ConfigError
-from lora_jax.quantised.leaf import dense_of, is_quantised
+from lora_jax.quantised.leaf import dense_of, has_quantised
 
 
 def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..., Any]:
@@ -66,7 +66,7 @@ def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..
         params: Any, adapter: Adapter | Sequence[Adapter], *args: Any, lora_key: Any = None, **kwargs: Any
     ) -> Any:
         adapters = adapter_list(adapter)
-        if not adapters and not any(map(is_quantised, jax.tree.leaves(params, is_leaf=is_quantised))):
+        if not adapters and not has_quantised(params):
             return fn(jax.tree.map(frozen, params), *args, **kwargs)
         call = trace_call(fn, params, args, kwargs)
         return run_adapted(call, adapters, Context(Log(), strategy=strategy), lora_key)
@@ -82,8 +82,8 @@ def on_any_base(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(fn)
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
-        small = any(map(is_quantised, jax.tree.leaves(params, is_leaf=is_quantised)))
-        return adapt(fn)(params, (), *args, **kwargs) if small else fn(params, *args, **kwargs)
+        run = partial(adapt(fn), params, ()) if has_quantised(params) else partial(fn, params)
+        return run(*args, **kwargs)
 
     return call
 

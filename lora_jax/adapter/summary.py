@@ -12,7 +12,7 @@ from lora_jax.adapter.checksum import warn_if_moved
 from lora_jax.adapter.factors import is_traced
 from lora_jax.adapter.updates import Update
 from lora_jax.paths import is_array
-from lora_jax.quantised.leaf import Quantised, is_quantised
+from lora_jax.quantised.leaf import Quantised, has_quantised, is_quantised
 from lora_jax.report.report import Report
 from lora_jax.report.tables import Table, times
 
@@ -128,7 +128,7 @@ def summary(adapter: Adapter, params: Any = None) -> Summary:
 def _stored(leaves: list[Any]) -> dict[str, tuple[int, int]]:
     """What the base's parameters are held as; of a base without quantised ones nothing is said."""
     found: dict[str, tuple[int, int]] = {}
-    for leaf in filter(is_array, leaves if any(map(is_quantised, leaves)) else []):
+    for leaf in filter(is_array, leaves if has_quantised(leaves) else []):
         name = leaf.format if isinstance(leaf, Quantised) else str(leaf.dtype)
         nbytes = leaf.nbytes if isinstance(leaf, Quantised) else leaf.size * leaf.dtype.itemsize
         count, total = found.get(name, (0, 0))

@@ -16,7 +16,7 @@ import jax
 from jax import lax
 
 from lora_jax.engine import jaxprs
-from lora_jax.quantised.leaf import Quantised
+from lora_jax.quantised.leaf import Quantised, Shaped
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Step:
 
 @partial(jax.tree_util.register_dataclass, data_fields=["leaf"], meta_fields=["steps"])
 @dataclass(frozen=True)
-class View:
+class View(Shaped):
     """A quantised parameter after structural operations.
 
     Attributes:
@@ -68,16 +68,6 @@ class View:
     def dtype(self) -> Any:
         """Their dtype."""
         return next((step.dtype for step in reversed(self.steps) if step.dtype is not None), self.leaf.dtype)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-        return prod(self.shape)
 
     @property
     def movable(self) -> bool:

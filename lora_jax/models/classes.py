@@ -14,6 +14,7 @@ from lora_jax.errors import ConfigError
 from lora_jax.models.encoder_config import ENCODERS, EncoderConfig, encoder_leaves
 from lora_jax.models.load import Model
 from lora_jax.models.tensors import decoder_leaves
+from lora_jax.quantised.leaf import is_quantised
 
 _DEVIATION = 0.02
 _OTHER_HEADS = re.compile(r"(For\w+|LMHeadModel|Model)?$")
@@ -93,11 +94,7 @@ def _with_new_head(model: Model, names: Sequence[str], seed: int) -> Model:
 
 def _drawn(key: jax.Array, path: Sequence[str], shape: tuple[int, ...], like: Any) -> jax.Array:
     """A new tensor, in the dtype of the others and with a copy on each of their devices."""
-    # Codes of weights in few bits have dtypes of one byte.
-    wide = (
-        leaf for leaf in jax.tree.leaves(like) if leaf.dtype.itemsize > 1 and jnp.issubdtype(leaf.dtype, jnp.floating)
-    )
-    other = next(wide)
+    other: Any = jax.tree.leaves(like, is_leaf=is_quantised)[0]
     value = jnp.zeros(shape) if path[-1] == "bias" else _DEVIATION * jax.random.normal(key, shape)
     value = value.astype(other.dtype)
     if not isinstance(other.sharding, NamedSharding):

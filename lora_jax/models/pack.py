@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.errors import ParameterError
-from lora_jax.io.hf.tensors import Item
+from lora_jax.io.hf.tensors import Item, bytes_of
 from lora_jax.quantised.formats import FORMATS
 from lora_jax.quantised.leaf import Quantised
 
@@ -59,4 +59,4 @@ def _item(name: str, dtype: str, shape: tuple[int, ...], value: Any) -> Item:
 
 
 def _bytes(value: Any) -> Iterator[memoryview]:
-    yield np.ascontiguousarray(np.asarray(value)).reshape(-1).view(np.uint8).data
+    yield bytes_of(value)

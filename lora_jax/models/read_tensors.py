@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.errors import CheckpointError, listed, nearest
 from lora_jax.io.hf.quantised import Packed
-from lora_jax.io.hf.tensors import FLOATS, Tensor, opened
+from lora_jax.io.hf.tensors import FLOATS, Tensor
 from lora_jax.models.gguf import GgufTensor
 from lora_jax.models.small import Small, in_few_bits
 from lora_jax.models.tensors import Leaf
@@ -124,13 +124,9 @@ def _fill(out: np.ndarray, tensor: Stored, index: tuple[slice, ...]) -> None:
         out[...] = tensor.read()[index]
         return
     if out.shape != tensor.shape:
-        out[...] = np.memmap(tensor.file, own, "r", tensor.begin, tensor.shape)[index]
+        out[...] = tensor.mapped()[index]
         return
-    # Reading is several times faster than mapping where all of it is wanted.
     read = out if own == out.dtype else np.empty(tensor.shape, own)
-    with opened(tensor.file) as file:
-        file.seek(tensor.begin)
-        if file.readinto(read.reshape(-1).view(np.uint8).data) < tensor.nbytes:
-            raise CheckpointError(f"{tensor.file} ends in the middle of {tensor.name}: it changed while it was read")
+    tensor.read_into(read)
     if read is not out:
         out[...] = read

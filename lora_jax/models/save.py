@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax.errors import CheckpointError, ParameterError
 from lora_jax.io.hf.folder import CONFIG, INDEX, SINGLE, dump, open_checkpoint
-from lora_jax.io.hf.tensors import FLOATS, Item, opened, write_file
+from lora_jax.io.hf.tensors import FLOATS, Item, bytes_of, opened, write_file
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.encoder_config import EncoderConfig, encoder_leaves
 from lora_jax.models.load import Model
@@ -147,7 +147,7 @@ def _found(leaf: Leaf, params: Any) -> Any:
 
 def _pieces(array: Any, index: tuple[int, ...]) -> Iterator[memoryview]:
     """The bytes of one tensor of a stack."""
-    yield np.ascontiguousarray(np.asarray(array[index] if index else array)).reshape(-1).view(np.uint8).data
+    yield bytes_of(array[index] if index else array)
 
 
 def _config(source: Mapping[str, Any], shards: Iterable[list[Item]]) -> Mapping[str, Any]:

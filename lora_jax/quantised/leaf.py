@@ -1,5 +1,6 @@
 """Quantised: a parameter held as codes of few bits and a scale for every block of them."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -16,13 +17,32 @@ NESTED_BLOCK = 256
 """How many scales share a scale where they are quantised themselves, as in QLoRA."""
 
 
+class Shaped(ABC):
+    """What follows from the shape of something that stands for an array."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return prod(self.shape)
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scale", "offset"],
     meta_fields=["format", "dtype", "block", "trailing"],
 )
 @dataclass(frozen=True)
-class Quantised:
+class Quantised(Shaped):
     """A parameter in few bits: `levels[codes] · scale + offset`, with a scale for every block.
 
     Blocks run over the flattened trailing axes of the parameter. The leading axes (layers, experts, rows) are those of
@@ -33,7 +53,7 @@ class Quantised:
       codes: `[*leading, n]`; in formats of 4 bits two share a byte, the first in its upper half.
       scale: `[*leading, blocks]` float32, or quantised itself.
       offset: `[*leading, blocks]` or `[*leading, 1]` float32, added; None for zero.
-      format: `nf4`, `int4`, `int8` or `fp8`; of files also `fp4` and `mxfp4`. Static.
+      format: `nf4`, `int4`, `int8` or `fp8`; of files also `fp4`. Static.
       dtype: of the parameter that it stands for; static.
       block: how many numbers share a scale; static.
       trailing: lengths of the axes that blocks run over; static.
@@ -72,16 +92,6 @@ class Quantised:
     def shape(self) -> tuple[int, ...]:
         """Shape of the parameter."""
         return (*self.leading, *self.trailing)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the parameter."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of entries of the parameter."""
-        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -132,6 +142,11 @@ class Quantised:
 def is_quantised(node: Any) -> bool:
     """Whether `node` is a quantised parameter (for `is_leaf` arguments)."""
     return isinstance(node, Quantised)
+
+
+def has_quantised(tree: Any) -> bool:
+    """Whether any parameter of a tree is quantised."""
+    return any(map(is_quantised, jax.tree.leaves(tree, is_leaf=is_quantised)))
 
 
 def dense_of(leaf: Any) -> Any:

@@ -16,10 +16,9 @@ from lora_jax.errors import CheckpointError
 from lora_jax.io.hf.merge import merge_checkpoint
 from lora_jax.io.load import load_for
 from lora_jax.jsonfile import read_object
-from lora_jax.paths import named_leaves
 from lora_jax.processes import written_by_the_first
 from lora_jax.publish import discard, publish_file
-from lora_jax.quantised.leaf import is_quantised
+from lora_jax.quantised.leaf import has_quantised
 from lora_jax.report.tables import Table
 from lora_jax.report.terminal import Progress, Terminal
 from lora_jax.train import builtin, start
@@ -270,18 +269,13 @@ class FinetuneJob:
             narrow = min(leaf.dtype.itemsize for leaf in jax.tree.leaves(merged.params)) < 4
             loss = replace(trainer, base=merged.params).evaluate(None, 1)["loss"]
             usual = trainer.evaluate(adapter, 1)["loss"]
-            if self._quantised and self._rewritable:
+            if has_quantised(self._plan.model.params) and self._rewritable:
                 self._result["merged_loss"] = loss
                 self._terminal.say(
                     f"Merged into the base as it was before: loss {loss:.4f}; beside its codes {usual:.4f}"
                 )
             else:
                 self._agree(loss, usual, "merged into the base", _ROUNDED if narrow else _TOLERANCE)
-
-    @property
-    def _quantised(self) -> bool:
-        leaves, _ = named_leaves(self._plan.model.params)
-        return any(map(is_quantised, leaves.values()))
 
     @property
     def _rewritable(self) -> bool:

@@ -89,8 +89,8 @@ def test_on_a_mesh_codes_lie_where_the_numbers_would(directory: Path) -> None:
     assert_close(np.asarray(jax.jit(model.apply)(model.params, TOKENS)), alone.apply(alone.params, TOKENS))
 
 
-def kernels(tensors: dict[str, np.ndarray]) -> list[str]:
-    return [name for name, tensor in tensors.items() if tensor.ndim == 2 and ".layers." in name]
+def kernels(tensors: dict[str, Any]) -> list[str]:
+    return [name for name, tensor in tensors.items() if name.endswith("proj.weight") and tensor.ndim == 2]
 
 
 def four_bits(tensors: dict[str, Any], nested: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -203,6 +203,21 @@ def test_what_is_not_read_is_named(directory: Path, tmp_path: Path) -> None:
         path = written(directory, tmp_path / said, tensors, why)
         with pytest.raises(lora.CheckpointError, match=r"is not read\. Read are bitsandbytes .* --quantise nf4"):
             models.load(path)
+
+
+def test_zero_points_are_refused_and_not_left_out(directory: Path, tmp_path: Path) -> None:
+    pack, said = DIRECTORIES["rows of int8"]
+    stored, _ = pack(load_file(directory / "model.safetensors"))
+    points = {f"{name}_zero_point": np.zeros((len(stored[name]), 1), np.int8) for name in kernels(stored)}
+    assert quantised_paths(models.load(written(directory, tmp_path / "symmetric", stored | points, said)))
+    next(iter(points.values()))[0] = 3
+    with pytest.raises(lora.CheckpointError, match=r"zero points .model\.layers"):
+        models.load(written(directory, tmp_path / "shifted", stored | points, said))
+
+
+def test_a_new_head_has_the_dtype_of_the_numbers(directory: Path) -> None:
+    model = models.with_classes(models.load(directory, quantise="nf4", dtype=jnp.bfloat16), ["no", "yes"])
+    assert model.params["score"]["weight"].dtype == jnp.bfloat16
 
 
 def test_damage_and_mixtures_are_errors(directory: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,16 +47,22 @@ def exact_products() -> Iterator[None]:
         yield
 
 
+def adapted_alike(model: Any, theirs: Any, folder: Path) -> tuple[lora.Sites, lora.Adapter]:
+    """An adapter of all products but the head, written without a map of names: PEFT computes the same with it."""
+    sites = lora.find_sites(model.apply, model.params, jnp.asarray(TOKENS))
+    adapter = random_adapter([site for site in sites.values() if site.kind != "embedding" and not site.head])
+    lora.peft.save(folder / "adapter", adapter, sites=sites)
+    ours = jax.jit(lora.adapt(model.apply))(model.params, adapter, jnp.asarray(TOKENS))
+    peft = PeftModel.from_pretrained(theirs, folder / "adapter").eval()
+    assert_close(np.asarray(ours), run(peft, torch.from_numpy(TOKENS)))
+    return sites, adapter
+
+
 @pytest.mark.parametrize(("name", "unrolled"), [*ROWS, *(pytest.param(*row, marks=pytest.mark.full) for row in FULL)])
 def test_peft_computes_the_same_without_a_map_of_names(name: str, unrolled: bool, tmp_path: Path):
     theirs = saved(tmp_path / "m", name)
     model = load(tmp_path / "m", unrolled=unrolled)
-    sites = lora.find_sites(model.apply, model.params, jnp.asarray(TOKENS))
-    adapter = random_adapter([site for site in sites.values() if site.kind != "embedding" and not site.head])
-    lora.peft.save(tmp_path / "adapter", adapter, sites=sites)
-    ours = jax.jit(lora.adapt(model.apply))(model.params, adapter, jnp.asarray(TOKENS))
-    peft = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-    assert_close(np.asarray(ours), run(peft, torch.from_numpy(TOKENS)))
+    sites, adapter = adapted_alike(model, theirs, tmp_path)
     back = lora.peft.load(tmp_path / "adapter", model.params, sites)
     assert set(back) == set(adapter)
     assert_close(
@@ -68,12 +75,7 @@ def test_peft_computes_the_same_where_experts_are_fused(name: str, tmp_path: Pat
     """Routers and, beside experts, all that is called as parts of them are parameters to PEFT."""
     theirs = saved(tmp_path / "m", name, fused=True)
     model = load(tmp_path / "m")
-    sites = lora.find_sites(model.apply, model.params, jnp.asarray(TOKENS))
-    adapter = random_adapter([site for site in sites.values() if site.kind != "embedding" and not site.head])
-    lora.peft.save(tmp_path / "adapter", adapter, sites=sites)
-    ours = jax.jit(lora.adapt(model.apply))(model.params, adapter, jnp.asarray(TOKENS))
-    peft = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-    assert_close(np.asarray(ours), run(peft, torch.from_numpy(TOKENS)))
+    _, adapter = adapted_alike(model, theirs, tmp_path)
     lora.peft.merge_checkpoint(tmp_path / "m", tmp_path / "adapter", tmp_path / "merged")
     assert_close(load(tmp_path / "merged").params, lora.merge(model.params, adapter))
 

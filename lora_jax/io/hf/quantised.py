@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.errors import CheckpointError
-from lora_jax.io.hf.tensors import FLOATS, Tensor, opened
+from lora_jax.io.hf.tensors import FLOATS, Tensor
 from lora_jax.quantised.formats import FORMATS
 from lora_jax.quantised.leaf import Quantised
 
@@ -144,17 +144,32 @@ def _by_rows(
 def _scaled(where: Any, said: Any, tensors: dict[str, Any], dtype: str) -> dict[str, Tensor | Packed]:
     """Float8 with a scale for every tile of a weight."""
     tile = tuple(said.get("weight_block_size") or ())
-    scales = {f"{name.removesuffix('_scale_inv')}": name for name in tensors if name.endswith(".weight_scale_inv")}
-    if len(tile) != 2 or not scales:
+    if len(tile) != 2 or not any(name.endswith(".weight_scale_inv") for name in tensors):
         _refuse(where, f"fp8 and weight_block_size={tile or None}")
-    found: dict[str, Tensor | Packed] = {}
-    for name, tensor in tensors.items():
-        if name in scales:
-            read = lambda tensor=tensor, scale=tensors[scales[name]]: _tiled(_array(tensor), _array(scale), tile, dtype)  # noqa: E731
-            found[name] = Packed(name, dtype, tensor.shape, read)
-        elif name not in scales.values() and not name.endswith(".activation_scale"):
-            found[name] = tensor
-    return found
+    make = lambda codes, scale: _tiled(codes, scale, tile, dtype)  # noqa: E731
+    return _with_scales(tensors, "_scale_inv", (".activation_scale",), dtype, make)
+
+
+def _with_scales(
+    tensors: Mapping[str, Tensor],
+    suffix: str,
+    beside: tuple[str, ...],
+    dtype: str,
+    make: Callable[[np.ndarray, np.ndarray], Quantised],
+) -> dict[str, Tensor | Packed]:
+    """Every `weight` with a tensor of its name and a suffix, of both; what is beside them is left out."""
+
+    def packed(tensor: Tensor, scale: Tensor) -> Packed:
+        return Packed(tensor.name, dtype, tensor.shape, lambda: make(_array(tensor), _array(scale)))
+
+    others = (f".weight{suffix}", *beside)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(others)}
+    return {
+        name: packed(tensor, tensors[name + suffix])
+        if name.endswith(".weight") and name + suffix in tensors
+        else tensor
+        for name, tensor in kept.items()
+    }
 
 
 def _tiled(codes: np.ndarray, scale: np.ndarray, tile: tuple[int, ...], dtype: str) -> Quantised:
@@ -170,19 +185,15 @@ def _compressed(where: Any, said: Any, tensors: dict[str, Any], dtype: str) -> d
     """Float8 or int8 with one scale for a weight, or one for each of its rows."""
     if said.get("format") not in ("float-quantized", "int-quantized"):
         _refuse(where, f"compressed-tensors' format {said.get('format')!r}")
-    scales = {name.removesuffix("_scale"): name for name in tensors if name.endswith(".weight_scale")}
-    beside = (".weight_scale", ".weight_zero_point", ".input_scale", ".input_zero_point")
-    found: dict[str, Tensor | Packed] = {}
     for name, tensor in tensors.items():
-        if name in scales:
-            scale = tensors[scales[name]]
-            if prod(scale.shape) not in (1, tensor.shape[0]):
-                _refuse(where, f"scales of shape {scale.shape} for {name} of shape {tensor.shape}")
-            read = lambda tensor=tensor, scale=scale: _whole(_array(tensor), _array(scale).reshape(-1, 1), dtype)  # noqa: E731
-            found[name] = Packed(name, dtype, tensor.shape, read)
-        elif not name.endswith(beside):
-            found[name] = tensor
-    return found
+        if name.endswith(".weight_zero_point") and _array(tensor).any():
+            _refuse(where, f"zero points ({name})")
+        weight = tensors.get(name.removesuffix("_scale")) if name.endswith(".weight_scale") else None
+        if weight is not None and prod(tensor.shape) not in (1, weight.shape[0]):
+            _refuse(where, f"scales of shape {tensor.shape} for {weight.name} of shape {weight.shape}")
+    beside = (".weight_zero_point", ".input_scale", ".input_zero_point")
+    make = lambda codes, scale: _whole(codes, scale.reshape(-1, 1), dtype)  # noqa: E731
+    return _with_scales(tensors, "_scale", beside, dtype, make)
 
 
 def _whole(codes: np.ndarray, scale: np.ndarray, dtype: str) -> Quantised:
@@ -198,12 +209,9 @@ def _array(tensor: Tensor | None) -> np.ndarray:
     assert tensor is not None
     if tensor.dtype not in _STORED:
         raise CheckpointError(f"{tensor.file}: {tensor.name} holds {tensor.dtype}, which no known format does")
-    with opened(tensor.file) as file:
-        file.seek(tensor.begin)
-        data = file.read(tensor.nbytes)
-    if len(data) < tensor.nbytes:
-        raise CheckpointError(f"{tensor.file} ends in the middle of {tensor.name}: it changed while it was read")
-    return np.frombuffer(data, _STORED[tensor.dtype]).reshape(tensor.shape)
+    found = np.empty(tensor.shape, _STORED[tensor.dtype])
+    tensor.read_into(found)
+    return found
 
 
 def stacked(parts: list[Quantised], shape: tuple[int, ...]) -> Quantised:

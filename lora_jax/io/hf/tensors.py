@@ -68,6 +68,13 @@ class Tensor(NamedTuple):
             raise self._cut()
         return values.reshape(stop - start, columns)
 
+    def read_into(self, out: np.ndarray) -> None:
+        """Read all of it into an array of its shape and dtype: several times faster than mapping it."""
+        with opened(self.file) as file:
+            file.seek(self.begin)
+            if file.readinto(out.reshape(-1).view(np.uint8).data) < self.nbytes:
+                raise self._cut()
+
     def mapped(self) -> np.ndarray:
         """The tensor as an array of the file's own bytes, of which only what is looked at is read."""
         return np.memmap(self.file, FLOATS[self.dtype], "r", self.begin, self.shape)
@@ -99,6 +106,11 @@ class Item(NamedTuple):
     shape: tuple[int, ...]
     nbytes: int
     pieces: Iterable[Any]
+
+
+def bytes_of(array: Any) -> memoryview:
+    """The bytes of an array, fetched from its device."""
+    return np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8).data
 
 
 def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
