@@ -13,7 +13,7 @@ import jax
 from lora_jax.apply import on_any_base
 from lora_jax.errors import CheckpointError, listed
 from lora_jax.io.hf.folder import CONFIG, open_checkpoint
-from lora_jax.io.hf.quantised import packed_tensors
+from lora_jax.io.hf.quantised.read import packed_tensors
 from lora_jax.io.hf.tensors import Tensor
 from lora_jax.jsonfile import read_object
 from lora_jax.models import decoder, encoder, gguf_tokenizer

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.errors import CheckpointError, listed, nearest
-from lora_jax.io.hf.quantised import Packed
+from lora_jax.io.hf.quantised.packed import Packed
 from lora_jax.io.hf.tensors import FLOATS, Tensor
 from lora_jax.models.gguf import GgufTensor
 from lora_jax.models.small import Small, in_few_bits

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.errors import CheckpointError, listed
-from lora_jax.io.hf.quantised import Packed, stacked
+from lora_jax.io.hf.quantised.packed import Packed, stacked
 from lora_jax.models.tensors import Leaf
 from lora_jax.quantise import SMALLEST, Scheme, quantise
 from lora_jax.quantised.leaf import Quantised
@@ -71,7 +71,7 @@ def in_few_bits(
             "unrolled=True."
         )
     parts = [tensors[name].read() if packed else small.made(read(name)) for name in names]
-    if len({(each.format, each.block, each.trailing) for each in parts}) > 1:
+    if len({jax.tree.structure(each) for each in parts}) > 1:
         raise CheckpointError(f"{listed(names)} are quantised in different ways: load the model with unrolled=True")
     whole = stacked(parts, leaf.stack)
     whole = whole if dtype is None else whole.astype(dtype)
@@ -79,8 +79,10 @@ def in_few_bits(
 
 
 def placed(whole: Quantised, where: NamedSharding) -> Any:
-    """Shardings of the arrays: the leading axes as those of the numbers, the last as the first that blocks run over."""
-    spec = (*where.spec, *[None] * (whole.ndim - len(where.spec)))[: len(whole.leading) + 1]
+    """Shardings of the arrays: the leading axes as those of the numbers, the last as the first that codes have."""
+    every = (*where.spec, *[None] * (whole.ndim - len(where.spec)))
+    count = len(whole.leading)
+    spec = (*every[:count], every[-1 if whole.transposed else count])
 
     def place(array: Any) -> NamedSharding:
         axes = [

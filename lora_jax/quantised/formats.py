@@ -20,6 +20,9 @@ NF4 = (
 _FP4 = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
 """Of bitsandbytes' 4-bit float, without its sign, which is the highest bit of a code."""
 
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Likewise of the 4-bit float of mxfp4, with two bits of exponent and one of mantissa."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -125,7 +128,8 @@ FORMATS = {
         Format("int8", 8, (), 127.0, jnp.int8),
         Format("fp8", 8, (), 448.0, jnp.float8_e4m3fn),
         Format("fp4", 4, _signed(_FP4), 1.0, jnp.uint8),
+        Format("mxfp4", 4, _signed(_E2M1), 6.0, jnp.uint8),
         Format("dynamic", 8, dynamic_levels(), 1.0, jnp.uint8),
     )
 }
-"""All formats by name; `dynamic` is that of scales which are quantised themselves, `fp4` is of files."""
+"""All formats by name; `dynamic` is that of scales which are quantised themselves, `fp4` and `mxfp4` are of files."""

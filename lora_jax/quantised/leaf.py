@@ -38,12 +38,12 @@ class Shaped(ABC):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "offset"],
-    meta_fields=["format", "dtype", "block", "trailing"],
+    data_fields=["codes", "scale", "offset", "zero", "order"],
+    meta_fields=["format", "dtype", "block", "trailing", "transposed"],
 )
 @dataclass(frozen=True)
 class Quantised(Shaped):
-    """A parameter in few bits: `levels[codes] · scale + offset`, with a scale for every block.
+    """A parameter in few bits: `(levels[codes] - zero) · scale + offset`, with a scale for every block.
 
     Blocks run over the flattened trailing axes of the parameter. The leading axes (layers, experts, rows) are those of
     every array in it, so that slicing, scanning, mapping and sharding them does so to the parameter. It is a leaf
@@ -51,12 +51,17 @@ class Quantised(Shaped):
 
     Attributes:
       codes: `[*leading, n]`; in formats of 4 bits two share a byte, the first in its upper half.
-      scale: `[*leading, blocks]` float32, or quantised itself.
+      scale: `[*leading, blocks]` float32, or quantised itself; of files also in fewer bits.
       offset: `[*leading, blocks]` or `[*leading, 1]` float32, added; None for zero.
-      format: `nf4`, `int4`, `int8` or `fp8`; of files also `fp4`. Static.
+      zero: `[*leading, blocks]` int8, the level that stands for zero in files; None for level zero.
+      order: `[*leading, inputs]` int32, of files whose blocks hold inputs that are no neighbours: the place of each
+        among the codes. None where codes are in the order of the numbers.
+      format: `nf4`, `int4`, `int8` or `fp8`; of files also `fp4` and `mxfp4`. Static.
       dtype: of the parameter that it stands for; static.
       block: how many numbers share a scale; static.
       trailing: lengths of the axes that blocks run over; static.
+      transposed: whether codes have the two trailing axes the other way round, so that blocks run over the first of
+        them; static.
 
     Example:
       >>> import lora_jax as lora
@@ -74,10 +79,13 @@ class Quantised(Shaped):
     codes: Any
     scale: Any
     offset: Any = None
+    zero: Any = None
+    order: Any = None
     format: str = field(default="nf4", kw_only=True)
     dtype: Any = field(default=jnp.dtype("float32"), kw_only=True)
     block: int = field(default=64, kw_only=True)
     trailing: tuple[int, ...] = field(default=(), kw_only=True)
+    transposed: bool = field(default=False, kw_only=True)
 
     def __repr__(self) -> str:
         """Format, dtype and shape."""
@@ -106,11 +114,23 @@ class Quantised(Shaped):
         """The numbers, in the parameter's own shape and dtype: computed in float32, and rounded once."""
         values = FORMATS[self.format].decode(self.codes)
         scales = self.scales()
-        blocks = values.reshape(*self.leading, scales.shape[-1], -1) * scales[..., None]
+        blocks = values.reshape(*self.leading, scales.shape[-1], -1)
+        if self.zero is not None:
+            blocks = blocks - self.zero.astype(jnp.float32)[..., None]
+        blocks = blocks * scales[..., None]
         if self.offset is not None:
             blocks = blocks + self.offset.astype(jnp.float32)[..., None]
         whole = blocks.reshape(*self.leading, -1)[..., : prod(self.trailing)]
-        return whole.reshape(self.shape).astype(self.dtype)
+        return self._laid_out(whole).astype(self.dtype)
+
+    def _laid_out(self, flat: jax.Array) -> jax.Array:
+        """Numbers in the order of their codes, as the parameter has them."""
+        trailing = self.trailing[::-1] if self.transposed else self.trailing
+        whole = flat.reshape(*self.leading, *trailing)
+        if self.order is not None:
+            order = self.order.reshape(*self.leading, *(1,) * (len(trailing) - 1), -1)
+            whole = jnp.take_along_axis(whole, order, -1)
+        return whole.swapaxes(-1, -2) if self.transposed else whole
 
     def __jax_array__(self) -> jax.Array:
         """What `jnp.asarray` makes of it."""
@@ -122,12 +142,14 @@ class Quantised(Shaped):
 
     @property
     def sharding(self) -> Any:
-        """Where the numbers lie: the leading axes as those of the codes, the first trailing one as the codes' last."""
+        """Where the numbers lie: the leading axes as those of the codes, the first of the codes as the codes' last."""
         where = self.codes.sharding
         if not isinstance(where, NamedSharding):
             return where
         spec = (*where.spec, *[None] * (len(self.codes.shape) - len(where.spec)))
-        return NamedSharding(where.mesh, PartitionSpec(*spec, *[None] * (len(self.trailing) - 1)))
+        others = [None] * (len(self.trailing) - 1)
+        trailing = [*others, spec[-1]] if self.transposed else [spec[-1], *others]
+        return NamedSharding(where.mesh, PartitionSpec(*spec[:-1], *trailing))
 
     def astype(self, dtype: Any) -> Self:
         """The same codes, for a parameter of another dtype."""
@@ -136,7 +158,9 @@ class Quantised(Shaped):
     def like(self, value: jax.Array) -> "Quantised":
         """Another parameter of the same shape, quantised in the same way."""
         nested = isinstance(self.scale, Quantised)
-        return quantised(value.astype(self.dtype), self.format, self.block, len(self.trailing), nested=nested)
+        turned = value.swapaxes(-1, -2) if self.transposed else value
+        made = quantised(turned.astype(self.dtype), self.format, self.block, len(self.trailing), nested=nested)
+        return replace(made, trailing=self.trailing, transposed=self.transposed)
 
 
 def is_quantised(node: Any) -> bool:

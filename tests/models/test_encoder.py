@@ -119,7 +119,7 @@ def test_adapters_have_the_names_of_pytorch(tmp_path: Path):
         ({"hidden_act": "mish"}, "hidden_act='mish' is not known here; there are silu"),
         ({"embedding_size": 8}, "embedding_size=8 may change"),
         ({"num_attention_heads": 3}, "must be a multiple of num_attention_heads=3"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised with quant_method='awq'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantised with quant_method='hqq'"),
         ({"num_hidden_layers": 2}, r"does not describe: encoder\.layer\.2\."),
         (
             {"id2label": {}, "architectures": ["BertForTokenClassification"], "num_hidden_layers": 4},

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import packed_directories
 import pytest
 from helpers import assert_close
+from packed_directories import kernels
 from safetensors.numpy import load_file, save_file
 from tiny_models import tiny_directory
 
@@ -89,10 +91,6 @@ def test_on_a_mesh_codes_lie_where_the_numbers_would(directory: Path) -> None:
     assert_close(np.asarray(jax.jit(model.apply)(model.params, TOKENS)), alone.apply(alone.params, TOKENS))
 
 
-def kernels(tensors: dict[str, Any]) -> list[str]:
-    return [name for name, tensor in tensors.items() if name.endswith("proj.weight") and tensor.ndim == 2]
-
-
 def four_bits(tensors: dict[str, Any], nested: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """As bitsandbytes stores a model, and the numbers that this stands for."""
     stored, numbers = dict(tensors), dict(tensors)
@@ -170,11 +168,7 @@ DIRECTORIES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def written(directory: Path, path: Path, stored: dict[str, Any], said: dict[str, Any]) -> Path:
-    path.mkdir()
-    config = json.loads((directory / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"quantization_config": said, "dtype": "float32"}))
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in stored.items()}, path / "model.safetensors")
-    return path
+    return packed_directories.written(json.loads((directory / "config.json").read_text()), path, stored, said)
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)
@@ -197,8 +191,8 @@ def test_directories_in_few_bits_are_read_as_they_are(name: str, directory: Path
 def test_what_is_not_read_is_named(directory: Path, tmp_path: Path) -> None:
     tensors = load_file(directory / "model.safetensors")
     for said, why in {
-        "gptq": {"quant_method": "gptq", "bits": 4}, "awq": {"quant_method": "awq"}, "mxfp4": {"quant_method": "mxfp4"},
-        "fp8": {"quant_method": "fp8"}, "pack": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        "hqq": {"quant_method": "hqq", "bits": 4}, "fp8": {"quant_method": "fp8"}, "name": "quanto",
+        "marlin": {"quant_method": "compressed-tensors", "format": "marlin-24"},
     }.items():  # fmt: skip
         path = written(directory, tmp_path / said, tensors, why)
         with pytest.raises(lora.CheckpointError, match=r"is not read\. Read are bitsandbytes .* --quantise nf4"):
