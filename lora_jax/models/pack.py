@@ -32,7 +32,8 @@ def packed_items(name: str, leaf: Quantised) -> Iterator[Item]:
     facts = {"quant_type": leaf.format, "blocksize": leaf.block, "dtype": leaf.dtype.name, "shape": list(leaf.shape)}
     levels = np.asarray(FORMATS[leaf.format].levels, np.float32)
     said = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    yield _item(name, "U8", (leaf.codes.size, 1), leaf.codes)
+    codes = np.asarray(leaf.codes).astype(np.uint8).reshape(-1, 2) & 15
+    yield _item(name, "U8", (len(codes), 1), codes[:, 0] << 4 | codes[:, 1])
     yield _item(f"{name}.absmax", "F32", (leaf.scale.size,), leaf.scales())
     yield _item(f"{name}.quant_map", "F32", levels.shape, levels)
     yield _item(f"{name}.quant_state.bitsandbytes__{leaf.format}", "U8", said.shape, said)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -30,38 +29,39 @@ class Format:
 
     Attributes:
       name: of the format.
-      bits: of a code, 4 (two share a byte, the first in its upper half) or 8.
-      levels: what each code stands for, by code; empty where a code is a number itself (`int8`, `fp8`).
+      levels: what each code stands for, by its bits; empty where a code is a number itself (`int4`, `int8`, `fp8`).
       largest: what the largest number of a block is stored as.
-      stored: dtype of the array that holds codes.
+      stored: dtype of the array that holds codes. Of 4 bits it is JAX's own int4, of which every backend puts two in a
+        byte in the order that suits it.
     """
 
     name: str
-    bits: int
     levels: tuple[float, ...]
     largest: float
     stored: Any
 
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return jax.dtypes.itemsize_bits(self.stored)
+
     def decode(self, codes: jax.Array) -> jax.Array:
-        """What the codes stand for, relative to their scale: float32, two for every byte of a format of 4 bits.
+        """What the codes stand for, relative to their scale: float32.
 
         Example:
-          >>> FORMATS["nf4"].decode(jnp.uint8([0x0F, 0x77])), FORMATS["int8"].decode(jnp.int8([-3]))
-          (Array([-1.,  1.,  0.,  0.], dtype=float32), Array([-3.], dtype=float32))
+          >>> FORMATS["nf4"].decode(jnp.int4([0, 7, -1])), FORMATS["int8"].decode(jnp.int8([-3]))
+          (Array([-1.,  0.,  1.], dtype=float32), Array([-3.], dtype=float32))
         """
         if not self.levels:
             return codes.astype(jnp.float32)
-        if self.bits == 8:
-            return _looked_up(self.levels, codes)
-        pairs = jnp.stack([_selected(self.levels, codes >> 4), _selected(self.levels, codes & 15)], -1)
-        return pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+        return _selected(self.levels, codes.astype(jnp.int32))
 
     def encode(self, values: jax.Array) -> jax.Array:
-        """The nearest codes of float32 values relative to their scale; of 4 bits an even number on the last axis.
+        """The nearest codes of float32 values relative to their scale.
 
         Example:
           >>> FORMATS["nf4"].encode(jnp.float32([-1, 1, 0.03, -0.02])).tolist()
-          [15, 119]
+          [0, -1, 7, 7]
         """
         if not self.levels:
             whole = jnp.issubdtype(self.stored, jnp.integer)
@@ -73,12 +73,12 @@ class Format:
         middles = ((levels[1:] + levels[:-1]) / 2).reshape(*[1] * values.ndim, -1)
         nearest = (values[..., None] > middles).sum(-1)
         sorted_already = (order == np.arange(len(order))).all()
-        codes = (nearest if sorted_already else _looked_up(order.tolist(), nearest)).astype(self.stored)
-        return codes if self.bits == 8 else codes[..., 0::2] << 4 | codes[..., 1::2]
+        codes = nearest if sorted_already else _looked_up(order, nearest)
+        return codes.astype(self.stored)
 
 
 def _selected(levels: Sequence[float], codes: jax.Array) -> jax.Array:
-    """Levels by bits of their codes, the lowest first: accelerators select faster than they look up."""
+    """Levels by the bits of their codes, the lowest first: accelerators select faster than they look up."""
     values: list[Any] = [np.float32(level) for level in levels]
     for bit in range(len(levels).bit_length() - 1):
         odd = (codes >> bit) & 1 == 1
@@ -86,34 +86,10 @@ def _selected(levels: Sequence[float], codes: jax.Array) -> jax.Array:
     return values[0]
 
 
-def _looked_up(levels: Sequence[float], codes: jax.Array) -> jax.Array:
-    where = jax.typeof(codes).sharding
+def _looked_up(table: np.ndarray, places: jax.Array) -> jax.Array:
+    where = jax.typeof(places).sharding
     on_mesh = where if AxisType.Explicit in where.mesh.axis_types else None
-    return jnp.asarray(levels, jnp.float32).at[codes].get(out_sharding=on_mesh)
-
-
-@lru_cache
-def dynamic_levels() -> tuple[float, ...]:
-    """The 256 levels of bitsandbytes' signed dynamic format: a sign, an exponent to base ten, and the bits that remain.
-
-    Example:
-      >>> levels = dynamic_levels()
-      >>> len(levels), round(levels[0], 6), levels[127], levels[255]
-      (256, -0.992969, 0.0, 1.0)
-
-    References:
-      Dettmers, 8-bit approximations for parallelism in deep learning, arXiv 1511.04561.
-    """
-    found = [np.float32(0), np.float32(1)]
-    for exponent in range(7):
-        count = np.arange(2**exponent + 1)
-        step = np.float64(np.float32(0.9) / np.float32(2**exponent))
-        # As torch.linspace does it, from both ends to the middle and rounded once, to have its levels to the last bit.
-        edges = np.where(2 * count < len(count), np.float32(0.1) + step * count, 1 - step * count[::-1])
-        edges = edges.astype(np.float32)
-        means = (edges[1:] + edges[:-1]) / np.float32(2) * np.float32(10.0 ** (exponent - 6))
-        found += [*means, *-means]
-    return tuple(map(float, sorted(found)))
+    return jnp.asarray(table).at[places].get(out_sharding=on_mesh)
 
 
 def _signed(levels: tuple[float, ...]) -> tuple[float, ...]:
@@ -123,13 +99,12 @@ def _signed(levels: tuple[float, ...]) -> tuple[float, ...]:
 FORMATS = {
     each.name: each
     for each in (
-        Format("nf4", 4, NF4, 1.0, jnp.uint8),
-        Format("int4", 4, tuple(float(code - 8) for code in range(16)), 7.0, jnp.uint8),
-        Format("int8", 8, (), 127.0, jnp.int8),
-        Format("fp8", 8, (), 448.0, jnp.float8_e4m3fn),
-        Format("fp4", 4, _signed(_FP4), 1.0, jnp.uint8),
-        Format("mxfp4", 4, _signed(_E2M1), 6.0, jnp.uint8),
-        Format("dynamic", 8, dynamic_levels(), 1.0, jnp.uint8),
+        Format("nf4", NF4, 1.0, jnp.int4),
+        Format("int4", (), 7.0, jnp.int4),
+        Format("int8", (), 127.0, jnp.int8),
+        Format("fp8", (), 448.0, jnp.float8_e4m3fn),
+        Format("fp4", _signed(_FP4), 1.0, jnp.int4),
+        Format("mxfp4", _signed(_E2M1), 6.0, jnp.int4),
     )
 }
-"""All formats by name; `dynamic` is that of scales which are quantised themselves, `fp4` and `mxfp4` are of files."""
+"""All formats by name; `fp4` and `mxfp4` are of files."""

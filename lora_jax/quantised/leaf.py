@@ -50,7 +50,7 @@ class Quantised(Shaped):
     of the tree to lora_jax, and a pytree of arrays to JAX.
 
     Attributes:
-      codes: `[*leading, n]`; in formats of 4 bits two share a byte, the first in its upper half.
+      codes: `[*leading, n]`, one for each number; those of 4 bits are int4, two to a byte on every device.
       scale: `[*leading, blocks]` float32, or quantised itself; of files also in fewer bits.
       offset: `[*leading, blocks]` or `[*leading, 1]` float32, added; None for zero.
       zero: `[*leading, blocks]` int8, the level that stands for zero in files; None for level zero.
@@ -103,8 +103,8 @@ class Quantised(Shaped):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what it holds."""
-        return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+        """Bytes of what it holds on a device, where two codes of 4 bits share one."""
+        return sum(-(-each.size * jax.dtypes.itemsize_bits(each.dtype) // 8) for each in jax.tree.leaves(self))
 
     def scales(self) -> jax.Array:
         """`[*leading, blocks]` float32."""
@@ -220,7 +220,7 @@ def quantised(
     if nested:
         # Scales are of one sign: without their mean they use all levels.
         mean = scale.mean(-1, keepdims=True)
-        stored = quantised(scale - mean, "dynamic", min(NESTED_BLOCK, scale.shape[-1]), 1)
+        stored = quantised(scale - mean, "int8", min(NESTED_BLOCK, scale.shape[-1]), 1)
         stored = replace(stored, offset=mean)
         scale = stored.dense()
     codes = how.encode(blocks / _nonzero(scale)[..., None]).reshape(*leading, -1)

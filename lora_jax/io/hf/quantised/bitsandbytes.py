@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.errors import CheckpointError
 from lora_jax.io.hf.quantised.packed import FLOAT_NAMES, Packed, Tensors, array, refuse
 from lora_jax.io.hf.quantised.scaled import whole
 from lora_jax.io.hf.tensors import FLOATS, Tensor
-from lora_jax.quantised.formats import FORMATS
 from lora_jax.quantised.leaf import Quantised
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -43,9 +44,10 @@ def _part_of(name: str, owners: tuple[str, ...]) -> bool:
 def _of_four_bits(where: Any, name: str, tensors: Mapping[str, Tensor], state: str) -> Packed:
     facts = json.loads(array(tensors[state]).tobytes())
     format, block, shape = facts["quant_type"], facts["blocksize"], tuple(facts["shape"])
-    parts = {part: tensors.get(f"{name}.{part}") for part in ("absmax", "nested_absmax", "nested_quant_map")}
-    nested = parts["nested_absmax"] is not None
-    if parts["absmax"] is None or ("nested_offset" in facts) != nested:
+    nested = "nested_offset" in facts
+    needed = ("absmax", "nested_absmax", "nested_quant_map") if nested else ("absmax",)
+    parts = {part: tensors.get(f"{name}.{part}") for part in needed}
+    if None in parts.values():
         raise CheckpointError(f"{where} lacks the scales of {name}: download the model again")
     if format not in ("nf4", "fp4"):
         refuse(where, f"bitsandbytes' {format!r}")
@@ -53,17 +55,15 @@ def _of_four_bits(where: Any, name: str, tensors: Mapping[str, Tensor], state: s
     def read() -> Quantised:
         codes, scale = array(tensors[name]).reshape(-1), array(parts["absmax"]).reshape(-1)
         if nested:
-            scale = _nested(where, name, scale, parts, facts)
+            scale = _nested(scale, parts, facts)
         return _by_rows(codes, scale, format, block, shape, np.dtype(FLOATS[FLOAT_NAMES[facts["dtype"]]]))
 
     return Packed(name, FLOAT_NAMES[facts["dtype"]], shape, read)
 
 
-def _nested(where: Any, name: str, codes: np.ndarray, parts: Mapping[str, Any], facts: Mapping[str, Any]) -> np.ndarray:
+def _nested(codes: np.ndarray, parts: Mapping[str, Any], facts: Mapping[str, Any]) -> np.ndarray:
     """Scales that were quantised themselves: as numbers, because their blocks run across the rows of the weight."""
     levels = array(parts["nested_quant_map"])
-    if not np.allclose(levels, FORMATS["dynamic"].levels, atol=1e-6):
-        raise CheckpointError(f"{where}: the scales of {name} have levels that bitsandbytes' are not")
     scale = np.repeat(array(parts["nested_absmax"]), facts["nested_blocksize"])[: codes.size]
     return levels[codes] * scale + np.float32(facts["nested_offset"])
 
@@ -74,5 +74,7 @@ def _by_rows(
     """Codes and scales of a flat weight, with its rows as a leading axis where blocks end with them."""
     whole = shape[-1] % block == 0
     leading, trailing = (shape[:-1], shape[-1:]) if whole else ((), shape)
-    arrays = (codes.reshape(*leading, -1), scale.astype(np.float32).reshape(*leading, -1))
+    # The first of two shares its byte's upper half; what blocks do not fill is left out.
+    each = np.stack([codes >> 4, codes & 15], -1).reshape(-1)[: -(-prod(shape) // block) * block].astype(jnp.int4)
+    arrays = (each.reshape(*leading, -1), scale.astype(np.float32).reshape(*leading, -1))
     return Quantised(*arrays, format=format, dtype=dtype, block=block, trailing=trailing)

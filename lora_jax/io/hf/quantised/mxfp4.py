@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax.io.hf.quantised.packed import Packed, Tensors, array, misfit, of_parts
+from lora_jax.io.hf.quantised.whole_numbers import unpacked
 from lora_jax.io.hf.tensors import FLOATS, Tensor
 from lora_jax.quantised.leaf import Quantised
 
@@ -32,9 +33,9 @@ def _experts(where: Any, dtype: str, name: str, parts: list[Tensor | None]) -> P
     trailing = (2 * _BYTES * groups, outputs)
 
     def read() -> Quantised:
-        pairs, powers = array(codes), array(scale).view(jnp.float8_e8m0fnu)
+        each, powers = unpacked(array(codes), 4).astype(jnp.int4), array(scale).view(jnp.float8_e8m0fnu)
         return Quantised(
-            (pairs << 4 | pairs >> 4).reshape(count, -1), powers.reshape(count, -1), format="mxfp4",
+            each.reshape(count, -1), powers.reshape(count, -1), format="mxfp4",
             dtype=FLOATS[dtype], block=2 * _BYTES, trailing=trailing, transposed=True,
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from lora_jax.io.hf.quantised.packed import damaged
 from lora_jax.io.hf.tensors import FLOATS
+from lora_jax.quantised.formats import FORMATS
 from lora_jax.quantised.leaf import Quantised
 
 BITS = {4: "int4", 8: "int8"}
@@ -50,7 +51,7 @@ def kernel(
     shift = None if zero is None or (zero == middle).all() else (zero.astype(np.int16) - middle).astype(np.int8)
     sorted_codes = codes if order is None else codes[:, np.argsort(order)]
     padded = np.pad(sorted_codes, [(0, 0), (0, scale.shape[1] * block - codes.shape[1])])
-    stored = padded[:, 0::2] << 4 | padded[:, 1::2] if bits == 4 else (padded ^ middle).view(np.int8)
+    stored = (padded.astype(np.int16) - middle).astype(FORMATS[BITS[bits]].stored)
     leaf = Quantised(
         stored, np.ascontiguousarray(scale), zero=shift, format=BITS[bits], dtype=FLOATS[dtype], block=block,
         trailing=codes.shape[1:],
@@ -73,7 +74,7 @@ def by_group(where: Any, name: str, group_of: np.ndarray, count: int) -> tuple[i
       count: of groups.
 
     Raises:
-      CheckpointError: a group is not there, or they have different sizes, or one that codes cannot be packed in.
+      CheckpointError: a group is not there, or they have different sizes.
     """
     if group_of.min() < 0 or group_of.max() != count - 1:
         raise damaged(where, f"{name} has inputs in groups {group_of.min()} to {group_of.max()}, and {count} scales")
@@ -81,7 +82,5 @@ def by_group(where: Any, name: str, group_of: np.ndarray, count: int) -> tuple[i
     alike = sizes[:-1] if neighbours else sizes  # The last may be cut off by the end of the inputs.
     if (alike != sizes[0]).any() or not 0 < sizes[-1] <= sizes[0]:
         raise damaged(where, f"{name} has groups of {sizes.min()} to {sizes.max()} inputs, which should be of one size")
-    if sizes[0] * count % 2:
-        raise damaged(where, f"{name} has {count} groups of {sizes[0]} inputs, an odd number of codes")
     order = None if neighbours else np.argsort(np.argsort(group_of, kind="stable")).astype(np.int32)
     return int(sizes[0]), order
