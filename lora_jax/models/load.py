@@ -156,7 +156,7 @@ def load(
         `jax.checkpoint_policies`, by itself or by name.
       quantise: a format of `lora_jax.quantise`, for the kernels of layers; tables, heads, norms and routers stay as
         they are. Tensor by tensor, so that the model is never there in full. Directories that are quantised already
-        (bitsandbytes, fp8 in blocks, whole float8 or int8 tensors) are read as they are, without it.
+        (bitsandbytes, GPTQ, AWQ, mxfp4, fp8 in blocks, compressed-tensors) are read as they are, without it.
 
     Raises:
       CheckpointError: the directory is incomplete or damaged, or describes what is not supported.

@@ -112,25 +112,29 @@ class Quantised(Shaped):
 
     def dense(self) -> jax.Array:
         """The numbers, in the parameter's own shape and dtype: computed in float32, and rounded once."""
-        values = FORMATS[self.format].decode(self.codes)
-        scales = self.scales()
-        blocks = values.reshape(*self.leading, scales.shape[-1], -1)
+        blocks = FORMATS[self.format].decode(self._by_rows(self.codes))
+        scales = self._by_rows(self.scales())
+        blocks = blocks.reshape(*scales.shape, -1)
         if self.zero is not None:
-            blocks = blocks - self.zero.astype(jnp.float32)[..., None]
+            blocks = blocks - self._by_rows(self.zero).astype(jnp.float32)[..., None]
         blocks = blocks * scales[..., None]
         if self.offset is not None:
-            blocks = blocks + self.offset.astype(jnp.float32)[..., None]
-        whole = blocks.reshape(*self.leading, -1)[..., : prod(self.trailing)]
-        return self._laid_out(whole).astype(self.dtype)
-
-    def _laid_out(self, flat: jax.Array) -> jax.Array:
-        """Numbers in the order of their codes, as the parameter has them."""
-        trailing = self.trailing[::-1] if self.transposed else self.trailing
-        whole = flat.reshape(*self.leading, *trailing)
+            blocks = blocks + self._by_rows(self.offset).astype(jnp.float32)[..., None]
+        whole = blocks.reshape(*self.leading, -1)[..., : prod(self.trailing)].reshape(*self.leading, *self._stored)
         if self.order is not None:
-            order = self.order.reshape(*self.leading, *(1,) * (len(trailing) - 1), -1)
+            order = self.order.reshape(*self.leading, *(1,) * (len(self.trailing) - 1), -1)
             whole = jnp.take_along_axis(whole, order, -1)
-        return whole.swapaxes(-1, -2) if self.transposed else whole
+        return (whole.swapaxes(-1, -2) if self.transposed else whole).astype(self.dtype)
+
+    @property
+    def _stored(self) -> tuple[int, ...]:
+        """Lengths of the trailing axes as codes have them."""
+        return self.trailing[::-1] if self.transposed else self.trailing
+
+    def _by_rows(self, array: jax.Array) -> jax.Array:
+        """With rows apart where blocks end with them: out of one long axis TPUs would move every number once more."""
+        *rows, last = self._stored
+        return array.reshape(*self.leading, *rows, -1) if last % self.block == 0 else array
 
     def __jax_array__(self) -> jax.Array:
         """What `jnp.asarray` makes of it."""

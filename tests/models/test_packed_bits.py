@@ -111,6 +111,22 @@ def test_on_a_mesh_codes_lie_where_the_numbers_would(name: str, tmp_path: Path) 
     assert_close(np.asarray(logits), np.asarray(jax.jit(plain.apply)(plain.params, TOKENS)))
 
 
+def test_layers_may_have_different_bits(tmp_path: Path) -> None:
+    tensors = tiny_tensors(LLAMA)
+    first = {name: each for name, each in tensors.items() if name.startswith("model.layers.0.")}
+    stored, numbers = gptq({name: each for name, each in tensors.items() if name not in first})
+    wide, of_the_first = gptq(first, bits=8)
+    rule = {"+:model\\.layers\\.0\\..*": {"bits": 8}}
+    directory = written(LLAMA, tmp_path / "model", stored | wide, GPTQ | {"dynamic": rule})
+    with pytest.raises(lora.CheckpointError, match=r"are quantised in different ways: load .* unrolled=True"):
+        models.load(directory)
+    found, _ = named_leaves(models.load(directory, unrolled=True).params)
+    assert {leaf.format for leaf in found.values() if isinstance(leaf, Quantised)} == {"int4", "int8"}
+    for path, leaf in found.items():
+        expected = (numbers | of_the_first)[path.replace("/", ".")]
+        np.testing.assert_array_equal(np.asarray(lora.dequantise(leaf)), expected)
+
+
 def test_experts_in_codes_take_their_bytes(tmp_path: Path) -> None:
     model, plain = both("mxfp4", tmp_path)
     leaf = model.params["model"]["layers"]["mlp"]["experts"]["gate_up_proj"]

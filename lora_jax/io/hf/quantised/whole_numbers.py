@@ -49,7 +49,7 @@ def kernel(
     """
     middle = 1 << (bits - 1)
     shift = None if zero is None or (zero == middle).all() else (zero.astype(np.int16) - middle).astype(np.int8)
-    sorted_codes = codes if order is None else codes[:, np.argsort(order)]
+    sorted_codes = codes if order is None else np.take(codes, np.argsort(order), 1)
     padded = np.pad(sorted_codes, [(0, 0), (0, scale.shape[1] * block - codes.shape[1])])
     stored = (padded.astype(np.int16) - middle).astype(FORMATS[BITS[bits]].stored)
     leaf = Quantised(
