@@ -30,8 +30,9 @@ def adapt(fn: Callable[..., Any], *, strategy: Strategy = "auto") -> Callable[..
       fn: a function `fn(params, *args, **kwargs)`: a Flax `model.apply`, an NNX model split into
         functions, a Haiku `apply`, or any other. The parameters are a tree; the arguments are anything.
       strategy: how products are carried out: `"factored"` as `x·W + (x·a)·b`, `"merged"` as
-        `x·(W + ab)` with factored gradients, `"auto"` whichever takes fewer operations for the shapes
-        (merged only in float32 and without dropout). Neither ever forms a gradient of the weight's size.
+        `x·(W + ab)` with factored gradients, `"joined"` as `[x, x·a]·[W; b]` where factors can be appended,
+        `"auto"` whichever takes fewer operations and bytes for the shapes (merged only in float32 and without
+        dropout, joined only on TPUs and GPUs). None ever forms a gradient of the weight's size.
 
     Returns:
       `adapted(params, adapter, *args, lora_key=None, **kwargs)`. `adapter` is an `Adapter`, or a tuple of

@@ -15,10 +15,10 @@ from lora_jax.engine.dependence import Dependence
 from lora_jax.engine.recompute import Frame
 from lora_jax.engine.weight import Weight
 
-Strategy = Literal["auto", "factored", "merged"]
+Strategy = Literal["auto", "factored", "joined", "merged"]
 Origin: TypeAlias = Mapping[str, frozenset[int]]
 Roles: TypeAlias = Mapping[str, dict[str, tuple[int, ...]]]
-Route = Literal["factored", "merged", "look-up", "materialised", "rows", "mask", "blocks"]
+Route = Literal["factored", "joined", "merged", "look-up", "materialised", "rows", "mask", "blocks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,9 @@ class Use:
     Attributes:
       path: the parameter.
       primitive: the operation that used it.
-      route: `factored` (two thin products), `merged` (`x·(W + ab)` with factored gradients), `look-up`
-        (rows of A, then B), or `materialised` (`W + ab` formed on the spot); of a bank the form of `lora_jax.route`.
+      route: `factored` (two thin products), `joined` (`[x, x·a]·[W; b]`), `merged` (`x·(W + ab)` with factored
+        gradients), `look-up` (rows of A, then B), or `materialised` (`W + ab` formed on the spot); of a bank the form
+        of `lora_jax.route`.
       kind: `dense`, `conv`, `embedding` or `ragged` for a linear use; None otherwise.
       in_axes, out_axes, batch_axes: original axes of the parameter by their role in a linear use.
       channel_axis, groups: of a convolution, as in `Site`.

@@ -50,7 +50,10 @@ def contraction(dimension_numbers: Any, side: int, axes: Sequence[Any], rank: in
 def hidden(
     read: Labelled, first: Labelled, second: Labelled, out: Sequence[int], precision: Any, like: Any
 ) -> Labelled:
-    """The first product `x·a` of a term, rank-sized, accumulated in float32 or wider.
+    """The first product `x·a` of a term, rank-sized and in the activation's dtype; sums run in float32 or wider.
+
+    It is rounded by the product itself: a wider result would be kept beside the narrow one by policies that save
+    products, and where its sum runs over devices it could not share one with the base's.
 
     Args:
       read: the activation, after dropout.
@@ -58,12 +61,12 @@ def hidden(
       second: the factor that comes after; what is neither in it nor in `out` is summed away.
       out: ids of the final result's axes.
       precision: as of `jax.lax.dot_general`.
-      like: the base's own product; on a mesh results go where it is.
+      like: the base's own product; on a mesh results go where it is. None off a mesh.
     """
     read = replace(read, array=widened(read.array, first.array, second.array))
-    owners = (Labelled(like, tuple(out)), read, first)
-    inner = product(read, first.astype(read.array.dtype), {*out, *second.axes}, precision, owners)
-    return inner.astype(read.array.dtype)
+    owners = (read, first) if like is None else (Labelled(like, tuple(out)), read, first)
+    dtype = read.array.dtype
+    return product(read, first.astype(dtype), {*out, *second.axes}, precision, owners, dtype)
 
 
 def widened(x: Any, *factors: Any) -> Any:
@@ -83,10 +86,12 @@ def ordered(term: Term, x_axes: Sequence[int], out: Sequence[int]) -> tuple[Labe
     return (term.b, term.a) if exceeds(weights[1], weights[0]) else (term.a, term.b)
 
 
-def product(x: Labelled, y: Labelled, keep: set[int], precision: Any, owners: Sequence[Labelled]) -> Labelled:
+def product(
+    x: Labelled, y: Labelled, keep: set[int], precision: Any, owners: Sequence[Labelled], dtype: Any = None
+) -> Labelled:
     """Contract two labelled arrays over the ids they share and `keep` lacks; float32 accumulation at least.
 
-    On an explicit mesh the result goes where its axes are in `owners`.
+    On an explicit mesh the result goes where its axes are in `owners`. Without a dtype it is float32 or wider.
     """
     keep = keep | {RANK} if (RANK in x.axes) != (RANK in y.axes) else keep - {RANK}
     alone = tuple(i for i, axis in enumerate(x.axes) if axis not in y.axes and axis not in keep)
@@ -99,18 +104,24 @@ def product(x: Labelled, y: Labelled, keep: set[int], precision: Any, owners: Se
     axes = (*batch, *left, *right)
     shape = [(x if axis in x.axes else y).size(axis) for axis in axes]
     where = placed(axes, *owners)
-    group = _separate if where is not None or spread(x.array, y.array) else _flat
+    group = _separate if where is not None or spread(x.array, y.array) else flat
     (xa, xc, xb), (ya, yc, yb) = group(x, batch, inner, left), group(y, batch, inner, right)
-    wide = promoted(xa.dtype, ya.dtype, jnp.float32)
+    dtype = promoted(xa.dtype, ya.dtype, jnp.float32) if dtype is None else dtype
     array = lax.dot_general(
-        xa, ya, ((xc, yc), (xb, yb)), precision=precision, preferred_element_type=wide, out_sharding=where
+        xa, ya, ((xc, yc), (xb, yb)), precision=precision, preferred_element_type=dtype, out_sharding=where
     )
-    return Labelled(array.reshape(shape) if group is _flat else array, axes)
+    return Labelled(array.reshape(shape) if group is flat else array, axes)
 
 
-def _flat(x: Labelled, batch: list[int], inner: list[int], free: list[int]) -> tuple[Any, list[int], list[int]]:
-    """The array with its contracted axes merged into one and its free axes into another; moved only if it must be."""
-    inner_first = bool(inner) and bool(free) and x.axes.index(inner[0]) < x.axes.index(free[0])
+def flat(
+    x: Labelled, batch: list[int], inner: list[int], free: list[int], inner_first: bool | None = None
+) -> tuple[Any, list[int], list[int]]:
+    """The array with its contracted axes merged into one and its free axes into another; moved only if it must be.
+
+    Which of the two comes first is as it is in the array, unless said otherwise.
+    """
+    if inner_first is None:
+        inner_first = bool(inner) and bool(free) and x.axes.index(inner[0]) < x.axes.index(free[0])
     groups = (inner, free) if inner_first else (free, inner)
     array = x.ordered([*batch, *groups[0], *groups[1]]).array
     sizes = [flat_size(x, group) for group in groups]

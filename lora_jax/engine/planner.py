@@ -1,44 +1,91 @@
-"""The planner: `x·W + (x·a)·b` or `x·(W + ab)`, for each product from static shapes.
+"""The planner: `x·W + (x·a)·b`, `[x, x·a]·[W; b]` or `x·(W + ab)`, for each product from static shapes.
 
 With `n` tokens and a weight of `d` inputs and `k` outputs, `x·(W + ab)` costs `2drk` operations and a pass over
 `d × k` numbers where `x·W + (x·a)·b` costs `2nr(d + k)` and a pass over `n × k`. The merged form is exact only where
-the sum is not rounded (float32), and knows no dropout.
+the sum is not rounded (float32), and knows no dropout. On TPUs and GPUs bytes decide: there the thin product is added
+in another pass over the result, read and written, and the joined form makes copies of both operands instead. A CPU
+adds while the result is in its cache.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
+from lora_jax.engine.bases import View
 from lora_jax.engine.context import Strategy
+from lora_jax.engine.joined import Joint
 from lora_jax.engine.meshes import spread
 from lora_jax.engine.sizes import exceeds
 from lora_jax.engine.weight import Labelled, Weight, flat_size
 
+Form: TypeAlias = Literal["factored", "joined", "merged"]
+
 
 class Plan(NamedTuple):
-    """Which products of a site run on the merged weight.
+    """Which form the products of a site have.
 
     Attributes:
       call: the product itself, where nothing is differentiated.
       forward: the product in a forward pass that is differentiated; `x·a` is needed there anyway, for B's gradient.
-        The gradient of the input is never merged: the sum would have to be kept from the forward pass.
+      backward: the gradient of the input; it is never merged: the sum would have to be kept from the forward pass.
     """
 
-    call: bool
-    forward: bool
+    call: Form = "factored"
+    forward: Form = "factored"
+    backward: Form = "factored"
 
 
 def plan(weight: Weight, x: Labelled, out: Sequence[int], strategy: Strategy, dropout: bool) -> Plan:
     """Choose the form of a product: what takes fewer operations and bytes, unless the strategy says otherwise."""
-    if not weight.terms or dropout or strategy == "factored":
-        return Plan(False, False)
+    if not weight.terms or strategy == "factored":
+        return Plan()
     if strategy == "merged":
-        return Plan(True, True)
-    if x.array.dtype != jnp.float32 or weight.base.dtype != jnp.float32 or spread(x.array, weight.base):
-        return Plan(False, False)
+        return Plan() if dropout else Plan("merged", "merged")
     tokens, inner, outer = extents(weight, x, out)
-    return Plan(call=exceeds(tokens * (inner + outer), inner * outer), forward=exceeds(tokens, inner))
+    joins = (strategy == "joined" or accelerated()) and joinable(weight, x, out)
+    if strategy == "joined":
+        return _joined(joins, joins and not dropout)
+    planned = _joined(
+        joins and exceeds(tokens * outer, (tokens + outer) * inner),
+        joins and not dropout and exceeds(tokens * inner, (tokens + inner) * outer),
+    )
+    narrow = x.array.dtype != jnp.float32 or weight.base.dtype != jnp.float32
+    if dropout or narrow or spread(x.array, weight.base):
+        return planned
+    call, forward = exceeds(tokens * (inner + outer), inner * outer), exceeds(tokens, inner)
+    return planned._replace(
+        call="merged" if call else planned.call, forward="merged" if forward else planned.forward
+    )  # fmt: skip
+
+
+def _joined(forward: bool, backward: bool) -> Plan:
+    form: Form = "joined" if forward else "factored"
+    return Plan(form, form, "joined" if backward else "factored")
+
+
+def joinable(weight: Weight, x: Labelled, out: Sequence[int]) -> bool:
+    """Whether factors can be appended to the operands of a product.
+
+    Not where an operand may be spread over devices: an axis that has something appended is no longer divided as it
+    was. Nor where several terms of one adapter cancel at the start, which they do exactly only by themselves.
+    """
+    base, terms = weight.base, weight.terms
+    if isinstance(base, View) or weight.gain is not None or base.dtype != x.array.dtype or spread(x.array, base):
+        return False
+    real = all(jnp.issubdtype(each.dtype, jnp.floating) for t in terms for each in (base, t.a.array, t.b.array))
+    alone = len({term.adapter for term in terms}) == len(terms)
+    return real and alone and Joint.of(x.axes, weight.axes, out).fits(weight, x)
+
+
+def accelerated() -> bool:
+    """Whether programs are for a TPU or a GPU: by `jax.default_device`, if that is set, or the default backend.
+
+    It is asked when a program is traced. To compile for another machine ahead of time, name one of its devices.
+    """
+    device = jax.config.jax_default_device
+    return (getattr(device, "platform", device) or jax.default_backend()) in ("tpu", "gpu", "cuda", "rocm")
 
 
 def extents(weight: Weight, x: Labelled, out: Sequence[int]) -> tuple[int, int, int]:

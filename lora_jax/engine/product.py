@@ -1,4 +1,4 @@
-"""The adapted product: `x·(G·W + Σ a·b)` in the planned form, with the factors' own gradients.
+"""The adapted product: `x·(G·W + Σ a·b)` in the planned forms, with the factors' own gradients.
 
 Plain autodiff of `x·W + (x·a)·b` already gives the thin backward pass, but keeps the whole input for the gradient
 of `a`, and cannot run forward on the merged weight without forming a gradient of its size. Written as a
@@ -19,15 +19,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from lora_jax.dtypes import promoted
 from lora_jax.engine import contract
 from lora_jax.engine.dropout import dropped
+from lora_jax.engine.joined import Joint
 from lora_jax.engine.meshes import follow
-from lora_jax.engine.planner import Plan
+from lora_jax.engine.planner import Form, Plan
 from lora_jax.engine.recompute import Recomputation
 from lora_jax.engine.weight import RANK, Labelled, Term, Weight
+
+HIDDEN = "lora_hidden"
+"""What `jax.checkpoint_policies.save_only_these_names` and its like know the first products `x·a` by."""
 
 
 class Operands(NamedTuple):
@@ -35,6 +40,7 @@ class Operands(NamedTuple):
 
     Attributes:
       x: the activation.
+      read: the activation as first products read it, which is the same value; None where it is `x` itself.
       leaves: what the activation can be computed from again.
       gain_in: gain on what the base reads, or None.
       base: the base of the weight.
@@ -44,12 +50,28 @@ class Operands(NamedTuple):
     """
 
     x: Any
+    read: Any
     leaves: Sequence[Any]
     gain_in: Labelled | None
     base: Any
     gain_out: Labelled | None
     factors: Sequence[tuple[Labelled, Labelled]]
     masks: Sequence[Any]
+
+    @property
+    def seconds(self) -> list[Labelled]:
+        """The factors that meet first products."""
+        return [second for _, second in self.factors]
+
+    @property
+    def firsts(self) -> list[Labelled]:
+        """The factors that meet the activation."""
+        return [first for first, _ in self.factors]
+
+    @property
+    def thin(self) -> Any:
+        """The activation as first products read it."""
+        return self.x if self.read is None else self.read
 
 
 def takes(weight: Weight, x: Labelled, out: Sequence[int]) -> bool:
@@ -67,6 +89,7 @@ def adapted_product(
     recomputed: Recomputation | None,
     masks: Sequence[Any],
     opaque: bool = False,
+    read: Any = None,
 ) -> Any:
     """`dot(x, G·W + Σ ab)` without any gradient of the weight's size.
 
@@ -76,10 +99,12 @@ def adapted_product(
       weight: the weight, with its terms, and a gain that it `takes`.
       out: ids of the result's axes.
       precision: as of `jax.lax.dot_general`.
-      planned: which products run on the merged weight.
+      planned: the forms of the products.
       recomputed: how to compute the activation again for the gradient of `a`; None to keep it.
       masks: for every term what its dropout keeps of the activation; None for everything.
       opaque: whether `dot` is a function of the user, which may have a gradient of its own.
+      read: the activation as the first products of several sites read it, so that what they add to its gradient is
+        summed before it meets anything else; None for one that reads it alone.
     """
     again = recomputed or Recomputation([x.array], lambda leaves: leaves[0])
     kinds = [(term.dropout, term.adapter) for term in weight.terms]
@@ -91,7 +116,8 @@ def adapted_product(
     factors = [contract.ordered(term, x.axes, out) for term in weight.terms]
     run = jax.custom_jvp(product.value)
     run.defjvp(product.tangent, symbolic_zeros=True)
-    return run(Operands(x.array, again.leaves, gains[0], weight.base, gains[1], factors, masks))
+    read = None if planned.backward == "joined" else read
+    return run(Operands(x.array, read, again.leaves, gains[0], weight.base, gains[1], factors, masks))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +131,7 @@ class _Product:
       kinds: for every term its dropout, and the number of its adapter.
       out: ids of the result's axes.
       precision: as of `jax.lax.dot_general`.
-      planned: which products run on the merged weight.
+      planned: the forms of the products.
       again: computes the activation for the gradient of `a`.
       recomputed: whether that is more than to keep it.
       opaque: whether `dot` may have a gradient of its own, rather than being its own tangent in each operand.
@@ -124,26 +150,56 @@ class _Product:
 
     def value(self, of: Operands) -> Any:
         """The product."""
-        if self.planned.call:
+        if self.planned.call == "merged":
             return self.formed(of)
         adapters = {adapter for _, adapter in self.kinds}
         # The terms of one adapter stay apart: at a start away from zero they cancel exactly.
-        y, of = self.plain(of), _side_by_side(of) if len(adapters) == len(of.factors) else of
-        return self.summed(of, y, self.inner(of.x, of, y))
+        of = _side_by_side(of) if len(adapters) == len(of.factors) else of
+        return self.forward(self.planned.call, of)[0]
 
     def tangent(self, primals: tuple[Operands], tangents: tuple[Operands]) -> tuple[Any, Any]:
         """The product and its tangent; tangents of what is frozen are symbolic zeros, and cost nothing."""
         (of,), (change,) = primals, tangents
-        y = self.formed(of) if self.planned.forward else self.plain(of)
-        inner, value = self.inner(of.x, of, y), y
-        if not self.planned.forward:
+        value, inner = self.forward(self.planned.forward, of)
+        if self.planned.forward == "factored":
             # Without the barrier XLA repeats this sum in the backward pass, and keeps both its parts until then.
-            value = lax.optimization_barrier(self.summed(of, y, inner))
-        parts = [*self.base_tangent(of, change), *self.gain_tangent(of, change, value, inner)]
-        parts += [self.mixed(each, of.factors[i][1], y) for i, each in self.inner_tangent(of, change, y).items()]
-        seconds = [second for _, second in change.factors]
-        parts += [self.mixed(each, second, y) for each, second in zip(inner, seconds, strict=True) if _moves(second)]
-        return value, _total(parts, y) if parts else jnp.zeros_like(y)
+            value = lax.optimization_barrier(value)
+        moved, found = self.by_input(of, change, value)
+        if not _frozen(change.base):
+            moved.append(self.dot_tangent(of, base=change.base))
+        parts = [*(times(each, self.out, of.gain_out) for each in moved), *self.gain_tangent(of, change, value, inner)]
+        found = self.with_firsts(found, of, change, value)
+        parts += [self.mixed(each, of.seconds[i], value) for i, each in found.items()]
+        seconds = zip(inner, change.seconds, strict=True)
+        parts += [self.mixed(each, second, value) for each, second in seconds if _moves(second)]
+        return value, _total(parts, value) if parts else jnp.zeros_like(value)
+
+    def forward(self, form: Form, of: Operands) -> tuple[Any, list[Labelled]]:
+        """The product in a form, and the first products of the terms."""
+        if form == "joined":
+            inner = self.named(of, None)
+            return self.joint.summed(*self.labelled(of), inner, of.seconds, self.options(of)), inner
+        y = self.formed(of) if form == "merged" else self.plain(of)
+        inner = self.named(of, y)
+        return y if form == "merged" else self.summed(of, y, inner), inner
+
+    def named(self, of: Operands, like: Any) -> list[Labelled]:
+        """The first products, with a name for policies of rematerialisation."""
+        return [replace(each, array=checkpoint_name(each.array, HIDDEN)) for each in self.inner(of.thin, of, like)]
+
+    @property
+    def joint(self) -> Joint:
+        """The axes of a joined product."""
+        return Joint.of(self.given, self.axes, self.out)
+
+    def labelled(self, of: Operands) -> tuple[Labelled, Labelled]:
+        """Activation and base, with their axes."""
+        return Labelled(of.x, self.given), Labelled(of.base, self.axes)
+
+    def options(self, of: Operands) -> dict[str, Any]:
+        """What a joined product takes from the program's."""
+        dtype = jax.eval_shape(self.dot, of.x, of.base).dtype
+        return {"precision": self.precision, "preferred_element_type": dtype}
 
     def formed(self, of: Operands) -> Any:
         """The product with the merged weight."""
@@ -162,7 +218,7 @@ class _Product:
 
     def inner(self, x: Any, of: Operands, like: Any) -> list[Labelled]:
         """The first product of every term."""
-        return [self.hidden(i, x, of, first, like) for i, (first, _) in enumerate(of.factors)]
+        return [self.hidden(i, x, of, first, like) for i, first in enumerate(of.firsts)]
 
     def hidden(self, i: int, x: Any, of: Operands, first: Labelled, like: Any) -> Labelled:
         """The first product of one term, with `first` for its first factor."""
@@ -173,10 +229,22 @@ class _Product:
         """The second product of a term."""
         return contract.mixed(inner, second, self.out, self.precision, like)
 
-    def inner_tangent(self, of: Operands, change: Operands, like: Any) -> dict[int, Labelled]:
-        """By how much first products change, for each term whose does."""
-        found = {} if _frozen(change.x) else dict(enumerate(self.inner(change.x, of, like)))
-        firsts = {i: first for i, (first, _) in enumerate(change.factors) if _moves(first)}
+    def by_input(self, of: Operands, change: Operands, like: Any) -> tuple[list[Any], dict[int, Labelled]]:
+        """By how much the base's product and the first products change with what they read, where it does."""
+        thin = change.x if of.read is None else change.read
+        if self.planned.backward == "joined" and not _frozen(change.x):
+            x, base = self.labelled(of._replace(x=change.x))
+            u, found = self.joint.apart(x, base, of.firsts, self.options(of))
+            return [u], dict(enumerate(found))
+        found = {} if _frozen(thin) else dict(enumerate(self.inner(thin, of, like)))
+        read = [] if _frozen(change.x) else [times(change.x, self.given, of.gain_in)]
+        if _moves(change.gain_in):
+            read.append(times(of.x, self.given, change.gain_in))
+        return [self.dot_tangent(of, x=_total(read, of.x))] if read else [], found
+
+    def with_firsts(self, found: dict[int, Labelled], of: Operands, change: Operands, like: Any) -> dict[int, Labelled]:
+        """By how much first products change, for each term whose does: as found, plus with their own factors."""
+        firsts = {i: first for i, first in enumerate(change.firsts) if _moves(first)}
 
         def read(leaves: Sequence[Any], firsts: dict[int, Labelled]) -> dict[int, Labelled]:
             x = self.again(leaves)
@@ -186,16 +254,6 @@ class _Product:
         by_first = (jax.checkpoint(read) if self.recomputed else read)(of.leaves, firsts) if firsts else {}
         both = {i: jax.tree.map(lax.add, found[i], each) for i, each in by_first.items() if i in found}
         return found | by_first | both
-
-    def base_tangent(self, of: Operands, change: Operands) -> list[Any]:
-        """How the base's product changes with the activation, with a gain on it, and with what the base is made of."""
-        read = [] if _frozen(change.x) else [times(change.x, self.given, of.gain_in)]
-        if _moves(change.gain_in):
-            read.append(times(of.x, self.given, change.gain_in))
-        moved = [self.dot_tangent(of, x=_total(read, of.x))] if read else []
-        if not _frozen(change.base):
-            moved.append(self.dot_tangent(of, base=change.base))
-        return [times(each, self.out, of.gain_out) for each in moved]
 
     def dot_tangent(self, of: Operands, x: Any = None, base: Any = None) -> Any:
         """How the base's product changes with one of its operands; what is opaque says so itself."""

@@ -11,6 +11,8 @@ from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from lora_jax.engine import jaxprs
 from lora_jax.engine.weight import Versions, Weight
 
@@ -51,6 +53,23 @@ class Frame:
     def makers(self) -> dict[Any, Any]:
         """The equation that computes each variable."""
         return {var: eqn for eqn in self.jaxpr.eqns for var in eqn.outvars}
+
+    def shared(self, atom: Any, value: Any) -> Any:
+        """An operand as the first products of several sites read it: one value beside it; None if one site reads it.
+
+        So the backward pass adds up what those products give to its gradient before anything else: on a mesh that is
+        one sum over devices for all sites, and on one device one pass over the gradient.
+        """
+        if jaxprs.is_literal(atom) or len(self.users.get(atom, ())) < 2:
+            return None
+        key = atom, value.shape, value.dtype
+        if key not in self._copies:
+            self._copies[key] = jnp.copy(value)
+        return self._copies[key]
+
+    @cached_property
+    def _copies(self) -> dict[Any, Any]:
+        return {}
 
     def needed(self, eqn: Any) -> list[bool]:
         """For each result of an equation whether anything uses it."""

@@ -236,6 +236,15 @@ def test_vmap(case):
     assert_close(outputs, stack(reference(case)()[0], reference(case)(1, 1)[0]))
 
 
+@rows(full, lambda case: case.reverse)
+def test_joined(case):
+    """Factors appended to the operands: value, gradients, and the products of tangents with both."""
+    call = jax.value_and_grad(loss(adapted(case, "joined")), argnums=(1, 2), has_aux=True)
+    (_, outputs), gradients = quick_jit(call)(*given(case))
+    assert_close(outputs, reference(case).outputs)
+    assert_gradients_close(gradients, reference(case)()[1][1:])
+
+
 @rows(full)
 def test_scan(case):
     base, adapter, inputs = given(case)

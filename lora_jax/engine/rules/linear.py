@@ -117,8 +117,8 @@ def _product(
         return dot(x.array, weight.base)
     recomputed, precision = _recomputed(ctx, eqn.invars[side], x, weight), eqn.params.get("precision")
     with jax.named_scope("lora"):
-        opaque = declared(eqn) is not None
-        return adapted_product(dot, x, weight, out, precision, planned, recomputed, masks(ctx, weight, x), opaque)
+        opaque, read = declared(eqn) is not None, ctx.frame and ctx.frame.shared(eqn.invars[side], x.array)
+        return adapted_product(dot, x, weight, out, precision, planned, recomputed, masks(ctx, weight, x), opaque, read)
 
 
 def _collapsed(ctx: Context, eqn: Any, operand: Any) -> Any:
@@ -159,11 +159,14 @@ def _record(
     """Log a product, its form, and what it adds to one forward evaluation."""
     rank = sum(term.rank for term in weight.terms)
     tokens, inner, outer = planner.extents(weight, x, out)
-    flops = 2 * rank * weight.base.size if planned.call else 2 * tokens * rank * (inner + outer)
-    nbytes = 4 * (weight.base.size if planned.call else tokens * rank)
+    merged, joined = planned.call == "merged", planned.call == "joined"
+    flops = 2 * rank * weight.base.size if merged else 2 * tokens * rank * (inner + outer)
+    nbytes = 4 * (weight.base.size if merged else tokens * rank)
+    if joined:  # The copies of both operands that have something appended.
+        nbytes = weight.base.dtype.itemsize * ((tokens + outer) * (inner + rank) + tokens * rank)
     roles = ctx.roles(weight, into=list(into), out=left)
     kind = "embedding" if id(eqn) in ctx.log.facts.one_hot else "dense"
-    ctx.record(weight, eqn, "merged" if planned.call else "factored", roles, kind=kind, flops=flops, nbytes=nbytes)
+    ctx.record(weight, eqn, planned.call, roles, kind=kind, flops=flops, nbytes=nbytes)
 
 
 @rule("ragged_dot_general", "ragged_dot")
