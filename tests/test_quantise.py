@@ -227,6 +227,37 @@ def test_on_a_mesh(kind):
     assert_close(np.asarray(out["w"].dense()), base["w"].dense())
 
 
+def of_rows(w: jax.Array, x: jax.Array) -> jax.Array:
+    """The product with one shard of the rows."""
+    mine = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("model") * len(w), len(w), axis=1)
+    return jax.lax.psum(mine @ w, "model")
+
+
+SHARDED = {
+    "columns": (P(None, "model"), P(None, "model"), lambda w, x: x @ w),
+    "rows": (P("model", None), P(), of_rows),
+    "both": (P("data", "model"), P(None, "model"), lambda w, x: jax.lax.psum(x[:, :16] @ w, "data")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("name", SHARDED)
+def test_shard_map_takes_codes(name, format):
+    """Shards of codes go in, as long as blocks end with them."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    where, out, body = SHARDED[name]
+    params, x = {"w": normal(13, 64, 256)}, normal(14, 8, 64)
+    run = jax.shard_map(body, mesh=mesh, in_specs=(where, P()), out_specs=out, check_vma=False)
+    fn = lambda params, x: run(params["w"], x)  # noqa: E731
+    base = lora.quantise(params, format)
+    adapter = random_adapter(lora.find_sites(fn, base, x))
+    loss = lambda adapter, base: jnp.square(lora.adapt(fn)(base, adapter, x)).sum()  # noqa: E731
+    found, expected = (jax.jit(jax.value_and_grad(loss))(adapter, p) for p in (base, lora.dequantise(base)))
+    assert_close(found, expected)
+    whole = [eqn for eqn in jax.make_jaxpr(lora.adapt(fn))(base, adapter, x).eqns if eqn.primitive.name == "shard_map"]
+    assert any(v.aval.dtype == base["w"].codes.dtype for v in whole[0].invars)
+
+
 def test_merging():
     params, x = {"w": normal(15, 64, 128)}, normal(16, 2, 64)
     fn = lambda params, x: x @ params["w"]  # noqa: E731

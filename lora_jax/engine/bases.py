@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import jax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from lora_jax.engine import jaxprs
 from lora_jax.quantised.leaf import Quantised, Shaped
@@ -101,6 +102,26 @@ class View(Shaped):
         if not self.leaf.leading or any(step is None for step in inner):
             return None
         return replace(self, steps=tuple(step for step in inner if step is not None))
+
+    def spread(self, entries: Sequence[Any], counts: Sequence[int]) -> "tuple[View, View] | None":
+        """For a `shard_map`: the view as shards see it, and specs of its arrays; None if blocks do not end with shards.
+
+        Args:
+          entries: the spec of the numbers, with an entry for each axis.
+          counts: into how many shards each axis is split.
+        """
+        leaf, lead = self.leaf, len(self.leaf.leading)
+        if not self.movable:
+            return None
+        if all(count == 1 for count in counts[lead:]):
+            return self, jax.tree.map(lambda part: PartitionSpec(*entries[:lead]), self)
+        lengths = [part.shape[-1] for part in (leaf.codes, leaf.scale, leaf.zero) if part is not None]
+        simple = len(leaf.trailing) == 1 and leaf.order is None and not isinstance(leaf.scale, Quantised)
+        if not simple or lengths[0] != leaf.trailing[0] or any(length % counts[lead] for length in lengths):
+            return None
+        spec = lambda part: PartitionSpec(*entries[: lead if part.shape[-1] == 1 else lead + 1])  # noqa: E731
+        shard = replace(leaf, trailing=(leaf.trailing[0] // counts[lead],))
+        return replace(self, leaf=shard), replace(self, leaf=jax.tree.map(spec, shard))
 
 
 Base: TypeAlias = Any

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import zip_longest
+from math import prod
 from typing import Any
 
 import jax
@@ -154,37 +155,44 @@ def _cond(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 def _shard_map(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Each factor is split over the mesh the way the weight's axes are; the rank axis is not."""
     params = eqn.params
-    operands = [beside(_numbers(operand)) if isinstance(operand, Weight) else operand for operand in operands]
-    specs = [_specs(operand, spec) for operand, spec in zip(operands, params["in_specs"], strict=True)]
-    leaves, tree = jax.tree.flatten(list(operands))
+    placed = [
+        _spread(operand, spec, params["mesh"]) for operand, spec in zip(operands, params["in_specs"], strict=True)
+    ]
+    leaves, tree = jax.tree.flatten([operand for operand, _ in placed])
     body = jaxprs.program(params["jaxpr"])
 
     def run(*leaves: Any) -> list[Any]:
         return _formed(ctx, eqn, interpret(ctx, body, jax.tree.unflatten(tree, leaves)))
 
     return jax.shard_map(
-        run, mesh=params["mesh"], in_specs=tuple(spec for each in specs for spec in each),
+        run, mesh=params["mesh"], in_specs=tuple(spec for _, specs in placed for spec in specs),
         out_specs=list(params["out_specs"]), check_vma=params["check_vma"],
         axis_names=params["newly_manual_axes"],
     )(*leaves)  # fmt: skip
 
 
-def _numbers(weight: Weight) -> Weight:
-    """The weight with an array for its base: blocks of codes do not end where shards of the numbers do."""
-    return replace(weight, base=array_of(weight.base))
-
-
-def _specs(operand: Any, spec: PartitionSpec) -> list[PartitionSpec]:
-    """Partition specs for the arrays of an operand, in the order of its leaves."""
+def _spread(operand: Any, spec: PartitionSpec, mesh: Any) -> tuple[Any, list[PartitionSpec]]:
+    """An operand as it goes in, and partition specs for its arrays, in the order of its leaves."""
     if not isinstance(operand, Weight):
-        return [spec]
-    entries = dict(zip(operand.axes, (*spec, *[None] * (len(operand.axes) - len(spec))), strict=True))
+        return operand, [spec]
+    entries = (*spec, *[None] * (len(operand.axes) - len(spec)))
+    base, specs = operand.base, spec
+    if isinstance(base, View):
+        counts = [prod(mesh.shape[name] for name in _names(entry)) for entry in entries]
+        base, specs = base.spread(entries, counts) or (array_of(base), spec)
+    operand = beside(replace(operand, base=base))
+    by_axis = dict(zip(operand.axes, entries, strict=True))
 
     def place(factor: Labelled) -> Labelled:
-        return replace(factor, array=PartitionSpec(*(entries.get(axis) for axis in factor.axes)))
+        return replace(factor, array=PartitionSpec(*(by_axis.get(axis) for axis in factor.axes)))
 
-    placed = operand.map(spec, operand.axes, place)
-    return jax.tree.leaves(placed, is_leaf=lambda node: isinstance(node, PartitionSpec))
+    placed = operand.map(specs, operand.axes, place)
+    return operand, jax.tree.leaves(placed, is_leaf=lambda node: isinstance(node, PartitionSpec))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a partition spec."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 @rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
