@@ -1,5 +1,7 @@
 """Merging: float32 arithmetic, one rounding, nothing else touched, nothing broken let through."""
 
+import cProfile
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -58,6 +60,21 @@ def test_two_roundings_would_differ() -> None:
     with pytest.warns(UserWarning, match="rounding leaves"):
         at_once, in_turn = merge({"w": base}, parts), merge(merge({"w": base}, parts[0]), parts[1])
     assert (at_once["w"] != in_turn["w"]).any()
+
+
+def steps_of_tracing(kernels: int) -> int:
+    """How many calls of functions it takes to trace `jit(merge)`."""
+    params = {f"w{i}": jnp.ones((4, 4)) for i in range(kernels)}
+    given = random_adapter([site(path, (4, 4)) for path in params])
+    profile = cProfile.Profile()
+    profile.runcall(jax.jit(lambda params, given: merge(params, given)).trace, params, given)
+    return sum(entry.callcount for entry in profile.getstats())
+
+
+def test_tracing_takes_time_in_proportion_to_the_kernels() -> None:
+    """Asking JAX anything about a traced value that it would have to explain costs a walk through the whole program."""
+    few, many = steps_of_tracing(20), steps_of_tracing(80)
+    assert many <= 4.2 * few
 
 
 def test_input_and_untouched_leaves() -> None:

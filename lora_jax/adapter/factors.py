@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from lora_jax.adapter.site import Site
 from lora_jax.quantised.leaf import dense_of
@@ -59,8 +60,4 @@ def widened(value: Any) -> Array:
 
 def is_traced(value: Any) -> bool:
     """Whether an array has no contents yet, because it is inside `jit`, `grad` or `vmap`."""
-    try:
-        # Only an array with contents has a place; asking a tracer for its own raises.
-        return isinstance(value, jax.Array) and value.is_fully_addressable is None
-    except jax.errors.ConcretizationTypeError:
-        return True
+    return isinstance(value, Tracer)
