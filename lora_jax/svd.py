@@ -1,5 +1,6 @@
 """The largest singular triplets of matrices, exactly or by a randomised range finder."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -88,7 +89,7 @@ def of_site(site: Site, weight: Array, rank: int) -> Triplets:
       >>> of_site(site, jnp.ones((4, 2, 3)), 1).left.shape
       (4, 1, 2)
     """
-    return jax.jit(jax.vmap(lambda matrix: exact(matrix, rank)))(matrices(site, widened(weight)))
+    return _each(matrices(site, widened(weight)), rank)
 
 
 def check_rank(matrix: Array, rank: int) -> None:
@@ -102,3 +103,9 @@ def check_rank(matrix: Array, rank: int) -> None:
 
 def _orthonormal(columns: Array) -> Array:
     return jnp.linalg.qr(columns)[0]
+
+
+@partial(jax.jit, static_argnames="rank")
+def _each(stack: Array, rank: int) -> Triplets:
+    """One after the other: XLA would hold the workspace of all of them at once."""
+    return jax.lax.map(lambda matrix: exact(matrix, rank), stack)

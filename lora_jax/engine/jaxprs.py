@@ -6,6 +6,7 @@ the loop than inside.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,29 @@ def program(sub: Any) -> Program:
 def is_literal(atom: Any) -> bool:
     """Whether an operand is written out in the equation."""
     return isinstance(atom, jec.Literal)
+
+
+def written(literal: Any) -> tuple[str, str]:
+    """A literal as what is equal to the same literal elsewhere; numbers are not, as 0 is equal to -0."""
+    return repr(literal.val), str(literal.aval)
+
+
+def content(eqn: Any) -> tuple[Any, ...]:
+    """What an equation does, to operands of which types; hashable if its parameters are."""
+    types = tuple(atom.aval for atom in (*eqn.invars, *eqn.outvars))
+    return eqn.primitive, tuple(sorted(eqn.params.items())), types, eqn.ctx
+
+
+def unnamed(eqn: Any) -> Any:
+    """The equation outside of the scopes that its operation was named in."""
+    where = eqn.source_info
+    return eqn.replace(source_info=where.replace(name_stack=type(where.name_stack)()))
+
+
+def scope(eqn: Any) -> AbstractContextManager[Any]:
+    """Enter the scopes that an equation's operation was named in."""
+    name = str(eqn.source_info.name_stack)
+    return jax.named_scope(name) if name else nullcontext()
 
 
 def live(jaxpr: Any, results: Sequence[Any]) -> set[int]:

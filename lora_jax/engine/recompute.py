@@ -6,7 +6,7 @@ scale. Then the few operations are repeated in the backward pass instead.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
@@ -23,6 +23,38 @@ _NOTHING_KEPT = {"add", "add_any", "sub", "neg", "convert_element_type", "broadc
     "transpose", "slice", "concatenate", "reduce_sum", "copy", "stop_gradient", "dot_general", "conv_general_dilated",
 }  # fmt: skip
 """Operations that keep no operand for their own gradient (products: where the other operand is a weight)."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Equations as a function of values; equal to another that does the same to others.
+
+    Attributes:
+      steps: what each equation does, and to which of the values and of the results before it.
+      eqns: the equations.
+    """
+
+    steps: tuple[tuple[Any, ...], ...]
+    eqns: tuple[Any, ...] = field(compare=False)
+
+    @classmethod
+    def of(cls, eqns: Sequence[Any], leaves: Sequence[Any]) -> "Replay":
+        """The replay of equations in order, of values of these variables; each has one result."""
+        numbers = {var: i for i, var in enumerate([*leaves, *(eqn.outvars[0] for eqn in eqns)])}
+        refer = lambda atom: jaxprs.written(atom) if jaxprs.is_literal(atom) else numbers[atom]  # noqa: E731
+        steps = tuple((jaxprs.content(eqn), *map(refer, eqn.invars)) for eqn in eqns)
+        return cls(steps, tuple(eqns))
+
+    def __call__(self, values: Sequence[Any]) -> Any:
+        """The result of the last equation."""
+        known = list(values)
+        for (_, *operands), eqn in zip(self.steps, self.eqns, strict=True):
+            given = [
+                atom.val if jaxprs.is_literal(atom) else known[number]
+                for number, atom in zip(operands, eqn.invars, strict=True)
+            ]
+            known += jaxprs.bind(jaxprs.unnamed(eqn), given)
+        return known[-1]
 
 
 class Recomputation(NamedTuple):
@@ -48,6 +80,11 @@ class Frame:
 
     jaxpr: Any
     read: Callable[[Any], Any]
+
+    @cached_property
+    def positions(self) -> dict[int, int]:
+        """Where each equation is in the program, by identity."""
+        return {id(eqn): i for i, eqn in enumerate(self.jaxpr.eqns)}
 
     @cached_property
     def makers(self) -> dict[Any, Any]:
@@ -125,8 +162,8 @@ class Frame:
         values = [self.read(leaf) for leaf in leaves]
         if any(isinstance(value, (Versions, Weight)) for value in values):
             return None
-        order = [eqn for eqn in self.jaxpr.eqns if any(eqn is step for step in steps)]
-        return Recomputation(values, lambda values: _replay(order, atom, leaves, values))
+        order = sorted(steps, key=lambda eqn: self.positions[id(eqn)])
+        return Recomputation(values, Replay.of(order, leaves))
 
     def _repeats(self, var: Any) -> bool:
         return var in self.makers and self.makers[var].primitive.name in _REPEATED
@@ -134,11 +171,3 @@ class Frame:
 
 def _size(atom: Any) -> int:
     return prod(atom.aval.shape)
-
-
-def _replay(eqns: Sequence[Any], atom: Any, leaves: Sequence[Any], values: Sequence[Any]) -> Any:
-    env = dict(zip(leaves, values, strict=True))
-    for eqn in eqns:
-        operands = [operand.val if jaxprs.is_literal(operand) else env[operand] for operand in eqn.invars]
-        env.update(zip(eqn.outvars, jaxprs.bind(eqn, operands), strict=True))
-    return env[atom]

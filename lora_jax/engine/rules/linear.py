@@ -1,7 +1,7 @@
 """Linear rules: products and grouped products run on the base, plus two thin products."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -21,9 +21,10 @@ from lora_jax.engine.hooks import observe, observe_groups
 from lora_jax.engine.lift import dense, rule, simple
 from lora_jax.engine.meshes import spread, unreduced
 from lora_jax.engine.planner import Plan
-from lora_jax.engine.product import adapted_product, adapted_result, takes
+from lora_jax.engine.product import adapted_result, takes
 from lora_jax.engine.recompute import Recomputation
 from lora_jax.engine.routing.uses import routed_product
+from lora_jax.engine.shared import Product, shared_product
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Weight, collapsed, flat_ids, split_sizes
 
 
@@ -37,16 +38,9 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     if weight.adapted and unreduced(eqn.params["out_sharding"]):
         return None  # Two products in a row cannot share one sum over devices.
     names, contracted, left, out = contraction(eqn.params["dimension_numbers"], side, weight.axes, other.ndim)
-    given, merged_out, is_merged, shapes = weight, out, weight.merged, (other.shape, weight.base.shape)
-    given_dtype = other.dtype
-
-    def dot(x: Any, w: Any) -> Any:
-        if is_merged:
-            x, w = x.reshape(shapes[0]), w.reshape(shapes[1])
-        pair = (w, x) if side == 0 else (x, w)
-        # Of integers, factors see a floating copy.
-        (y,) = bind(eqn, pair) if x.dtype == given_dtype else used(partial(jaxprs.bind_as, eqn), pair)
-        return y.reshape(split_sizes(merged_out, y.shape)) if is_merged else y
+    given, is_merged = weight, weight.merged
+    shapes = (other.shape, weight.base.shape, tuple(split_sizes(out, eqn.outvars[0].aval.shape))) if is_merged else None
+    dot = _Dot(jaxprs.content(eqn), side, other.dtype, shapes, eqn)
 
     x = Labelled(_inexact(other, weight.base.dtype), tuple(names))
     if weight.merged:
@@ -56,6 +50,36 @@ def _dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] |
     if found is not None and not weight.routed and not weight.adapted:
         return bind(eqn, [given.base if operand is given else operand for operand in (lhs, rhs)])
     return None if found is None else [found.reshape(eqn.outvars[0].aval.shape) if is_merged else found]
+
+
+@dataclass(frozen=True)
+class _Dot:
+    """A program's product of an activation and a weight; equal to another that is the same operation.
+
+    Attributes:
+      operation: what the equation does.
+      side: which of its operands the weight is.
+      dtype: of the activation in the program.
+      shapes: where axes are merged in the program, and apart here: those of the activation and of the weight there, and
+        that of the result here.
+      eqn: the equation.
+    """
+
+    operation: tuple[Any, ...]
+    side: int
+    dtype: Any
+    shapes: tuple[tuple[int, ...], ...] | None
+    eqn: Any = field(compare=False)
+
+    def __call__(self, x: Any, w: Any) -> Any:
+        """The product."""
+        if self.shapes:
+            x, w = x.reshape(self.shapes[0]), w.reshape(self.shapes[1])
+        pair = (w, x) if self.side == 0 else (x, w)
+        eqn = jaxprs.unnamed(self.eqn)
+        # Of integers, factors see a floating copy.
+        (y,) = bind(eqn, pair) if x.dtype == self.dtype else used(partial(jaxprs.bind_as, eqn), pair)
+        return y.reshape(self.shapes[2]) if self.shapes else y
 
 
 def declared_product(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
@@ -116,9 +140,12 @@ def _product(
     if not weight.adapted:
         return dot(x.array, weight.base)
     recomputed, precision = _recomputed(ctx, eqn.invars[side], x, weight), eqn.params.get("precision")
-    with jax.named_scope("lora"):
-        opaque, read = declared(eqn) is not None, ctx.frame and ctx.frame.shared(eqn.invars[side], x.array)
-        return adapted_product(dot, x, weight, out, precision, planned, recomputed, masks(ctx, weight, x), opaque, read)
+    opaque = declared(eqn) is not None
+    product = Product(dot, tuple(out), precision, planned, recomputed and recomputed.run, opaque)
+    leaves, kept = recomputed.leaves if recomputed else (), masks(ctx, weight, x)
+    read = ctx.frame and ctx.frame.shared(eqn.invars[side], x.array)
+    with jaxprs.scope(eqn):
+        return shared_product(product, x, weight, leaves, kept, read)
 
 
 def _collapsed(ctx: Context, eqn: Any, operand: Any) -> Any:
