@@ -9,13 +9,15 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import NumberedUpdate, adapter_list, check_parameters, updates_by_path
 from lora_jax.adapter.checksum import warn_if_moved
 from lora_jax.adapter.factors import Array, is_traced, widened
+from lora_jax.adapter.layers import nameless, stacked, unstack
 from lora_jax.adapter.site import Site
-from lora_jax.adapter.updates import exact_sum, held
+from lora_jax.adapter.updates import Update, exact_sum, held
 from lora_jax.errors import MergeError, listed
 from lora_jax.paths import named_leaves, rebuild
 from lora_jax.quantised.formats import FORMATS
@@ -87,11 +89,16 @@ def merge(
     for path, placed in updates_by_path(adapters, leaves).items():
         updates = [held(update) for _, update in placed]
         _check_floating(path, leaves[path], updates[0].site)
-        exact = exact_sum(leaves[path], updates)
         own = None if key is None else jax.random.fold_in(key, crc32(path.encode()))
-        merged[path] = _rounded(path, exact, leaves[path], own)
-        if own is None and _loses(leaves[path], exact) and not is_traced(exact):
-            kept[path] = _survival(leaves[path], exact, merged[path], _NOISE)
+        if own is None and stacked(updates) and _in_memory(leaves[path]):
+            rounded, sums = _by_layer(leaves[path], [nameless(update) for update in updates])
+            merged[path] = _like(rounded, leaves[path])
+        else:
+            exact = exact_sum(leaves[path], updates)
+            merged[path] = _rounded(path, exact, leaves[path], own)
+            sums = None if is_traced(exact) else _projections(leaves[path], exact, merged[path])
+        if own is None and sums is not None and _narrow(leaves[path]):
+            kept[path] = _survival(sums, _NOISE)
     _check_finite(merged, leaves)
     _check_survival(jax.device_get(kept), leaves, force)
     return rebuild(treedef, leaves | merged)
@@ -106,8 +113,32 @@ def _rounded(path: str, exact: Array, leaf: Any, key: Array | None) -> Any:
     return _like(exact.astype(leaf.dtype) if key is None else round_stochastically(exact, leaf.dtype, key), leaf)
 
 
-def _loses(leaf: Any, exact: Array) -> bool:
-    return isinstance(leaf, Quantised) or leaf.dtype != exact.dtype
+def _narrow(leaf: Any) -> bool:
+    """Whether a parameter is narrower than the arithmetic of a sum."""
+    return isinstance(leaf, Quantised) or leaf.dtype.itemsize < 4
+
+
+def _in_memory(leaf: Any) -> bool:
+    """Whether a parameter's layers are at hand one by one: arrays with contents, whole layers on each device."""
+    if isinstance(leaf, Quantised) or is_traced(leaf):
+        return False
+    sharding = getattr(leaf, "sharding", None)
+    return not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated or not any(sharding.spec[:1])
+
+
+@jax.jit
+def _by_layer(leaf: Array, updates: Sequence[Update]) -> tuple[Array, tuple[Array, Array, Array]]:
+    """Every layer of a stack with its updates, rounded, and `_projections`: no sum of all layers is held in float32."""
+    parts = [unstack(update) for update in updates]
+
+    def one(given: tuple[Array, list[list[Array]]]) -> tuple[Array, tuple[Array, Array, Array]]:
+        weight, slices = given
+        exact = exact_sum(weight, [layer(own) for (_, layer), own in zip(parts, slices, strict=True)])
+        rounded = exact.astype(weight.dtype)
+        return rounded, _projections(weight, exact, rounded)
+
+    rounded, sums = jax.lax.map(one, (leaf, [arrays for arrays, _ in parts]))
+    return rounded, jax.tree.map(jnp.sum, sums)
 
 
 def absorb(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
@@ -198,9 +229,14 @@ def _like(value: Array, leaf: Any) -> Any:
     return jax.device_put(value, leaf.sharding) if moved else value
 
 
+@jax.jit
+def _all_finite(value: Any) -> Array:
+    return jnp.isfinite(widened(value)).all()
+
+
 def _check_finite(merged: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
     known = {path: value for path, value in merged.items() if not is_traced(value)}
-    finite = jax.device_get({path: jnp.isfinite(widened(value)).all() for path, value in known.items()})
+    finite = jax.device_get({path: _all_finite(value) for path, value in known.items()})
     bad = [path for path, fine in finite.items() if not fine]
     if not bad:
         return
@@ -220,12 +256,19 @@ _FEW_BITS = 8
 _NOISE = 1e-6  # norm of a delta over the parameter's, below which it is rounding: that of a fresh DoRA on PiSSA
 
 
-def _survival(weight: Any, exact: Array, rounded: Any, noise: float = 0.0) -> Array:
-    """The projection of the delta that is left after rounding onto the exact one; 1 when nothing, or noise, is lost."""
+@jax.jit
+def _projections(weight: Any, exact: Array, rounded: Any) -> tuple[Array, Array, Array]:
+    """Sums over the entries: of what is left of the delta times the delta, of its square, and of the parameter's."""
     delta, kept = exact - widened(weight), widened(rounded) - widened(weight)
-    size = jnp.sum(delta * delta)  # no `vdot`: it would want an `out_sharding` on explicit meshes
-    counts = size > noise**2 * jnp.sum(jnp.square(widened(weight)))
-    return jnp.where(counts, jnp.sum(kept * delta) / jnp.where(counts, size, 1), 1)
+    # No `vdot`: it would want an `out_sharding` on explicit meshes.
+    return jnp.sum(kept * delta), jnp.sum(delta * delta), jnp.sum(jnp.square(widened(weight)))
+
+
+def _survival(sums: tuple[Array, Array, Array], noise: float = 0.0) -> Array:
+    """The projection of the delta that is left after rounding onto the exact one; 1 when nothing, or noise, is lost."""
+    kept, delta, weight = sums
+    counts = delta > noise**2 * weight
+    return jnp.where(counts, kept / jnp.where(counts, delta, 1), 1)
 
 
 def _check_survival(kept: Mapping[str, Any], leaves: Mapping[str, Any], force: bool) -> None:
@@ -353,5 +396,5 @@ def _rows(found: Mapping[str, list[NumberedUpdate]], leaves: Mapping[str, Any]) 
             dtype=spelled(leaves[path]),
             relative=float(jnp.linalg.norm(delta.ravel()) / jnp.linalg.norm(weight.ravel())),
             unchanged=float((kept == 0).mean()),
-            survival=float(_survival(leaves[path], exact, rounded)),
+            survival=float(_survival(_projections(leaves[path], exact, rounded))),
         )

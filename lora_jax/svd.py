@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lora_jax.adapter.factors import Array, matrices, widened
 from lora_jax.adapter.site import Site
 from lora_jax.errors import ConfigError
+from lora_jax.quantised.leaf import dense_of
 
 OVERSAMPLING = 10
 """Extra directions of the randomised range finder; torch's `svd_lowrank`, which PEFT calls, has none."""
@@ -89,7 +90,7 @@ def of_site(site: Site, weight: Array, rank: int) -> Triplets:
       >>> of_site(site, jnp.ones((4, 2, 3)), 1).left.shape
       (4, 1, 2)
     """
-    return _each(matrices(site, widened(weight)), rank)
+    return _each(matrices(site, dense_of(weight)), rank)
 
 
 def check_rank(matrix: Array, rank: int) -> None:
@@ -108,4 +109,4 @@ def _orthonormal(columns: Array) -> Array:
 @partial(jax.jit, static_argnames="rank")
 def _each(stack: Array, rank: int) -> Triplets:
     """One after the other: XLA would hold the workspace of all of them at once."""
-    return jax.lax.map(lambda matrix: exact(matrix, rank), stack)
+    return jax.lax.map(lambda matrix: exact(widened(matrix), rank), stack)

@@ -17,7 +17,7 @@ from lora_jax.adapter.adapter import Adapter, scale
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank, Replace
 from lora_jax.errors import MergeError, ParameterError
-from lora_jax.merge import merge, merge_report
+from lora_jax.merge import _by_layer, merge, merge_report
 
 
 def site(path: str = "w", shape: tuple[int, ...] = (32, 16), dtype: str = "float32") -> Site:
@@ -75,6 +75,21 @@ def test_tracing_takes_time_in_proportion_to_the_kernels() -> None:
     """Asking JAX anything about a traced value that it would have to explain costs a walk through the whole program."""
     few, many = steps_of_tracing(20), steps_of_tracing(80)
     assert many <= 4.2 * few
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stack_is_merged_one_layer_at_a_time(dtype: str) -> None:
+    """Of all layers nothing is held but the parameter and its merged values."""
+    layers = 16
+    where = Site(
+        path="w", shape=(layers, 64, 48), dtype=dtype, kind="dense", in_axes=(1,), out_axes=(2,), batch_axes=(0,)
+    )
+    params, given = {"w": weight(dtype, where.shape)}, random_adapter([where])
+    program = _by_layer.lower(params["w"], [given["w"]]).compile().memory_analysis()
+    assert program.temp_size_in_bytes + program.output_size_in_bytes <= 2 * params["w"].nbytes
+    whole = jax.jit(merge)(params, given)["w"]
+    one, other = (np.asarray(each, np.float32) for each in (merge(params, given)["w"], whole))
+    np.testing.assert_allclose(one, other, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
 
 
 def test_input_and_untouched_leaves() -> None:

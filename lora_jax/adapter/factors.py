@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from lora_jax.adapter.site import Site
 from lora_jax.quantised.leaf import dense_of
@@ -60,4 +59,6 @@ def widened(value: Any) -> Array:
 
 def is_traced(value: Any) -> bool:
     """Whether an array has no contents yet, because it is inside `jit`, `grad` or `vmap`."""
-    return isinstance(value, Tracer)
+    # Only an array with contents can be copied. To ask a traced one for its own raises an error that JAX walks through the
+    # whole program for.
+    return isinstance(value, jax.Array) and not hasattr(value, "copy_to_host_async")
