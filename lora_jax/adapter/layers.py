@@ -41,7 +41,7 @@ def unstack(update: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Update]]:
 
 
 def nameless(update: Any) -> Any:
-    """The update without its path, so that parameters alike share a compiled program; one that has to raise keeps it."""
+    """The update without its path, so that parameters alike share a program; one that has to raise keeps it."""
     return update if update.waits else replace(update, site=replace(update.site, path=""))
 
 

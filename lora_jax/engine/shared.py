@@ -1,8 +1,7 @@
 """Products that a program repeats, as the layers of a deep model do, are traced, differentiated and lowered once.
 
 An adapted product is a function of arrays and of what is static in it: the operation, the roles of axes, the plan.
-Where two products have the same statics they are one compiled function, called twice. XLA inlines such calls, and sees what
-it would see without.
+Where two products have the same statics they are one compiled function, called twice. XLA inlines such calls.
 """
 
 from collections.abc import Callable, Sequence
