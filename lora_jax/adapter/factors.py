@@ -59,6 +59,6 @@ def widened(value: Any) -> Array:
 
 def is_traced(value: Any) -> bool:
     """Whether an array has no contents yet, because it is inside `jit`, `grad` or `vmap`."""
-    # Only arrays with contents can be copied. The class is asked, as JAX explains a traced array's lack of anything by a
-    # walk through the whole program.
+    # Only arrays with contents can be copied. The class is asked, as JAX explains what a traced array lacks by a walk
+    # through the whole program.
     return isinstance(value, jax.Array) and not hasattr(type(value), "copy_to_host_async")
