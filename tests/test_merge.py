@@ -77,7 +77,10 @@ def test_tracing_takes_time_in_proportion_to_the_kernels() -> None:
     assert many <= 4.2 * few
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+WRITES_WIDE = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="XLA for CPU writes slices through float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=WRITES_WIDE)])
 def test_a_stack_is_merged_one_layer_at_a_time(dtype: str) -> None:
     """Of all layers nothing is held but the parameter and its merged values."""
     layers = 16
