@@ -10,6 +10,7 @@ from helpers import assert_close, random_adapter
 
 import lora_jax as lora
 from lora_jax.engine import planner
+from lora_jax.engine.jaxprs import sub_programs
 
 N, D, F, RANK = 64, 8, 32, 2
 
@@ -38,6 +39,7 @@ def wide_products(jaxpr: Any) -> list[tuple[int, ...]]:
         shapes = [var.aval.shape for var in (*eqn.invars, *eqn.outvars) if hasattr(var, "aval")]
         if eqn.primitive.name == "dot_general" and all(min(shape) > RANK for shape in shapes):
             found.append(tuple(size for shape in shapes for size in shape))
+        found += [each for inner in sub_programs(eqn) for each in wide_products(inner.jaxpr)]
     return found
 
 
