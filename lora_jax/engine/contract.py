@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.dtypes import promoted
+from lora_jax.engine import platforms
 from lora_jax.engine.meshes import placed, spread
 from lora_jax.engine.sizes import exceeds
 from lora_jax.engine.weight import RANK, SLOT, Labelled, Term, flat_size, with_axis
@@ -52,8 +53,8 @@ def hidden(
 ) -> Labelled:
     """The first product `x·a` of a term, rank-sized and in the activation's dtype; sums run in float32 or wider.
 
-    It is rounded by the product itself: a wider result would be kept beside the narrow one by policies that save
-    products, and where its sum runs over devices it could not share one with the base's.
+    On a TPU, a GPU or a mesh it is rounded by the product itself: policies that save products would keep a wider result
+    beside the narrow one, and a sum over devices could not be shared with the base's. A CPU may leave it wide.
 
     Args:
       read: the activation, after dropout.
@@ -66,7 +67,9 @@ def hidden(
     read = replace(read, array=widened(read.array, first.array, second.array))
     owners = (read, first) if like is None else (Labelled(like, tuple(out)), read, first)
     dtype = read.array.dtype
-    return product(read, first.astype(dtype), {*out, *second.axes}, precision, owners, dtype)
+    narrow = dtype if platforms.accelerated() or spread(read.array, first.array) else None
+    inner = product(read, first.astype(dtype), {*out, *second.axes}, precision, owners, narrow)
+    return inner.astype(dtype)
 
 
 def widened(x: Any, *factors: Any) -> Any:

@@ -3,16 +3,17 @@
 With `n` tokens and a weight of `d` inputs and `k` outputs, `x·(W + ab)` costs `2drk` operations and a pass over
 `d × k` numbers where `x·W + (x·a)·b` costs `2nr(d + k)` and a pass over `n × k`. The merged form is exact only where
 the sum is not rounded (float32), and knows no dropout. On TPUs and GPUs bytes decide: there the thin product is added
-in another pass over the result, read and written, and the joined form makes copies of both operands instead. A CPU
-adds while the result is in its cache.
+in another pass over the result, read and written, and the joined form makes copies of both operands instead. In a
+training step the copy of the activation costs nothing that could be measured (it is read for the thin products anyway),
+so there the weight's alone is compared. A CPU adds while the result is in its cache.
 """
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 
+from lora_jax.engine import platforms
 from lora_jax.engine.bases import View
 from lora_jax.engine.context import Strategy
 from lora_jax.engine.joined import Joint
@@ -44,12 +45,13 @@ def plan(weight: Weight, x: Labelled, out: Sequence[int], strategy: Strategy, dr
     if strategy == "merged":
         return Plan() if dropout else Plan("merged", "merged")
     tokens, inner, outer = extents(weight, x, out)
-    joins = (strategy == "joined" or accelerated()) and joinable(weight, x, out)
+    joins = (strategy == "joined" or platforms.accelerated()) and joinable(weight, x, out)
     if strategy == "joined":
-        return _joined(joins, joins and not dropout)
-    planned = _joined(
-        joins and exceeds(tokens * outer, (tokens + outer) * inner),
-        joins and not dropout and exceeds(tokens * inner, (tokens + inner) * outer),
+        return Plan(*(_joined(each) for each in (joins, joins, joins and not dropout)))
+    planned = Plan(
+        _joined(joins and exceeds(2 * tokens * outer, (tokens + outer) * inner)),
+        _joined(joins and exceeds(2 * tokens, inner)),
+        _joined(joins and not dropout and exceeds(2 * tokens, outer)),
     )
     narrow = x.array.dtype != jnp.float32 or weight.base.dtype != jnp.float32
     if dropout or narrow or spread(x.array, weight.base):
@@ -60,9 +62,8 @@ def plan(weight: Weight, x: Labelled, out: Sequence[int], strategy: Strategy, dr
     )  # fmt: skip
 
 
-def _joined(forward: bool, backward: bool) -> Plan:
-    form: Form = "joined" if forward else "factored"
-    return Plan(form, form, "joined" if backward else "factored")
+def _joined(joins: bool) -> Form:
+    return "joined" if joins else "factored"
 
 
 def joinable(weight: Weight, x: Labelled, out: Sequence[int]) -> bool:
@@ -77,15 +78,6 @@ def joinable(weight: Weight, x: Labelled, out: Sequence[int]) -> bool:
     real = all(jnp.issubdtype(each.dtype, jnp.floating) for t in terms for each in (base, t.a.array, t.b.array))
     alone = len({term.adapter for term in terms}) == len(terms)
     return real and alone and Joint.of(x.axes, weight.axes, out).fits(weight, x)
-
-
-def accelerated() -> bool:
-    """Whether programs are for a TPU or a GPU: by `jax.default_device`, if that is set, or the default backend.
-
-    It is asked when a program is traced. To compile for another machine ahead of time, name one of its devices.
-    """
-    device = jax.config.jax_default_device
-    return (getattr(device, "platform", device) or jax.default_backend()) in ("tpu", "gpu", "cuda", "rocm")
 
 
 def extents(weight: Weight, x: Labelled, out: Sequence[int]) -> tuple[int, int, int]:
