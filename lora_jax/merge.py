@@ -394,7 +394,7 @@ def _rows(found: Mapping[str, list[NumberedUpdate]], leaves: Mapping[str, Any]) 
         yield MergeRow(
             path=path,
             dtype=spelled(leaves[path]),
-            relative=float(jnp.linalg.norm(delta.ravel()) / jnp.linalg.norm(weight.ravel())),
+            relative=float(jnp.sqrt(jnp.sum(jnp.square(delta)) / jnp.sum(jnp.square(weight)))),
             unchanged=float((kept == 0).mean()),
             survival=float(_survival(_projections(leaves[path], exact, rounded))),
         )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapter.factors import Array, matrices, widened
+from lora_jax.adapter.factors import Array, matrices, whole, widened
 from lora_jax.adapter.site import Site
 from lora_jax.errors import ConfigError
 from lora_jax.quantised.leaf import dense_of
@@ -109,4 +109,4 @@ def _orthonormal(columns: Array) -> Array:
 @partial(jax.jit, static_argnames="rank")
 def _each(stack: Array, rank: int) -> Triplets:
     """One after the other: XLA would hold the workspace of all of them at once."""
-    return jax.lax.map(lambda matrix: exact(widened(matrix), rank), stack)
+    return jax.lax.map(lambda matrix: exact(whole(widened(matrix)), rank), stack)

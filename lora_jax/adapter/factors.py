@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax.adapter.site import Site
 from lora_jax.quantised.leaf import dense_of
@@ -39,7 +40,16 @@ def joined(site: Site, pairs: Sequence[tuple[Array, Array]]) -> tuple[Array, Arr
 def matrices(site: Site, value: Array) -> Array:
     """`[weights, fan_in, fan_out]`: every linear map in a stack, of an array laid out as the site's parameter."""
     moved = jnp.transpose(value, (*site.batch_axes, *site.in_axes, *site.out_axes))
-    return moved.reshape(prod(site.batch_shape), site.fan_in, site.fan_out)
+    shape = prod(site.batch_shape), site.fan_in, site.fan_out
+    return moved if moved.shape == shape else whole(moved).reshape(shape)
+
+
+def whole(array: Array) -> Array:
+    """The array, replicated if it is on a mesh with explicit axes: for what needs all of it, as decompositions do."""
+    sharding = jax.typeof(array).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec(*[None] * array.ndim)))
 
 
 def over(lead: Array, array: Array) -> Array:

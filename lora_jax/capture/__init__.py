@@ -11,7 +11,7 @@ from lora_jax.capture.captured import Components as Components
 from lora_jax.capture.captured import Gradient as Gradient
 from lora_jax.capture.captured import Inputs as Inputs
 from lora_jax.capture.captured import What
-from lora_jax.capture.collect import mean_gradients, observed, open_batches
+from lora_jax.capture.collect import explicit_mesh, mean_gradients, observed, open_batches
 from lora_jax.capture.redistribute import redistribute as redistribute
 from lora_jax.config.config import LoraConfig
 from lora_jax.config.selection import select
@@ -93,7 +93,8 @@ def capture(
         found = mean_gradients(fn, params, rounds, [site.path for site in sites])
     else:
         components = {site.path: min(round(config.rank_for(site.path) * rho), site.fan_in) for site in sites}
-        found = observed(fn, params, rounds, what, sites, components, mask, seed)
+        with explicit_mesh((params, first)):
+            found = observed(fn, params, rounds, what, sites, components, mask, seed)
     for path, statistic in found.items():
         if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(statistic)):
             raise ParameterError(

@@ -1,6 +1,7 @@
 """Collecting over batches: one compiled step that adds a batch to the statistics of every site, or to its gradient."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from math import prod
@@ -8,7 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
 
+from lora_jax.adapter.factors import is_traced
 from lora_jax.adapter.site import Site
 from lora_jax.capture.captured import Gradient, Statistic
 from lora_jax.capture.statistics import Moments, Sketch
@@ -42,6 +45,15 @@ def observed(
         for batch in batches:
             state = step(state, *split((params, batch)))
     return {site.path: _finished(state[site.path], site, components[site.path]) for site in sites}
+
+
+def explicit_mesh(given: Any) -> AbstractContextManager[Any]:
+    """Enter the mesh with explicit axes that arrays are on, so that sums begin there too; nothing if there is none."""
+    known = [leaf for leaf in jax.tree.leaves(given) if isinstance(leaf, jax.Array) and not is_traced(leaf)]
+    meshes = [leaf.sharding.mesh for leaf in known if isinstance(leaf.sharding, NamedSharding)]
+    found = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+    entered = not jax.sharding.get_abstract_mesh().empty
+    return nullcontext() if found is None or entered else jax.set_mesh(found)
 
 
 def zeros(what: str, sites: Sequence[Site], components: Mapping[str, int], seed: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax import svd
-from lora_jax.adapter.factors import Array, widened
+from lora_jax.adapter.factors import Array, whole, widened
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank, Update
 from lora_jax.methods import Gained
@@ -186,8 +186,8 @@ def stacked(update: Any, weight: Any = 1.0) -> Part:
     factors = plain_factors(update)
     site, rank = factors.site, factors.rank
     stack = prod(site.batch_shape)
-    a = widened(factors.a).reshape(stack, rank, site.fan_in)
-    b = widened(factors.b).reshape(stack, rank, site.fan_out)
+    a = whole(widened(factors.a)).reshape(stack, rank, site.fan_in)
+    b = whole(widened(factors.b)).reshape(stack, rank, site.fan_out)
     spread = lambda value: jnp.broadcast_to(value, site.batch_shape).reshape(stack).astype(a.dtype)  # noqa: E731
     return Part(a, b, spread(factors.scale), spread(weight))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapter.adapter import Adapter
-from lora_jax.adapter.factors import matrices, over, widened
+from lora_jax.adapter.factors import matrices, over, whole, widened
 from lora_jax.adapter.registry import METHODS, Data, Entry, Initialiser, Start, find_init, initialisers, register
 from lora_jax.adapter.site import Site, Sites, full_site
 from lora_jax.adapter.updates import Replace, Update
@@ -201,7 +201,7 @@ def _draw(
 
     def draw_real(key: jax.Array, stacks: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         numbered = {} if entry.number is None else {"number": entry.number}
-        return entry.draw(key, site, rank, dtype, **jax.tree.map(widened, stacks), **numbered)
+        return entry.draw(key, site, rank, dtype, **jax.tree.map(_gathered, stacks), **numbered)
 
     def draw(key: jax.Array, stacks: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         if not _is_complex(site):
@@ -217,6 +217,11 @@ def _draw(
         indexes = jnp.arange(count, dtype=jnp.uint32)
         a, b = jax.lax.map(lambda each: draw(jax.random.fold_in(key, each[0]), each[1]), (indexes, stacks))
     return a.reshape(site.a_shape(rank)), b.reshape(site.b_shape(rank))
+
+
+def _gathered(value: Any) -> jax.Array:
+    """What an initialiser reads of one linear map, on every device."""
+    return whole(widened(value))
 
 
 def _stacked(site: Site, name: str, value: Any, count: int) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lora_jax import svd
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import updates_by_path
-from lora_jax.adapter.factors import Array, outer, times, widened
+from lora_jax.adapter.factors import Array, outer, times, whole, widened
 from lora_jax.adapter.updates import LowRank
 from lora_jax.errors import ConfigError, ParameterError
 from lora_jax.paths import named_leaves, rebuild
@@ -66,7 +66,7 @@ def loftq(
         update = updates[0].update
         if type(update) is not LowRank:
             raise ParameterError(f"{path!r} holds a {type(update).__name__}; loftq fits plain low-rank factors")
-        fitted[path], quantised = _alternate(update, widened(leaves[path]), run, steps)
+        fitted[path], quantised = _alternate(update, whole(widened(leaves[path])), run, steps)
         coarse[path] = quantised.astype(leaves[path].dtype)
     base = rebuild(treedef, coarse)
     if callable(quantise):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import adapter_list
-from lora_jax.adapter.factors import Array, is_traced, times, widened
+from lora_jax.adapter.factors import Array, is_traced, times, whole, widened
 from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank, Update, pytree
 from lora_jax.compose.factors import decomposed, significant
@@ -256,7 +256,7 @@ def _softmax(scores: Array, among: Array, temperature: Array | float = 1.0) -> A
 def _prototypes(held: Slots) -> Array:
     """The first right singular vector of every slot, in the layout of its A; zeros if it holds nothing."""
     stack = prod(held.site.batch_shape) * (held.count - 1)
-    a, b = (widened(each).reshape(stack, held.rank, -1) for each in (held.a, held.b))
+    a, b = (whole(widened(each)).reshape(stack, held.rank, -1) for each in (held.a, held.b))
     found = _significant(a, b)
     return jnp.where(found.values[:, :1] > 0, found.left[:, 0], 0).reshape(held.keys_shape)
 
