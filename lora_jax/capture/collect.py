@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from lora_jax.adapter.factors import is_traced
 from lora_jax.adapter.site import Site
@@ -51,7 +51,7 @@ def explicit_mesh(given: Any) -> AbstractContextManager[Any]:
     """Enter the mesh with explicit axes that arrays are on, so that sums begin there too; nothing if there is none."""
     known = [leaf for leaf in jax.tree.leaves(given) if isinstance(leaf, jax.Array) and not is_traced(leaf)]
     meshes = [leaf.sharding.mesh for leaf in known if isinstance(leaf.sharding, NamedSharding)]
-    found = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+    found = next((mesh for mesh in meshes if isinstance(mesh, Mesh) and AxisType.Explicit in mesh.axis_types), None)
     entered = not jax.sharding.get_abstract_mesh().empty
     return nullcontext() if found is None or entered else jax.set_mesh(found)
 
@@ -128,7 +128,9 @@ def mean_gradients(
 ) -> dict[str, Statistic]:
     """The mean over batches of the gradient by each of the parameters; nothing else is differentiated."""
     leaves, _ = named_leaves(params)
-    step, total, count = gradient_step(fn, paths), {path: jnp.zeros(leaves[path].shape) for path in paths}, 0
+    step, count = gradient_step(fn, paths), 0
+    # Sums are where their parameters are.
+    total = {p: jnp.zeros(leaves[p].shape, device=getattr(leaves[p], "sharding", None)) for p in paths}
     for batches in rounds:
         for batch in batches:
             total, count = step(total, *split((params, batch))), count + 1
