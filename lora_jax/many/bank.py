@@ -12,7 +12,8 @@ from lora_jax.adapter.factors import Array, is_traced
 from lora_jax.adapter.serialization import exportable
 from lora_jax.adapter.site import Site, Sites
 from lora_jax.errors import ConfigError, ParameterError, nearest
-from lora_jax.many.slots import Slots, check_finite, check_fits, empty, factors, padded, stacked, taken
+from lora_jax.many.parcels import Parcel, blank, parcel, written
+from lora_jax.many.slots import Slots, check_finite, check_fits, empty, factors, stacked, taken
 from lora_jax.report.report import Printed
 from lora_jax.report.tables import Table, times
 
@@ -120,7 +121,8 @@ class AdapterBank(Printed):
     def put(self, slot: int | Array, adapter: Adapter) -> "AdapterBank":
         """The bank with an adapter in a slot; nothing is compiled for it, whatever its rank and targets.
 
-        The arrays are written in place: the bank that this is called on cannot be used any more.
+        The arrays are written in place: the bank that this is called on cannot be used any more. What is sent to the
+        device is what the adapter holds, in the bank's dtype; the rest of the slot becomes zeros there.
 
         Args:
           slot: 1 or higher. Traced, a slot that there is not is left alone.
@@ -134,8 +136,9 @@ class AdapterBank(Printed):
         for path in adapter:
             if path not in self:
                 raise ParameterError(f"The bank has no room at {path!r}; nearest: {nearest(path, self)}")
-        values = {path: padded(held, adapter.get(path)) for path, held in self.items()}
-        return _write(self, jnp.asarray(slot, jnp.int32) - 1, values)
+        parcels = _blank(self)
+        parcels |= {path: parcel(self[path], update, parcels[path]) for path, update in adapter.items()}
+        return _write(self, jnp.asarray(slot, jnp.int32) - 1, parcels, not is_traced(slot))
 
     def evict(self, slot: int | Array) -> "AdapterBank":
         """The bank with a slot that is the base again; as with `put`, use what is returned."""
@@ -213,15 +216,11 @@ def common_sites(adapters: Sequence[Adapter]) -> dict[str, Site]:
     return sites
 
 
-@partial(jax.jit, donate_argnums=0)
-def _write(bank: AdapterBank, slot: Array, values: Mapping[str, tuple[Any, Any, Any, Any]]) -> AdapterBank:
-    def written(held: Slots, new: tuple[Any, Any, Any, Any]) -> Slots:
-        lead, where = len(held.site.batch_axes), jnp.where(slot < 0, held.count, slot)
-        places = [(*[slice(None)] * lead, where)] * 3 + [(where,)]
-        a, b, gain, broken = (
-            None if old is None else old.at[place].set(jnp.asarray(each).astype(old.dtype), mode="drop")
-            for old, each, place in zip((held.a, held.b, held.gain, held.broken), new, places, strict=True)
-        )
-        return Slots(a, b, gain, held.site, broken)
+@jax.jit
+def _blank(bank: AdapterBank) -> dict[str, Parcel]:
+    return {path: blank(held) for path, held in bank.items()}
 
-    return AdapterBank({path: written(held, values[path]) for path, held in bank.items()})
+
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _write(bank: AdapterBank, slot: Array, parcels: Mapping[str, Parcel], sure: bool) -> AdapterBank:
+    return AdapterBank({path: written(held, slot, parcels[path], sure=sure) for path, held in bank.items()})

@@ -144,38 +144,6 @@ def grown(array: Any, shape: Sequence[int]) -> Any:
     return np.pad(array, pads) if isinstance(array, np.ndarray) else jnp.pad(array, pads)
 
 
-def padded(held: Slots, update: Update | None) -> tuple[Any, Any, Any, Any]:
-    """What is written into a slot, in the shapes of the bank: factors, gain, and whether they were finite."""
-    site, lead = held.site, len(held.site.batch_axes)
-    shapes = [(*each.shape[:lead], *each.shape[lead + 1 :]) for each in (held.a, held.b)]
-    ones = None if held.gain is None else np.ones(held.gain.shape[:lead] + held.gain.shape[lead + 1 :], np.float32)
-    if update is None:
-        return np.zeros(shapes[0], held.a.dtype), np.zeros(shapes[1], held.b.dtype), ones, np.float32(0)
-    check_fits(held.site, update.site)
-    found = _on_host(update) or factors(site.path, update)
-    if found.gain is not None and held.gain is None:
-        raise ParameterError(f"{site.path} has a gain: make the bank with AdapterBank.empty(..., gains=True)")
-    if found.rank > held.rank:
-        raise ParameterError(
-            f"{site.path} has rank {found.rank}, the bank has room for {held.rank}: make it with a higher rank, or "
-            "compress the adapter with lora.compose"
-        )
-    with np.errstate(over="ignore"):  # What overflows is refused below.
-        a, b = (grown(each, shape).astype(held.a.dtype) for each, shape in zip((found.a, found.b), shapes, strict=True))
-    check_finite(site.path, (a, b, found.gain))
-    whole, broken = finite(Factors(a, b, found.gain, found.rank))
-    return whole.a, whole.b, ones if whole.gain is None else whole.gain, broken
-
-
-def _on_host(update: Update) -> Factors | None:
-    """The factors of a plain update whose values are there, without compiling anything for their shapes."""
-    if type(update) is not LowRank or update.a_start is not None or any(map(is_traced, jax.tree.leaves(update))):
-        return None
-    a, b, scale = (np.asarray(each) for each in (update.a, update.b, update.scale))
-    wide = b.astype(np.float32) * scale.reshape(scale.shape + (1,) * (b.ndim - scale.ndim))
-    return Factors(a, wide.astype(b.dtype), None, update.rank)
-
-
 def check_finite(path: str, arrays: Sequence[Any], slot: str = "") -> None:
     """Refuse numbers that are not finite, where they can be seen.
 
