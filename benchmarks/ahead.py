@@ -37,12 +37,17 @@ def missing() -> str:
 
 
 @cache
-def chip(name: str = "v5e") -> SingleDeviceSharding:
-    """One chip of a kind, as a place for arguments."""
+def topology(grid: str, name: str = "v5e") -> Any:
+    """Chips of a kind in a grid, as `2x4`."""
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ.update({**quiet, "TPU_ACCELERATOR_TYPE": CHIPS[name]})
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:2x2")
-    return SingleDeviceSharding(topology.devices[0])
+    return topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{grid}")
+
+
+@cache
+def chip(name: str = "v5e") -> SingleDeviceSharding:
+    """One chip of a kind, as a place for arguments."""
+    return SingleDeviceSharding(topology("2x2", name).devices[0])
 
 
 def compiled(fn: Callable[..., Any], *args: Any) -> Any:

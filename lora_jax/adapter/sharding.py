@@ -1,6 +1,6 @@
 """adapter_sharding: factors laid out over a mesh beside the parameters they adapt."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -8,12 +8,12 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from lora_jax.adapter.adapter import Adapter
 from lora_jax.adapter.by_path import check_parameters
-from lora_jax.adapter.updates import Update
-from lora_jax.errors import ParameterError
+from lora_jax.adapter.updates import Replace, Update
+from lora_jax.errors import ParameterError, listed
 from lora_jax.paths import named_leaves
 
 
-def adapter_sharding(adapter: Adapter, params: Any) -> Adapter:
+def adapter_sharding(adapter: Adapter, params: Any, *, axes: Collection[str] | None = None) -> Adapter:
     """Derive where an adapter's arrays go from where the parameters are.
 
     A follows the input axes of its parameter and B the output axes; both, and the scale, follow its stacked
@@ -21,16 +21,23 @@ def adapter_sharding(adapter: Adapter, params: Any) -> Adapter:
     than the base's own, and the gradients and the optimizer's state are spread in the same way. What is
     trained in full goes where its parameter is.
 
+    Along mesh axes that parameters are gathered over before each use (`fsdp`), following them makes a gather of every
+    factor too, though factors are small. Name the other axes (`axes=("tensor",)`), and factors are whole along those
+    that you leave out: more bytes on each device, fewer collectives. `docs/scale.md` has figures of both.
+
     Args:
       adapter: the adapter, or the tree of `jax.ShapeDtypeStruct` that `jax.eval_shape` makes of `init`.
       params: the parameters: arrays, or `jax.ShapeDtypeStruct` with shardings.
+      axes: names of the mesh axes that factors may be spread over; None for all. What is trained in full follows its
+        parameter along all of them.
 
     Returns:
       An `Adapter` with a sharding for every array: `out_shardings` for `jax.jit` of `init`, a target for
       `jax.device_put`.
 
     Raises:
-      ParameterError: an adapted parameter is missing, shaped differently, or on no known device.
+      ParameterError: an adapted parameter is missing, shaped differently, or on no known device; or its mesh has none
+        of `axes`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -47,7 +54,7 @@ def adapter_sharding(adapter: Adapter, params: Any) -> Adapter:
     """
     leaves, _ = named_leaves(params)
     check_parameters(adapter, leaves)
-    placed = {path: _shardings(update, leaves) for path, update in adapter.items()}
+    placed = {path: _shardings(update, leaves, axes) for path, update in adapter.items()}
     return Adapter(placed, None if adapter.checksum is None else checksum_place(placed))
 
 
@@ -58,7 +65,7 @@ def checksum_place(places: Any) -> Any:
     return own if own is not None else _follow(first, ()) if isinstance(first, Sharding) else None
 
 
-def _shardings(update: Update, leaves: Mapping[str, Any]) -> Any:
+def _shardings(update: Update, leaves: Mapping[str, Any], only: Collection[str] | None) -> Any:
     path = update.site.path
     base = getattr(leaves[path], "sharding", None)
     if not isinstance(base, (NamedSharding, SingleDeviceSharding)):
@@ -67,7 +74,21 @@ def _shardings(update: Update, leaves: Mapping[str, Any]) -> Any:
             f"{path!r} has {where}, so there is nothing that its factors could follow. Put the parameters on devices "
             "first: jax.device_put(params, ...) with a jax.sharding.NamedSharding for each of them."
         )
+    if only is not None and isinstance(base, NamedSharding) and not isinstance(update, Replace):
+        base = _along(path, base, only)
     return jax.tree.map(lambda axes: _follow(base, axes), update.axes(), is_leaf=lambda axes: isinstance(axes, tuple))
+
+
+def _along(path: str, base: NamedSharding, only: Collection[str]) -> NamedSharding:
+    """The sharding along some axes of its mesh."""
+    if isinstance(only, str) or not {*only} <= {*base.mesh.axis_names}:
+        raise ParameterError(
+            f"axes={only!r}: the mesh of {path!r} has {listed(base.mesh.axis_names)}; name some of these"
+        )
+    names = [entry if isinstance(entry, tuple) else (entry,) for entry in base.spec]
+    kept = [tuple(name for name in each if name in only) for each in names]
+    spec = [None if not each else each[0] if len(each) == 1 else each for each in kept]
+    return NamedSharding(base.mesh, PartitionSpec(*spec))
 
 
 def _follow(base: Sharding, axes: tuple[int | None, ...]) -> Sharding:

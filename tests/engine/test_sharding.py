@@ -405,6 +405,24 @@ def test_adapter_sharding(kind: str) -> None:
     ]  # fmt: skip
 
 
+def test_adapter_sharding_along_some_axes() -> None:
+    mesh = make_mesh("auto")
+    params = on(mesh, {"w": jnp.ones((8, 8)), "u": jnp.ones((8, 8)), "bias": jnp.ones(8)}, {
+        "w": P("data", "model"), "u": P(("model", "data"), None), "bias": P("data"),
+    })  # fmt: skip
+    fn = lambda params, x: x @ params["w"] @ params["u"] + params["bias"][None]  # noqa: E731
+    sites = lora.find_sites(fn, params, jnp.ones((2, 8)))
+    adapter = lora.init(jax.random.key(0), lora.LoraConfig(rank=2, targets=("w", "u"), train="bias"), params, sites)
+    specs = lambda **how: jax.tree.map(lambda each: each.spec, adapter_sharding(adapter, params, **how))  # noqa: E731
+    assert (specs()["w"].a, specs()["w"].b) == (P(None, "data"), P(None, "model"))
+    some = specs(axes=("model",))
+    assert (some["w"].a, some["w"].b, some["u"].a) == (P(None, None), P(None, "model"), P(None, "model"))
+    assert some["bias"].value == P("data")
+    for wrong in ("model", ("tensor",)):
+        with pytest.raises(lora.ParameterError, match=r"the mesh of '[uw]' has data, model"):
+            adapter_sharding(adapter, params, axes=wrong)
+
+
 def test_adapter_sharding_needs_placed_parameters() -> None:
     adapter, _, params, _, _ = unsharded("sequence parallel")
     assert jax.tree.leaves(adapter_sharding(adapter, params))[0] == params["up"].sharding
