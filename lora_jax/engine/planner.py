@@ -47,7 +47,7 @@ def plan(weight: Weight, x: Labelled, out: Sequence[int], strategy: Strategy, dr
     tokens, inner, outer = extents(weight, x, out)
     joins = (strategy == "joined" or platforms.accelerated()) and joinable(weight, x, out)
     if strategy == "joined":
-        return Plan(*(_joined(each) for each in (joins, joins, joins and not dropout)))
+        return Plan(_joined(joins), _joined(joins), _joined(joins and not dropout))
     planned = Plan(
         _joined(joins and exceeds(2 * tokens * outer, (tokens + outer) * inner)),
         _joined(joins and exceeds(2 * tokens, inner)),
