@@ -34,6 +34,27 @@ def test_nothing_is_compiled_for_other_ids_or_another_bank() -> None:
     assert count == 1
 
 
+@pytest.mark.parametrize("count", [8, 32])
+def test_decoding_reads_the_base_and_its_slots_once(count: int) -> None:
+    """64 rows of one token each: bytes of the compiled program, of those of the base's program and of the bank."""
+
+    def gated(params: Any, x: Any) -> Any:
+        return (jax.nn.silu(x @ params["gate"]) * (x @ params["up"])) @ params["down"]
+
+    shapes = {"gate": (2048, 8192), "up": (2048, 8192), "down": (8192, 2048)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    x, ids = jax.ShapeDtypeStruct((64, 2048), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)
+    sites = lora.find_sites(gated, params, x)
+    bank = jax.eval_shape(lambda: lora.AdapterBank.empty(sites, count + 1, 16))
+
+    def moved(fn: Any, *args: Any) -> float:
+        program: Any = jax.jit(fn).lower(*args).compile()
+        return program.cost_analysis()["bytes accessed"]
+
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(bank))
+    assert moved(lora.route(gated), params, bank, ids, x) < 1.15 * (moved(gated, params, x) + held)
+
+
 @pytest.mark.parametrize("strategy", get_args(Form))
 def test_dropout_is_each_rows_own_and_off_without_a_key(strategy: Form) -> None:
     """With a base of zeros and factors of ones on the diagonal, the result is what dropout leaves of the input."""
