@@ -136,7 +136,7 @@ class AdapterBank(Printed):
         for path in adapter:
             if path not in self:
                 raise ParameterError(f"The bank has no room at {path!r}; nearest: {nearest(path, self)}")
-        parcels = _blank(self)
+        parcels = _blanks(self)
         parcels |= {path: parcel(self[path], update, parcels[path]) for path, update in adapter.items()}
         return _write(self, jnp.asarray(slot, jnp.int32) - 1, parcels, not is_traced(slot))
 
@@ -216,9 +216,20 @@ def common_sites(adapters: Sequence[Adapter]) -> dict[str, Site]:
     return sites
 
 
+def _blanks(bank: AdapterBank) -> dict[str, Parcel]:
+    """The parcels of the base, of which parameters of the same shapes share one."""
+    kinds = {
+        path: (len(held.site.batch_axes), *map(jax.typeof, jax.tree.leaves((held.a, held.b, held.gain))))
+        for path, held in bank.items()
+    }
+    kept = {kinds[path]: held for path, held in bank.items()}
+    parcels = dict(zip(kept, _blank(list(kept.values())), strict=True))
+    return {path: parcels[kind] for path, kind in kinds.items()}
+
+
 @jax.jit
-def _blank(bank: AdapterBank) -> dict[str, Parcel]:
-    return {path: blank(held) for path, held in bank.items()}
+def _blank(each: Sequence[Slots]) -> list[Parcel]:
+    return [blank(held) for held in each]
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
