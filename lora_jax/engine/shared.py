@@ -51,8 +51,11 @@ class Product:
 def shared_product(
     product: Product, x: Labelled, weight: Weight, leaves: Sequence[Any], masks: Sequence[Any], read: Any
 ) -> Any:
-    """The product, in one function with all that are equal to it; outside of a traced program, by itself."""
-    if is_traced(x.array) and not isinstance(weight.base, View) and _hashable(product):
+    """The product, in one function with all that are equal to it; outside of a traced program, by itself.
+
+    So is one of a user's own kernel: what its function closes over would be kept as long as the compiled function.
+    """
+    if is_traced(x.array) and not product.opaque and not isinstance(weight.base, View) and _hashable(product):
         product, x, weight = _canonical(product, x, weight)
         return _compiled(product)(x, weight, list(leaves), list(masks), read)
     return product(x, weight, leaves, masks, read)
