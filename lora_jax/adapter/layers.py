@@ -35,7 +35,7 @@ def unstack(update: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Update]]:
     def layer(slices: Sequence[Any]) -> Update:
         rest = iter(slices)
         own = jax.tree.unflatten(treedef, [next(rest) if moving else leaf for leaf, _, moving in known])
-        return replace(own, site=layer_site(update.site))
+        return own.of_layer(layer_site(update.site))
 
     return [jnp.moveaxis(leaf, each.index(0), 0) for leaf, each, moving in known if moving], layer
 

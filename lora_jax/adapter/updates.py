@@ -84,6 +84,11 @@ class Update(ABC):
     def axes(self) -> Self:
         """The same update with each array replaced by the site's axes along its own; None for an axis of its own."""
 
+    def of_layer(self, site: Site) -> Self:
+        """The update as that of one layer of its stack, whose site has one axis less; what else counts axes moves too."""
+        own: Any = self
+        return replace(own, site=site)
+
     @abstractmethod
     def scaled(self, factor: Any) -> Self:
         """The update with its effect multiplied by `factor`."""

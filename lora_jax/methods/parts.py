@@ -1,12 +1,13 @@
 """Parts of a fused kernel: the columns of queries and values, say, each with an A, a rank and an alpha of their own."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapter.factors import Array
+from lora_jax.adapter.site import Site
 from lora_jax.adapter.updates import LowRank, pytree
 
 
@@ -60,6 +61,10 @@ class Parts(LowRank):
     def __post_init__(self) -> None:
         """Parts come back from JSON as lists."""
         object.__setattr__(self, "parts", tuple(Part(*part) for part in self.parts))
+
+    def of_layer(self, site: Site) -> Self:
+        """The update on one layer: the axis of its parts is one place further in front."""
+        return replace(self, site=site, parts=tuple(part._replace(axis=part.axis - 1) for part in self.parts))
 
     def pairs(self) -> tuple[tuple[Array, Array], ...]:
         """Pairs of factors, of which the second ones act on their own parts only."""
