@@ -85,7 +85,7 @@ class Update(ABC):
         """The same update with each array replaced by the site's axes along its own; None for an axis of its own."""
 
     def of_layer(self, site: Site) -> Self:
-        """The update as that of one layer of its stack, whose site has one axis less; what else counts axes moves too."""
+        """The update as that of one layer of its stack, whose site has an axis less; whatever counts axes moves."""
         own: Any = self
         return replace(own, site=site)
 
