@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from lora_jax.engine import jaxprs
+from lora_jax.engine import jaxprs, platforms
+from lora_jax.engine.meshes import spread
 from lora_jax.engine.weight import Versions, Weight
 
 _REPEATED = {"add", "sub", "neg", "mul", "div", "convert_element_type", "broadcast_in_dim", "reshape", "squeeze"}
@@ -95,9 +96,11 @@ class Frame:
         """An operand as the first products of several sites read it: one value beside it; None if one site reads it.
 
         So the backward pass adds up what those products give to its gradient before anything else: on a mesh that is
-        one sum over devices for all sites, and on one device one pass over the gradient.
+        one sum over devices for all sites, and on one device one pass over the gradient. A CPU would only hold a copy.
         """
         if jaxprs.is_literal(atom) or len(self.users.get(atom, ())) < 2:
+            return None
+        if not (platforms.accelerated() or spread(value)):
             return None
         key = atom, value.shape, value.dtype
         if key not in self._copies:
