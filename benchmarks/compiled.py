@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -94,13 +94,23 @@ def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)).astype(x.dtype) * scale
 
 
-def layer(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
-    """A block of a Llama: causal attention with heads of 128, then a gated feed-forward layer."""
-    y = norm(x, params["norm_1"])
-    q, k, v = (each.reshape(*x.shape[:-1], -1, 128) for each in projections(params, y))
+Products: TypeAlias = Callable[[jax.Array, str], jax.Array]
+"""What a block multiplies with: an activation and the name of a kernel."""
+
+
+def block(x: jax.Array, norms: Any, product: Products) -> jax.Array:
+    """A block of a Llama: causal attention with heads of 128, grouped if keys are fewer, then a gated layer."""
+    y = norm(x, norms["norm_1"])
+    q, k, v = (each.reshape(*x.shape[:-1], -1, 128) for each in [product(y, name) for name in "qkv"])
     y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    x = x + y.reshape(x.shape) @ params["o"]
-    return x + mlp(params, norm(x, params["norm_2"])), None
+    x = x + product(y.reshape(x.shape), "o")
+    y = norm(x, norms["norm_2"])
+    return x + product(jax.nn.silu(product(y, "gate")) * product(y, "up"), "down")
+
+
+def layer(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
+    """A block with plain kernels."""
+    return block(x, params, lambda y, name: y @ params[name]), None
 
 
 def layers(remat: Callable[..., Any], params: Any, x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ mesh axes `fsdp` and `tensor`. Run from the root of the repository, with libtpu 
 import argparse
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +20,10 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from benchmarks.ahead import missing, topology
-from benchmarks.compiled import norm
+from benchmarks.compiled import block, layers
 from benchmarks.harness import Tables
 
-RANK, LENGTH, HEAD = 16, 2048, 128
+RANK, LENGTH = 16, 2048
 READS, WRITES = ("q", "k", "v", "gate", "up"), ("o", "down")
 """Kernels that read the residual stream, and those that write into it."""
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -48,27 +49,8 @@ MODELS = {"8B": Model(32, 4096, 14336, 1024), "70B": Model(80, 8192, 28672, 1024
 MESHES = {8: ("2x4", 2), 64: ("8x8", 8), 256: ("16x16", 16)}
 """By the number of chips: their topology, and how many the axis `fsdp` has."""
 
-Products = Callable[[jax.Array, str], jax.Array]
-"""What a block multiplies with: an activation and the name of a kernel."""
-
-
-def block(x: jax.Array, norms: Any, product: Products) -> jax.Array:
-    """Causal attention with grouped keys, then a gated feed-forward layer."""
-    y = norm(x, norms["norm_1"])
-    q, k, v = (product(y, name).reshape(*x.shape[:-1], -1, HEAD) for name in "qkv")
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    x = x + product(y.reshape(x.shape), "o")
-    y = norm(x, norms["norm_2"])
-    return x + product(jax.nn.silu(product(y, "gate")) * product(y, "up"), "down")
-
-
-def plain(params: Any, x: jax.Array) -> jax.Array:
-    """The model."""
-
-    def layer(x: jax.Array, each: Any) -> tuple[jax.Array, None]:
-        return block(x, each, lambda y, name: y @ each[name]), None
-
-    return jax.lax.scan(jax.checkpoint(layer), x, params)[0]
+plain = partial(layers, jax.checkpoint)
+"""The model."""
 
 
 def by_hand(params: Any, factors: Any, x: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 from zlib import crc32
 
 import jax
@@ -96,8 +96,9 @@ def merge(
         else:
             exact = exact_sum(leaves[path], updates)
             merged[path] = _rounded(path, exact, leaves[path], own)
-            sums = None if is_traced(exact) else _projections(leaves[path], exact, merged[path])
-        if own is None and sums is not None and _narrow(leaves[path]):
+            loses = own is None and _narrow(leaves[path]) and not is_traced(exact)
+            sums = _projections(leaves[path], exact, merged[path]) if loses else None
+        if sums is not None:
             kept[path] = _survival(sums, _NOISE)
     _check_finite(merged, leaves)
     _check_survival(jax.device_get(kept), leaves, force)
@@ -126,16 +127,22 @@ def _in_memory(leaf: Any) -> bool:
     return not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated or not any(sharding.spec[:1])
 
 
+_Sums: TypeAlias = tuple[Array, Array, Array]
+
+
 @jax.jit
-def _by_layer(leaf: Array, updates: Sequence[Update]) -> tuple[Array, tuple[Array, Array, Array]]:
-    """Every layer of a stack with its updates, rounded, and `_projections`: no sum of all layers is held in float32."""
+def _by_layer(leaf: Array, updates: Sequence[Update]) -> tuple[Array, _Sums | None]:
+    """Every layer of a stack with its updates, rounded: no sum of all layers is held in float32.
+
+    With `_projections` of all of them, where rounding loses something.
+    """
     parts = [unstack(update) for update in updates]
 
-    def one(given: tuple[Array, list[list[Array]]]) -> tuple[Array, tuple[Array, Array, Array]]:
+    def one(given: tuple[Array, list[list[Array]]]) -> tuple[Array, _Sums | None]:
         weight, slices = given
         exact = exact_sum(weight, [layer(own) for (_, layer), own in zip(parts, slices, strict=True)])
         rounded = exact.astype(weight.dtype)
-        return rounded, _projections(weight, exact, rounded)
+        return rounded, _projections(weight, exact, rounded) if _narrow(leaf) else None
 
     rounded, sums = jax.lax.map(one, (leaf, [arrays for arrays, _ in parts]))
     return rounded, jax.tree.map(jnp.sum, sums)
@@ -257,14 +264,14 @@ _NOISE = 1e-6  # norm of a delta over the parameter's, below which it is roundin
 
 
 @jax.jit
-def _projections(weight: Any, exact: Array, rounded: Any) -> tuple[Array, Array, Array]:
+def _projections(weight: Any, exact: Array, rounded: Any) -> _Sums:
     """Sums over the entries: of what is left of the delta times the delta, of its square, and of the parameter's."""
     delta, kept = exact - widened(weight), widened(rounded) - widened(weight)
     # No `vdot`: it would want an `out_sharding` on explicit meshes.
     return jnp.sum(kept * delta), jnp.sum(delta * delta), jnp.sum(jnp.square(widened(weight)))
 
 
-def _survival(sums: tuple[Array, Array, Array], noise: float = 0.0) -> Array:
+def _survival(sums: _Sums, noise: float = 0.0) -> Array:
     """The projection of the delta that is left after rounding onto the exact one; 1 when nothing, or noise, is lost."""
     kept, delta, weight = sums
     counts = delta > noise**2 * weight

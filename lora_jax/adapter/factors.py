@@ -49,7 +49,8 @@ def whole(array: Array) -> Array:
     sharding = jax.typeof(array).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return array
-    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec(*[None] * array.ndim)))
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec(*[None] * array.ndim))
+    return array if sharding == everywhere else jax.sharding.reshard(array, everywhere)
 
 
 def over(lead: Array, array: Array) -> Array:

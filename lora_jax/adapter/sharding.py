@@ -1,6 +1,7 @@
 """adapter_sharding: factors laid out over a mesh beside the parameters they adapt."""
 
 from collections.abc import Collection, Mapping
+from math import prod
 from typing import Any
 
 import jax
@@ -85,10 +86,24 @@ def _along(path: str, base: NamedSharding, only: Collection[str]) -> NamedShardi
         raise ParameterError(
             f"axes={only!r}: the mesh of {path!r} has {listed(base.mesh.axis_names)}; name some of these"
         )
-    names = [entry if isinstance(entry, tuple) else (entry,) for entry in base.spec]
-    kept = [tuple(name for name in each if name in only) for each in names]
+    kept = [tuple(name for name in mesh_axes(entry) if name in only) for entry in base.spec]
     spec = [None if not each else each[0] if len(each) == 1 else each for each in kept]
     return NamedSharding(base.mesh, PartitionSpec(*spec))
+
+
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a partition spec.
+
+    Example:
+      >>> mesh_axes(None), mesh_axes("fsdp"), mesh_axes(("data", "fsdp"))
+      ((), ('fsdp',), ('data', 'fsdp'))
+    """
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def shards(mesh: Any, entry: Any) -> int:
+    """Into how many shards a mesh splits an axis with this entry of a partition spec."""
+    return prod(mesh.shape[name] for name in mesh_axes(entry))
 
 
 def _follow(base: Sharding, axes: tuple[int | None, ...]) -> Sharding:

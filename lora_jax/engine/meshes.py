@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lora_jax.adapter.sharding import mesh_axes
 from lora_jax.engine.bases import View
 
 
@@ -68,7 +69,7 @@ def _spec(axes: Sequence[int], owners: Sequence[NamedAxes]) -> PartitionSpec:
     spec, taken = [], set()
     for axis in axes:
         entry = known.get(axis)
-        names = set(entry) if isinstance(entry, tuple) else {entry} - {None}
+        names = {*mesh_axes(entry)}
         spec.append(None if names & taken else entry)
         taken |= names
     return PartitionSpec(*spec)

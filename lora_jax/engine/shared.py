@@ -27,7 +27,7 @@ class Product:
       dot: the program's product of activation and weight.
       out: ids of the result's axes.
       precision: as of `jax.lax.dot_general`.
-      planned: which products run on the merged weight.
+      planned: the forms of the products.
       again: computes the activation from the leaves; None to keep it.
       opaque: whether `dot` is a function of the user.
     """

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax.adapter.factors import whole
 from lora_jax.dtypes import promoted
 from lora_jax.engine.bases import View, array_of
 from lora_jax.engine.meshes import explicit, follow
@@ -282,9 +282,7 @@ def beside(weight: Weight) -> Weight:
 
 def gathered(factor: Labelled) -> Labelled:
     """The factor replicated, on a mesh with explicit axes, so that its axes can be merged or split in any way."""
-    where = explicit(factor.array)
-    whole = where and NamedSharding(where.mesh, PartitionSpec(*[None] * len(factor.axes)))
-    return factor if whole == where else replace(factor, array=jax.sharding.reshard(factor.array, whole))
+    return replace(factor, array=whole(factor.array))
 
 
 def _outer(term: Term, axes: tuple[int, ...], dtype: Any, where: Any) -> Any:

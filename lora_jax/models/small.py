@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax.adapter.sharding import shards
 from lora_jax.errors import CheckpointError, listed
 from lora_jax.io.hf.quantised.packed import Packed, stacked
 from lora_jax.models.tensors import Leaf
@@ -85,14 +86,7 @@ def placed(whole: Quantised, where: NamedSharding) -> Any:
     spec = (*every[:count], every[-1 if whole.transposed else count])
 
     def place(array: Any) -> NamedSharding:
-        axes = [
-            axis if axis and n % _count(where, axis) == 0 else None for axis, n in zip(spec, array.shape, strict=True)
-        ]
+        axes = [axis if n % shards(where.mesh, axis) == 0 else None for axis, n in zip(spec, array.shape, strict=True)]
         return NamedSharding(where.mesh, PartitionSpec(*axes))
 
     return jax.tree.map(place, whole)
-
-
-def _count(where: NamedSharding, axis: Any) -> int:
-    names = axis if isinstance(axis, tuple) else (axis,)
-    return prod(where.mesh.shape[name] for name in names)

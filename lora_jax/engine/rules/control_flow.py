@@ -3,13 +3,13 @@
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lora_jax.adapter.sharding import shards
 from lora_jax.engine import jaxprs
 from lora_jax.engine.bases import View, array_of
 from lora_jax.engine.context import Context
@@ -178,8 +178,7 @@ def _spread(operand: Any, spec: PartitionSpec, mesh: Any) -> tuple[Any, list[Par
     entries = (*spec, *[None] * (len(operand.axes) - len(spec)))
     base, specs = operand.base, spec
     if isinstance(base, View):
-        counts = [prod(mesh.shape[name] for name in _names(entry)) for entry in entries]
-        base, specs = base.spread(entries, counts) or (array_of(base), spec)
+        base, specs = base.spread(entries, [shards(mesh, entry) for entry in entries]) or (array_of(base), spec)
     operand = beside(replace(operand, base=base))
     by_axis = dict(zip(operand.axes, entries, strict=True))
 
@@ -188,11 +187,6 @@ def _spread(operand: Any, spec: PartitionSpec, mesh: Any) -> tuple[Any, list[Par
 
     placed = operand.map(specs, operand.axes, place)
     return operand, jax.tree.leaves(placed, is_leaf=lambda node: isinstance(node, PartitionSpec))
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of an entry of a partition spec."""
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 @rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
